@@ -1,0 +1,155 @@
+"""Configuration: a YAML file plus `key=value` arguments, every error at once, with did-you-mean.
+
+`Settings` is the base that the build job and the trainer share; `BuildConfig` is the build job's own.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from pipeline.schema import Aspect, Codec, Compute
+
+PAPER_BLOCKS = (3, 6, 9, 12, 15, 18, 21, 24)  # section 3.3: every third of ViT-L/14's 24 blocks
+
+
+class Settings(BaseModel):
+    """A closed, immutable group of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+S = TypeVar("S", bound=Settings)
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a configuration, one problem a line."""
+
+
+def load_config(kind: type[S], path: str | Path | None, overrides: list[str]) -> S:
+    """Read `path` (YAML, may be None), apply `a.b=value` overrides, and validate all of it.
+
+    A top-level key that starts with an underscore is left to other readers of the file.
+
+    Raises:
+        ConfigError: with every problem found, each with its place, the value found and what was expected.
+    """
+    tree: dict[str, Any] = {}
+    if path is not None:
+        tree = _read_yaml(Path(path))
+    problems = [p for p in (_override(tree, text) for text in overrides) if p]
+    try:
+        config = kind.model_validate(tree)
+    except ValidationError as error:
+        problems += [_explain(kind, dict(item)) for item in error.errors()]
+    if problems:
+        where = "the command line" if path is None else str(path)
+        raise ConfigError(
+            f"{len(problems)} problem(s) in the configuration from {where}:\n  - " + "\n  - ".join(problems)
+        )
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"configuration file {str(path)!r} does not exist (current folder: {Path.cwd()})")
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} holds {type(tree).__name__}, a mapping of settings was expected")
+    return {key: value for key, value in tree.items() if not str(key).startswith("_")}
+
+
+def _override(tree: dict[str, Any], text: str) -> str | None:
+    """Apply one `a.b=value` in place; the value is read as YAML. Returns a problem, or None."""
+    dotted, sign, value = text.partition("=")
+    if not sign or not dotted:
+        return f"argument {text!r} is not of the form key=value"
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            return f"argument {text!r}: {parent} holds {child!r}, it has no settings below it"
+        tree = child
+    try:
+        tree[last] = yaml.safe_load(value)
+    except yaml.YAMLError:
+        tree[last] = value
+    return None
+
+
+def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in error["loc"]) or "(whole file)"
+    if error["type"] == "missing":
+        return f"{place}: required, but not given"
+    if error["type"] == "extra_forbidden":
+        known = _fields_at(kind, error["loc"][:-1])
+        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(sorted(known))}"
+        return f"{place}: unknown setting; {hint}"
+    message = str(error["msg"]).removeprefix("Value error, ")
+    return f"{place}: {message} (found {error['input']!r})"
+
+
+def _fields_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
+    """The setting names that are known below `location`."""
+    for part in location:
+        field = kind.model_fields.get(str(part))
+        inner = None if field is None else field.annotation
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        kind = inner
+    return list(kind.model_fields)
+
+
+class BuildConfig(Settings):
+    """`pipeline/build_shards.py`: which data, which encoder, which columns, and how to run."""
+
+    data: str | tuple[str, ...] = Field(description="LLaVA JSON or JSONL file(s), local or s3://")
+    images: str | tuple[str, ...] = Field(description="image folder(s) or .zip file(s), local or s3://")
+    store: str = Field(description="where the feature store goes, local or s3://")
+
+    encoder: str = Field(default="openai/clip-vit-large-patch14-336", description="Hub id or folder of a CLIP model")
+    revision: str | None = Field(default=None, description="Hub revision of the encoder")
+    blocks: tuple[int, ...] = Field(default=PAPER_BLOCKS, description="CLIP blocks to store, 1-based")
+    cls: tuple[int, ...] = Field(default=(), description="blocks whose CLS token to store too, e.g. [22, 23]")
+    aspect: Aspect = Field(default="pad", description="pad to a square, or centre-crop a square, as LLaVA-1.5")
+    codec: Codec = Field(default="bf16", description="how features are stored")
+    compute: Compute = Field(default="bfloat16", description="dtype of the CLIP forward pass")
+
+    shard_size: int = Field(default=256, gt=0, description="samples per shard")
+    seed: int = Field(default=0, description="of the shuffled order of samples")
+    limit: int | None = Field(default=None, gt=0, description="only the first N samples of the shuffled order")
+    store_images: bool = Field(default=False, description="keep the source image beside its record")
+    max_failures: float = Field(
+        default=0.01, ge=0, le=1, description="rate of failed samples above which the job stops"
+    )
+
+    workers: int | None = Field(
+        default=None, gt=0, description="encoding actors; default: as many as the cluster holds"
+    )
+    num_gpus: float = Field(default=0, ge=0, description="GPUs per worker")
+    num_cpus: float = Field(default=1, gt=0, description="CPU cores per worker")
+    batch_size: int = Field(default=32, gt=0, description="images per CLIP forward pass")
+    decode_threads: int = Field(default=4, gt=0, description="threads per worker that fetch and decode images")
+    ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one")
+
+    @field_validator("blocks", "cls")
+    @classmethod
+    def _unique_blocks(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) != len(value) or any(not 0 <= block <= 99 for block in value):
+            raise ValueError("expected distinct block numbers, 0 to 99")
+        return value
+
+    @field_validator("blocks")
+    @classmethod
+    def _some_blocks(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if not value:
+            raise ValueError("at least one block is needed")
+        return value

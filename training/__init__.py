@@ -1,0 +1,1 @@
+"""A feature store in, a multimodal model with compact vision tokens out (Composer)."""

@@ -1,0 +1,190 @@
+#!/usr/bin/env python
+"""The whole job at the size of a laptop: data -> feature store -> stage 1 -> stage 2 -> answers -> report.
+
+Without arguments it draws its own scenes. With --chat, --instruct, --images and --questions the same steps run on
+LLaVA-format data of yours, with the same tiny models. Every step is the command a user would type; what is done is
+not done again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+if __name__ == "__main__":
+    sys.path[0] = str(ROOT)  # the repository root, not this folder
+
+from training.demo_settings import BLOCKS, DRAW, FINETUNE, GENERATE, PRETRAIN
+
+
+class Demo:
+    """Runs the steps in `run`, keeping the seconds each took."""
+
+    def __init__(self, run: Path, data: dict[str, str], drawn: bool) -> None:
+        self.run = run
+        self.data = data
+        self.drawn = drawn
+        self.seconds: dict[str, float] = {}
+        bin_folder = Path(sys.executable).parent
+        self.python = [sys.executable]
+        self.composer = [sys.executable, str(bin_folder / "composer"), "-n", "1"]
+
+    def step(self, name: str, command: list[str], done: Path | None = None) -> None:
+        """Run one command, its output into `logs/<name>.log`; skip it if `done` exists.
+
+        Raises:
+            SystemExit: if the command fails, with the end of its log.
+        """
+        if done is not None and done.exists():
+            print(f"  {name:<22} done before", flush=True)
+            self.seconds[name] = self._known_seconds().get(name, 0.0)
+            return
+        log = self.run / "logs" / f"{name.replace(' ', '-')}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        print(f"  {name:<22} ...", end="", flush=True)
+        start = time.perf_counter()
+        with log.open("w", encoding="utf-8") as out:
+            code = subprocess.call(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=_environment())
+        self.seconds[name] = round(time.perf_counter() - start, 1)
+        print(f"\b\b\b{self.seconds[name]:6.1f} s", flush=True)
+        if code:
+            tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
+            sys.exit(f"{tail}\nerror: step {name!r} ended with {code}; its whole output is in {log}")
+        known = {**self._known_seconds(), **self.seconds}
+        (self.run / "seconds.json").write_text(json.dumps(known, indent=1), encoding="utf-8")
+
+    def _known_seconds(self) -> dict[str, float]:
+        path = self.run / "seconds.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def all_steps(self) -> None:
+        """The main job, in the order of the flow."""
+        run, models = self.run, self.run / "models"
+        if self.drawn:
+            draw = [*self.python, "pipeline/demo_data.py", str(run / "data"), *DRAW]
+            self.step("draw scenes", draw, done=run / "data" / "heldout.jsonl")
+        make = [*self.python, "training/demo_models.py", str(models), str(run / "data")]
+        self.step("make tiny models", make, done=models / "done")
+        for stage, source in (("pretrain", "chat"), ("finetune", "instruct")):
+            build = [*self.python, "pipeline/build_shards.py"]
+            build += [f"data={self.data[source]}", f"images={self.data['images']}", f"store={run}/{stage}-store"]
+            build += [
+                f"encoder={models}/clip",
+                f"blocks={list(BLOCKS)}",
+                "shard_size=64",
+                "compute=float32",
+                "workers=2",
+            ]
+            self.step(f"build {source} store", build, done=run / f"{stage}-store" / "manifest.parquet")
+        self._train("pretrain", "stage 1", PRETRAIN)
+        self._train("finetune", "stage 2", [*FINETUNE, f"model.connector_from={run}/pretrain/connector"])
+        self._evaluate("answers", "answer questions", [])
+        if self.drawn:
+            self._evaluate("answers_shuffled", "with shuffled images", ["--shuffle-images", "0"])
+
+    def _train(self, stage: str, name: str, settings: list[str]) -> None:
+        command = [*self.composer, f"training/{stage}.yaml", f"run={self.run}/{stage}", *settings]
+        command += [f"data.store={self.run}/{stage}-store", f"model.llm={self.run}/models/llm"]
+        command += [f"model.connector.blocks={list(BLOCKS)}"]
+        self.step(name, command, done=self.run / stage / "summary.json")
+
+    def _evaluate(self, out: str, name: str, extra: list[str]) -> None:
+        command = [*self.python, "training/evaluate.py", f"{self.run}/finetune/model", *GENERATE, *extra]
+        command += ["--questions", self.data["questions"], "--images", self.data["question_images"]]
+        command += ["--out", f"{self.run}/{out}.jsonl"]
+        self.step(name, command, done=self.run / f"{out}.scores.json")
+
+    def summary(self) -> dict[str, Any]:
+        """What the steps left behind, in one table; everything is read from files."""
+        run = self.run
+        stages = {stage: _read(run / stage / "summary.json") for stage in ("pretrain", "finetune")}
+        scores = _read(run / "answers.scores.json")
+        shuffled = run / "answers_shuffled.scores.json"
+        stores = [run / f"{stage}-store" for stage in stages]
+        return {
+            "accuracy": scores["accuracy"],
+            "accuracy_shuffled_images": _read(shuffled)["accuracy"] if shuffled.exists() else None,
+            "questions": scores["questions"],
+            "categories": scores["categories"],
+            "vision_tokens_in": stages["finetune"]["vision_tokens_in"],
+            "vision_tokens_out": stages["finetune"]["vision_tokens_out"],
+            **{stage: {key: s[key] for key in ("loss_first", "loss_last", "steps")} for stage, s in stages.items()},
+            "data_wait": {stage: s["data_wait"] for stage, s in stages.items()},
+            "store_images": sum(_read(store / "store.json")["samples"] for store in stores),
+            "store_bytes": sum(p.stat().st_size for store in stores for p in store.rglob("*") if p.is_file()),
+            "seconds": self.seconds,
+        }
+
+
+def _read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _environment() -> dict[str, str]:
+    """No step of the demo goes to the network."""
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run (default: runs/demo)")
+    own = parser.add_argument_group("your own data instead of the drawn scenes (all four)")
+    own.add_argument("--chat", type=Path, help="LLaVA JSON of captions, for stage 1")
+    own.add_argument("--instruct", type=Path, help="LLaVA JSON of conversations, for stage 2")
+    own.add_argument("--images", type=Path, help="the folder their images are relative to")
+    own.add_argument("--questions", type=Path, help="JSON lines to answer at the end")
+    arguments = parser.parse_args()
+    given = [arguments.chat, arguments.instruct, arguments.images, arguments.questions]
+    if any(given) and not all(given):
+        parser.error("--chat, --instruct, --images and --questions go together")
+    run = arguments.run.resolve()
+    folder = run / "data"
+    data = {
+        "chat": str(arguments.chat or folder / "chat.json"),
+        "instruct": str(arguments.instruct or folder / "instruct.json"),
+        "images": str(arguments.images or folder / "images"),
+        "questions": str(arguments.questions or folder / "heldout.jsonl"),
+        "question_images": str(arguments.images or folder / "images"),
+    }
+    demo = Demo(run, data, drawn=not any(given))
+    print(f"the main job, in {arguments.run}:")
+    demo.all_steps()
+    summary = demo.summary()
+    (run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    demo.step("report", [*demo.python, "training/report.py", str(run), "--images", data["question_images"]])
+    print(_table(summary, arguments.run))
+
+
+def _table(summary: dict[str, Any], run: Path) -> str:
+    stage1, stage2 = summary["pretrain"], summary["finetune"]
+    lines = [
+        "",
+        f"  vision tokens per image   {summary['vision_tokens_in']} -> {summary['vision_tokens_out']}",
+        f"  stage 1 loss              {stage1['loss_first']:.3f} -> {stage1['loss_last']:.3f}",
+        f"  stage 2 loss              {stage2['loss_first']:.3f} -> {stage2['loss_last']:.3f}",
+    ]
+    if summary["accuracy"] is not None:
+        lines.append(f"  accuracy, held out        {summary['accuracy']:.1%}  ({summary['questions']} questions)")
+    else:
+        lines.append(f"  questions answered        {summary['questions']}  (their truth is not in the file)")
+    if summary["accuracy_shuffled_images"] is not None:
+        lines.append(f"  ... images shuffled       {summary['accuracy_shuffled_images']:.1%}")
+    lines += [
+        f"  feature stores            {summary['store_images']} images, {summary['store_bytes'] / 1e6:.0f} MB",
+        f"  seconds in all            {sum(summary['seconds'].values()):.0f}",
+        f"  report                    {run / 'report.html'}",
+        f"  talk to it                python training/evaluate.py {run / 'finetune/model'} --help",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The sizes of the demo: what `training/demo.py` passes to the real commands. Chosen for two CPU cores."""
+
+BLOCKS = (1, 2, 3, 4, 5, 6, 7, 8)  # every block of the tiny CLIP
+
+DRAW = ["--images", "2000", "--heldout", "200", "--seed", "0"]
+
+COMMON = [
+    "precision=fp32",
+    "model.frozen_dtype=float32",
+    "device=cpu",
+    "checkpoint.interval=1ep",
+    "data.max_length=512",
+]
+
+PRETRAIN = [*COMMON, "global_batch_size=64", "epochs=1", "optimizer.lr=1e-3"]
+
+FINETUNE = [
+    *COMMON,
+    "global_batch_size=32",
+    "epochs=1",
+    "optimizer.lr=1e-3",
+    "microbatch_size=auto",
+    "model.activation_checkpointing=false",
+]
+
+GENERATE = ["--batch-size", "32", "--max-new-tokens", "16"]

@@ -1,0 +1,147 @@
+"""What a store delivers on this machine: the command line of `python training/stream.py STORE [--bench]`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from training.stream import Example, Stream
+
+
+def main() -> int:
+    """Describe the order of a store's examples; with --bench, measure how fast they come."""
+    parser = argparse.ArgumentParser(
+        prog="python training/stream.py",
+        description="Say how a feature store is shuffled into batches and, with --bench, how fast they are read.",
+    )
+    parser.add_argument("store", help="feature store, a folder or s3://")
+    parser.add_argument(
+        "--bench", action="store_true", help="read batches: MB/s, examples/s, first batch, cold and warm"
+    )
+    parser.add_argument("--columns", nargs="*", metavar="NAME", help="feature columns to read (default: all)")
+    parser.add_argument("--batch-size", type=int, default=32, help="examples per batch (default: %(default)s)")
+    parser.add_argument("--batches", type=int, default=20, help="batches to read (default: %(default)s)")
+    parser.add_argument("--threads", type=int, default=4, help="reader threads (default: %(default)s)")
+    parser.add_argument("--prefetch", type=int, default=2, help="batches read ahead (default: %(default)s)")
+    parser.add_argument("--window-shards", type=int, default=16, help="shuffle window (default: %(default)s)")
+    parser.add_argument("--no-shuffle", action="store_true", help="the store's own order")
+    parser.add_argument("--together", action="store_true", help="conversations of an image one after another")
+    parser.add_argument("--cache-dir", help="for a remote store: where this node keeps shards")
+    parser.add_argument("--cache-gb", type=float, default=200.0, help="bound of the cache (default: %(default)s)")
+    arguments = parser.parse_args()
+    try:
+        stream = _open(arguments)
+        print(_describe(stream, arguments.store))
+        if arguments.bench:
+            _bench(stream, arguments)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def no_text(examples: list[Example]) -> dict[str, torch.Tensor]:
+    """A collate function for measurements: the features alone."""
+    return {}
+
+
+def _open(arguments: argparse.Namespace) -> Stream:
+    import torch
+
+    from pipeline.manifest import read_store
+    from pipeline.storage import Storage
+    from training.stream import Stream
+
+    columns = arguments.columns
+    if columns is None:
+        columns = [column.name for column in read_store(Storage(arguments.store)).columns]
+    return Stream(
+        arguments.store,
+        tuple(columns),
+        global_batch_size=arguments.batch_size,
+        collate=no_text,
+        shuffle=not arguments.no_shuffle,
+        window_shards=arguments.window_shards,
+        together=arguments.together,
+        last_batch="pad",
+        threads=arguments.threads,
+        prefetch=arguments.prefetch,
+        cache_dir=arguments.cache_dir,
+        cache_bytes=int(arguments.cache_gb * 1e9),
+        pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _describe(stream: Stream, url: str) -> str:
+    from dataclasses import replace
+
+    from training.order import epoch_batches, padding_share, same_shard_pairs, shards_in_use
+
+    batches, examples = stream.epoch_batches(0), stream.examples
+    grouped = replace(stream.settings, together=False, group_by_length=True)
+    size = stream.global_batch_size
+    waste = [padding_share(b, examples, size) for b in (batches, epoch_batches(examples, grouped, 0))]
+    return (
+        f"store     {url}: {stream.store.samples} samples in {stream.store.shards} shards, codec {stream.store.codec}\n"
+        f"examples  {len(examples)}: {len(stream)} batches of {size} per epoch\n"
+        f"mixing    window of {stream.settings.window_shards} shards: two examples of a batch share a shard "
+        f"{same_shard_pairs(batches, examples):.2f} times as often as in a full shuffle; "
+        f"at most {shards_in_use(batches, examples)} shards in use at once\n"
+        f"padding   {waste[0]:.1%} of a batch's words, {waste[1]:.1%} with group_by_length"
+    )
+
+
+def _bench(stream: Stream, arguments: argparse.Namespace) -> None:
+    print(f"machine   {os.cpu_count()} cores; {arguments.threads} threads, {arguments.prefetch} batches ahead")
+    dropped = drop_pages(stream, arguments.store)
+    stream.load_state_dict(stream.state_dict(0, True))
+    cold = measure(stream, arguments.batches)
+    print(_line("cold" if dropped else "first", cold))
+    stream.load_state_dict({**stream.state_dict(0, True), "epoch": 0, "samples": 0})
+    print(_line("warm", measure(stream, arguments.batches)))
+
+
+def drop_pages(stream: Stream, url: str) -> bool:
+    """Ask the kernel to forget a local store's tars; False for a remote store."""
+    from pipeline.storage import Storage
+
+    storage = Storage(url)
+    for name in storage.list(""):
+        path = storage.local_path(name)
+        if path is None:
+            return False
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
+
+
+def measure(stream: Stream, batches: int) -> dict[str, Any]:
+    """Read so many batches of the coming epoch; seconds, feature bytes, examples and the wait for the first batch."""
+    start = time.perf_counter()
+    first = 0.0
+    read = examples = 0
+    iterator = iter(stream)
+    for count, batch in enumerate(iterator, start=1):
+        first = first or time.perf_counter() - start
+        read += sum(tensor.numel() for tensor in batch["columns"].values())
+        examples += len(batch["keys"])
+        if count == batches:
+            break
+    seconds = time.perf_counter() - start
+    iterator.close()
+    return {"seconds": seconds, "bytes": read, "examples": examples, "first_batch_s": first}
+
+
+def _line(name: str, result: dict[str, Any]) -> str:
+    seconds = result["seconds"]
+    return (
+        f"{name:9} {result['bytes'] / seconds / 1e6:,.0f} MB/s, {result['examples'] / seconds:,.1f} examples/s, "
+        f"first batch after {result['first_batch_s'] * 1e3:.0f} ms"
+    )

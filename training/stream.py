@@ -145,7 +145,7 @@ class Stream(IterableDataset[Batch]):
 
     def __iter__(self) -> Generator[Batch, None, None]:
         """Begin the next epoch (or the rest of one, after `load_state_dict`); ends an iteration still under way."""
-        before = self._running and self._running()
+        before = None if self._running is None else self._running()
         if before is not None:
             before.close()
         self._epoch, self._handed_out = self._resume or (self._epoch + 1, 0)

@@ -7,16 +7,20 @@ import hashlib
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 
+import boto3
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from torch.utils.data import DataLoader
 
+from training.cache import most_bytes_in_use
 from training.stream import Batch, Example, Stream, split
 
 TOKENS, WIDTH = 4, 8
@@ -389,6 +393,73 @@ def test_an_error_of_the_text_side_reaches_the_consumer(store: Path) -> None:
 def test_impossible_settings_are_refused(store: Path, settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         open_stream(store, **settings)
+
+
+@pytest.fixture(scope="module")
+def remote(store: Path) -> Iterator[str]:
+    """The same store behind a real S3 protocol."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "testing")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+        server.start()
+        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
+        client = boto3.client("s3")
+        client.create_bucket(Bucket="stores")
+        for path in store.rglob("*"):
+            if path.is_file():
+                client.put_object(Bucket="stores", Key=f"a/{path.relative_to(store)}", Body=path.read_bytes())
+        yield "s3://stores/a"
+        server.stop()
+
+
+def contents(stream: Stream) -> list[tuple[list[str], list[bytes]]]:
+    return [(b["keys"], [b["columns"][name].numpy().tobytes() for name in COLUMNS]) for b in stream]
+
+
+@pytest.mark.parametrize("state", ["empty", "warm", "small", "absent"])
+def test_a_remote_store_gives_the_same_batches_whatever_the_cache_holds(
+    store: Path, remote: str, tmp_path: Path, state: str
+) -> None:
+    cache: dict[str, object] = {} if state == "absent" else {"cache_dir": str(tmp_path)}
+    if state == "warm":
+        contents(open_stream(remote, **cache))
+    if state == "small":
+        cache["cache_bytes"] = tars_in_use(open_stream(store))
+    local, stream = open_stream(store), open_stream(remote, **cache)
+    for _ in range(2):
+        assert contents(stream) == contents(local)
+    if state == "small":
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= cache["cache_bytes"]
+
+
+def tars_in_use(stream: Stream) -> int:
+    return max(most_bytes_in_use(stream._uses(stream.epoch_batches(epoch))) for epoch in range(2))
+
+
+def test_each_tar_of_a_remote_store_is_fetched_once_per_epoch(store: Path, remote: str, tmp_path: Path) -> None:
+    stream = open_stream(remote, cache_dir=str(tmp_path), window_shards=1)
+    assert stream._cache is not None
+    stream._cache.max_bytes = tars_in_use(stream)
+    names: list[str] = []
+    download = stream._cache.storage.download
+    stream._cache.storage.download = lambda name, target: (names.append(name), download(name, target))[1]
+    contents(stream)
+    assert sorted(names) == sorted(use.name for use in stream._uses(stream.epoch_batches(0)))
+
+
+def test_a_cache_smaller_than_the_window_is_refused(remote: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="raise cache_bytes, lower window_shards"):
+        open_stream(remote, cache_dir=str(tmp_path), cache_bytes=30_000)
+
+
+def test_a_damaged_remote_tar_stops_the_consumer_with_its_name(store: Path, remote: str, tmp_path: Path) -> None:
+    name, client = "a/block03/00002.tar", boto3.client("s3")
+    client.put_object(Bucket="stores", Key=name, Body=b"rubbish")
+    with pytest.raises(ValueError, match=r"block03/00002.tar came twice with wrong bytes"):
+        list(open_stream(remote, cache_dir=str(tmp_path)))
+    client.put_object(Bucket="stores", Key=name, Body=(store / "block03/00002.tar").read_bytes())
 
 
 def test_the_wait_for_data_is_measured(store: Path) -> None:

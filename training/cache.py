@@ -6,8 +6,8 @@
     <folder>/room.lock                        held while room is made
 
 Locks are the kernel's, so those of a killed process are free at once; what it left behind is swept by the next one
-that needs room. The bound is over the whole folder, and the objects that came first go first: a stream is done with
-its shards in about the order in which it fetched them. The folder must be on a disk of the node, not on NFS.
+that needs room. The bound is over the whole folder. The objects that came first go first, except that those which the
+epoch still needs are spared while others are left. The folder must be on a disk of the node, not on NFS.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class ShardCache:
         self.folder = folder
         self.root = folder / identity[:16]
         self.max_bytes = max_bytes
+        self.needed: set[str] = set()  # fetched ahead or in use: evicted last
         self._commits: dict[int, Commit] = {}
 
     def open(self, name: str) -> int:
@@ -114,13 +115,14 @@ class ShardCache:
             os.pwrite(lock, str(size).encode(), 0)
             if self.max_bytes is None:
                 return
-            objects = []
+            objects: list[tuple[bool, int, int, Path]] = []
+            needed = {self.root / other for other in self.needed.copy()}
             for path in self.folder.glob("*/*/*.tar"):
                 with contextlib.suppress(FileNotFoundError):  # replaced or removed by hand since it was listed
                     status = path.stat()
-                    objects.append((status.st_mtime_ns, status.st_size, path))
-            total = reserved + size + sum(length for _, length, _ in objects)
-            for _, length, path in sorted(objects):
+                    objects.append((path in needed, status.st_mtime_ns, status.st_size, path))
+            total = reserved + size + sum(length for *_, length, _ in objects)
+            for *_, length, path in sorted(objects):
                 if total <= self.max_bytes:
                     break
                 path.unlink(missing_ok=True)
@@ -197,7 +199,7 @@ class Ahead:
         self._cache = cache
         self._uses = sorted((use for use in uses if use.last >= start), key=lambda use: (use.first, use.name))
         self._next = 0
-        self._held: list[tuple[int, int]] = []  # heap of (last batch, bytes) of what was taken
+        self._held: list[tuple[int, int, str]] = []  # heap of (last batch, bytes, name) of what was taken
         self._held_bytes = 0
         self._batch = start
         self._stop = False
@@ -219,18 +221,22 @@ class Ahead:
             self._changed.notify_all()
         for thread in self._threads:
             thread.join()
+        self._cache.needed.clear()
 
     def _take(self) -> Use | None:
         with self._changed:
             while not self._stop and self._next < len(self._uses):
                 use = self._uses[self._next]
                 while self._held and self._held[0][0] < self._batch:
-                    self._held_bytes -= heapq.heappop(self._held)[1]
+                    _, size, name = heapq.heappop(self._held)
+                    self._held_bytes -= size
+                    self._cache.needed.discard(name)
                 limit = self._cache.max_bytes
                 if limit is None or self._held_bytes + use.bytes <= limit or use.first <= self._batch:
                     self._next += 1
                     self._held_bytes += use.bytes
-                    heapq.heappush(self._held, (use.last, use.bytes))
+                    heapq.heappush(self._held, (use.last, use.bytes, use.name))
+                    self._cache.needed.add(use.name)
                     return use
                 self._changed.wait()
             return None

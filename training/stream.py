@@ -115,6 +115,7 @@ class Stream(IterableDataset[Batch]):
         if not len(self.examples):
             raise ValueError(f"{store_url} holds no examples")
         self._index = index
+        self._prefetch = prefetch
         self._cache = _cache(storage, cache_dir, cache_bytes, self.fingerprint)
         if self._cache is not None:
             self._check_room(self._cache)
@@ -171,7 +172,7 @@ class Stream(IterableDataset[Batch]):
                 ahead.close()
 
     def _uses(self, order: Ints) -> list[Use]:
-        """Which tars an epoch needs, and from which global batch to which."""
+        """Which tars an epoch needs, and from which global batch to which, the reader being `prefetch` batches ahead."""
         index, uses = self._index, []
         for name in index.offsets:
             size = np.zeros(int(index.shard.max()) + 1, dtype=np.int64)
@@ -179,7 +180,12 @@ class Stream(IterableDataset[Batch]):
             size += tarfile.RECORDSIZE  # the end of the archive, which no member's place tells
             first, last = use_of_shards(order, self.examples, images=name != SAMPLES)
             uses += [
-                Use(tar_path(name, shard), int(size[shard]), int(first[shard]), int(last[shard]))
+                Use(
+                    tar_path(name, shard),
+                    int(size[shard]),
+                    max(0, int(first[shard]) - self._prefetch),
+                    int(last[shard]),
+                )
                 for shard in np.flatnonzero(last >= 0).tolist()
             ]
         return uses

@@ -172,7 +172,7 @@ class Stream(IterableDataset[Batch]):
                 ahead.close()
 
     def _uses(self, order: Ints) -> list[Use]:
-        """Which tars an epoch needs, and from which global batch to which, the reader being `prefetch` batches ahead."""
+        """Which tars an epoch needs, from which global batch to which; the reader is `prefetch` batches ahead."""
         index, uses = self._index, []
         for name in index.offsets:
             size = np.zeros(int(index.shard.max()) + 1, dtype=np.int64)

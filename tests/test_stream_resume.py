@@ -1,0 +1,172 @@
+"""The stream under Composer: killed with SIGKILL in the middle of an epoch and resumed, also on another rank count."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+SCRIPT = """
+import json, os, signal, sys
+from pathlib import Path
+import torch
+from composer import Callback, DataSpec, Trainer
+from composer.loggers import LoggerDestination
+from composer.models import ComposerModel
+from composer.utils import dist
+from torch.utils.data import DataLoader
+from training.stream import Batch, Stream, split
+
+store, run, kill_at, interval = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
+dist.initialize_dist("cpu", timeout=60)
+rank = dist.get_global_rank()
+
+def collate(examples):
+    words = [sum(len(turn.value) for turn in example.conversation.turns) for example in examples]
+    return {"labels": torch.tensor(words, dtype=torch.float32)[:, None] / 100}
+
+class Model(ComposerModel):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    def forward(self, batch):
+        return self.layers(batch["columns"]["block03"].float() / 255)
+    def loss(self, outputs, batch):
+        return torch.nn.functional.mse_loss(outputs, batch["labels"])
+
+class Log(LoggerDestination):
+    def log_metrics(self, metrics, step=None):
+        if "loss/train/total" in metrics and rank == 0:
+            with (run / "log").open("a") as file:
+                file.write(json.dumps([step, metrics["loss/train/total"]]) + chr(10))
+
+class Kill(Callback):
+    def batch_start(self, state, logger):
+        if state.timestamp.batch.value == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+stream = Stream(store, ("block03",), global_batch_size=8, rank=rank, world_size=dist.get_world_size(), collate=collate,
+                window_shards=2, seed=4, threads=2)
+loader = DataLoader(stream, batch_size=None, num_workers=0, collate_fn=lambda batch: batch)
+model = Model()
+Trainer(
+    model=model, optimizers=torch.optim.Adam(model.parameters(), lr=0.01), max_duration="3ep",
+    train_dataloader=DataSpec(loader, split_batch=split, microbatch_transforms=Batch,
+                              get_num_samples_in_batch=lambda batch: len(batch["keys"])),
+    device_train_microbatch_size=2, callbacks=[Kill()], loggers=[Log()], device="cpu", precision="fp32", seed=1,
+    save_folder=str(run / "checkpoints"), save_interval=interval, save_num_checkpoints_to_keep=3, autoresume=True,
+    save_overwrite=True, run_name="run", progress_bar=False,
+).fit()
+"""
+BATCHES = 5  # per epoch
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """43 images with one conversation each in 3 unequal shards, written by hand."""
+    folder = tmp_path_factory.mktemp("store")
+    rows = []
+    for shard, keys in enumerate((range(20), range(20, 27), range(27, 43))):
+        places = {
+            name: write_tar(folder / name / f"{shard:05d}.tar", {f"{k:03d}.{ext}": content(name, k) for k in keys})
+            for name, ext in (("samples", "json"), ("block03", "block03.bf16"))
+        }
+        for i, key in enumerate(keys):
+            row = {"key": f"{key:03d}", "shard": shard, "image": f"{key}.jpg", "words": [key % 7 + 4]}
+            for name, found in places.items():
+                row |= {f"{name}.offset": found[i][0], f"{name}.size": found[i][1]}
+            rows.append(row)
+    types = {"key": pa.string(), "shard": pa.int32(), "image": pa.string(), "words": pa.list_(pa.int32())}
+    names = list(rows[0])
+    arrays = {name: pa.array([row[name] for row in rows], types.get(name, pa.int64())) for name in names}
+    pq.write_table(pa.table(arrays), folder / "manifest.parquet")
+    encoder = {"id": "clip", "revision": "0", "blocks": 24, "width": 8, "image_size": 28, "patch_size": 14}
+    spec = {"dataset": "0" * 64, "samples": 43, "shards": 3, "shard_size": 20, "seed": 0, "encoder": encoder}
+    spec |= {"aspect": "pad", "compute": "float32", "codec": "bf16"}
+    spec |= {"columns": [{"name": "block03", "tokens": 4, "width": 8}]}
+    (folder / "store.json").write_text(json.dumps(spec))
+    return folder
+
+
+def content(name: str, key: int) -> bytes:
+    if name == "block03":
+        return np.random.default_rng(list(hashlib.sha256(str(key).encode()).digest())).bytes(64)
+    turns = [{"from": "human", "value": "<image>\n" + "w " * (key % 7)}, {"from": "gpt", "value": "a b c"}]
+    record = {"key": f"{key:03d}", "image": f"{key}.jpg", "width": 1, "height": 1}
+    return json.dumps(record | {"conversations": [{"id": "0", "turns": turns}]}).encode()
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> list[tuple[int, int]]:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    with tarfile.open(path) as tar:
+        return [(member.offset_data, member.size) for member in tar]
+
+
+def train(store: Path, run: Path, ranks: int, kill_at: int = -1, interval: str = "1ba") -> int:
+    """The exit code of `composer -n RANKS`; what it says goes to `run`/output."""
+    run.mkdir(exist_ok=True)
+    script = run / "script.py"
+    script.write_text(SCRIPT)
+    launcher = str(Path(sys.executable).with_name("composer"))
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [launcher, "-n", str(ranks), str(script), str(store), str(run), str(kill_at), interval]
+    with (run / "output").open("a") as output:
+        return subprocess.run(
+            command, check=False, env=environment, stdout=output, stderr=output, timeout=200
+        ).returncode
+
+
+def losses(run: Path) -> dict[int, float]:
+    """Step -> loss; what a resumed run repeated counts as it was repeated."""
+    return dict(json.loads(line) for line in (run / "log").read_text().splitlines())
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    run = tmp_path_factory.mktemp("undisturbed")
+    assert train(store, run, 2) == 0, (run / "output").read_text()[-3000:]
+    assert len(losses(run)) == 3 * BATCHES
+    return losses(run)
+
+
+@pytest.mark.slow
+def test_a_run_killed_in_mid_epoch_has_the_losses_of_an_undisturbed_one(
+    store: Path, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    two, one = tmp_path / "two", tmp_path / "one"
+    assert train(store, two, 2, kill_at=BATCHES + 2) != 0
+    assert max(losses(two)) == BATCHES + 1
+    shutil.copytree(two, one)
+    assert train(store, two, 2) == 0, (two / "output").read_text()[-3000:]
+    assert losses(two) == undisturbed  # to the last bit
+    assert train(store, one, 1) == 0, (one / "output").read_text()[-3000:]
+    assert losses(one) == pytest.approx(undisturbed, rel=1e-5)  # sums in another order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("interval", ["1ba", "1ep"])
+def test_a_run_killed_between_two_epochs_goes_on_with_the_next(
+    store: Path, undisturbed: dict[int, float], tmp_path: Path, interval: str
+) -> None:
+    assert train(store, tmp_path, 1, kill_at=2 * BATCHES, interval=interval) != 0
+    assert train(store, tmp_path, 1, interval=interval) == 0, (tmp_path / "output").read_text()[-3000:]
+    assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-5)
+    assert (tmp_path / "log").read_text().count("\n") == 3 * BATCHES  # no step was taken twice

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import boto3
 import pytest
-from moto.server import ThreadedMotoServer
 
 from pipeline.schema import Commit, commit_path, tar_path
 from pipeline.storage import Storage
@@ -45,22 +44,8 @@ class Requests(logging.Handler):
         return Counter(name.partition("/")[2] for name in gets if name.endswith(".tar"))
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=True)
-        moto.start()
-        address = "http://{}:{}".format(*moto.get_host_and_port())
-        patch.setenv("AWS_ENDPOINT_URL", address)
-        yield address
-        moto.stop()
-
-
 @pytest.fixture
-def requests(server: str) -> Iterator[Requests]:
+def requests(s3: None) -> Iterator[Requests]:
     handler, logger = Requests(), logging.getLogger("werkzeug")
     level = logger.level
     logger.addHandler(handler)
@@ -75,7 +60,7 @@ def contents(name: str) -> bytes:
 
 
 @pytest.fixture
-def bucket(server: str, request: pytest.FixtureRequest) -> str:
+def bucket(s3: None, request: pytest.FixtureRequest) -> str:
     """A store of SHARDS shards with the columns COLUMNS; only tars and commit records, which is all a cache knows."""
     name = hashlib.sha256(request.node.name.encode()).hexdigest()[:20]
     client = boto3.client("s3")

@@ -3,116 +3,18 @@
 from __future__ import annotations
 
 import copy
-import hashlib
-import io
-import json
-import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 
-import boto3
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
-from moto.server import ThreadedMotoServer
 from torch.utils.data import DataLoader
 
-from training.cache import most_bytes_in_use
 from training.stream import Batch, Example, Stream, split
 
-TOKENS, WIDTH = 4, 8
 COLUMNS = ("block03", "cls23")
-
-
-def conversation(key: str, number: int, words: int) -> dict:
-    question = {"from": "human", "value": "<image>\n" + "w " * (words - 3)}
-    return {"id": f"{key}-{number}", "turns": [question, {"from": "gpt", "value": "a b"}]}
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> dict[str, tuple[int, int]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    with tarfile.open(path) as tar:
-        return {member.name: (member.offset_data, member.size) for member in tar}
-
-
-def features(column: str, key: str) -> bytes:
-    """Bytes that no other column and no other sample has."""
-    tokens = 1 if column.startswith("cls") else TOKENS
-    seed = hashlib.sha256(f"{column}/{key}".encode()).digest()
-    return np.random.default_rng(list(seed)).bytes(tokens * WIDTH * 2)
-
-
-def make_store(folder: Path, shards: list[int], text_every: int = 0, columns: tuple[str, ...] = COLUMNS) -> Path:
-    """A store written by hand; `shards` gives the samples of each, every `text_every`-th of them without an image."""
-    table: dict[str, list] = {"key": [], "shard": [], "image": [], "words": []}
-    for name in ("samples", *columns):
-        table |= {f"{name}.offset": [], f"{name}.size": []}
-    number = 0
-    for shard, count in enumerate(shards):
-        tars: dict[str, dict[str, bytes]] = {name: {} for name in ("samples", *columns)}
-        keys, images, words = [], [], []
-        for _ in range(count):
-            key, text = f"{number:09d}", bool(text_every) and number % text_every == 0
-            image = None if text else f"{number}.jpg"
-            lengths = [3 + (number * 7 + i * 5) % 40 for i in range(1 if text else 1 + number % 3)]
-            record = {"key": key, "image": image, "width": None if text else 10, "height": None if text else 10}
-            record["conversations"] = [conversation(key, i, n) for i, n in enumerate(lengths)]
-            tars["samples"][f"{key}.json"] = json.dumps(record).encode()
-            if not text:
-                for name in columns:
-                    tars[name][f"{key}.{name}.bf16"] = features(name, key)
-            keys.append(key)
-            images.append(image)
-            words.append(lengths)
-            number += 1
-        table["key"] += keys
-        table["image"] += images
-        table["words"] += words
-        table["shard"] += [shard] * count
-        files = {}
-        for name, members in tars.items():
-            path = folder / name / f"{shard:05d}.tar"
-            places = {member.split(".")[0]: place for member, place in write_tar(path, members).items()}
-            offsets, sizes = zip(*(places.get(key, (-1, 0)) for key in keys), strict=True)
-            table[f"{name}.offset"] += offsets
-            table[f"{name}.size"] += sizes
-            data = path.read_bytes()
-            digest = hashlib.sha256(data).hexdigest()
-            files[name] = {"bytes": len(data), "sha256": digest, "offsets": offsets, "sizes": sizes}
-        commit = {"shard": shard, "keys": keys, "images": images, "words": words, "files": files, "failures": []}
-        (folder / "commits").mkdir(exist_ok=True)
-        (folder / "commits" / f"{shard:05d}.json").write_text(json.dumps(commit))
-    types = {"key": pa.string(), "shard": pa.int32(), "image": pa.string(), "words": pa.list_(pa.int32())}
-    arrays = {name: pa.array(values, types.get(name, pa.int64())) for name, values in table.items()}
-    pq.write_table(pa.table(arrays), folder / "manifest.parquet")
-    encoder = {"id": "clip", "revision": "0", "blocks": 24, "width": WIDTH, "image_size": 28, "patch_size": 14}
-    spec = {
-        "dataset": "0" * 64,
-        "samples": number,
-        "shards": len(shards),
-        "shard_size": max(shards),
-        "seed": 0,
-        "encoder": encoder,
-        "aspect": "pad",
-        "compute": "float32",
-        "codec": "bf16",
-        "columns": [{"name": n, "tokens": 1 if n.startswith("cls") else TOKENS, "width": WIDTH} for n in columns],
-    }
-    (folder / "store.json").write_text(json.dumps(spec))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_store(tmp_path_factory.mktemp("store"), [9, 4, 9, 7, 1, 9], text_every=5)
 
 
 def lengths(examples: list[Example]) -> dict[str, torch.Tensor]:
@@ -168,7 +70,9 @@ def clone(batch: Batch) -> Batch:
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_every_image_lies_beside_its_own_example(store: Path, order: dict) -> None:
+def test_every_image_lies_beside_its_own_example(
+    store: Path, features: Callable[[str, str], bytes], order: dict
+) -> None:
     for batch in open_stream(store, **order):
         keys = [batch["keys"][row].split("#")[0] for row in batch["image_rows"]]
         assert keys == [key for key in (k.split("#")[0] for k in batch["keys"]) if int(key) % 5]
@@ -270,7 +174,7 @@ def test_a_state_of_another_order_is_refused_by_name(store: Path, setting: str, 
         open_stream(store, **{setting: value}).load_state_dict(state)
 
 
-def test_a_state_of_another_store_is_refused(store: Path, tmp_path: Path) -> None:
+def test_a_state_of_another_store_is_refused(store: Path, make_store: Callable[..., Path], tmp_path: Path) -> None:
     other = make_store(tmp_path, [9, 9])
     with pytest.raises(ValueError, match="fingerprint"):
         open_stream(other).load_state_dict(open_stream(store).state_dict(8, True))
@@ -355,7 +259,7 @@ def test_memory_is_bounded_by_prefetch_not_by_the_window(store: Path) -> None:
         assert len(stream._reader._free) == 3
 
 
-def test_a_truncated_tar_is_named(tmp_path: Path) -> None:
+def test_a_truncated_tar_is_named(make_store: Callable[..., Path], tmp_path: Path) -> None:
     store = make_store(tmp_path, [9, 9])
     path = store / "block03" / "00001.tar"
     path.write_bytes(path.read_bytes()[:2000])
@@ -363,7 +267,7 @@ def test_a_truncated_tar_is_named(tmp_path: Path) -> None:
         list(open_stream(store))
 
 
-def test_a_missing_tar_is_named(tmp_path: Path) -> None:
+def test_a_missing_tar_is_named(make_store: Callable[..., Path], tmp_path: Path) -> None:
     store = make_store(tmp_path, [9, 9])
     (store / "cls23" / "00000.tar").unlink()
     with pytest.raises(FileNotFoundError, match=r"cls23/00000.tar"):
@@ -393,73 +297,6 @@ def test_an_error_of_the_text_side_reaches_the_consumer(store: Path) -> None:
 def test_impossible_settings_are_refused(store: Path, settings: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         open_stream(store, **settings)
-
-
-@pytest.fixture(scope="module")
-def remote(store: Path) -> Iterator[str]:
-    """The same store behind a real S3 protocol."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "testing")
-        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-        server.start()
-        patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="stores")
-        for path in store.rglob("*"):
-            if path.is_file():
-                client.put_object(Bucket="stores", Key=f"a/{path.relative_to(store)}", Body=path.read_bytes())
-        yield "s3://stores/a"
-        server.stop()
-
-
-def contents(stream: Stream) -> list[tuple[list[str], list[bytes]]]:
-    return [(b["keys"], [b["columns"][name].numpy().tobytes() for name in COLUMNS]) for b in stream]
-
-
-@pytest.mark.parametrize("state", ["empty", "warm", "small", "absent"])
-def test_a_remote_store_gives_the_same_batches_whatever_the_cache_holds(
-    store: Path, remote: str, tmp_path: Path, state: str
-) -> None:
-    cache: dict[str, object] = {} if state == "absent" else {"cache_dir": str(tmp_path)}
-    if state == "warm":
-        contents(open_stream(remote, **cache))
-    if state == "small":
-        cache["cache_bytes"] = tars_in_use(open_stream(store))
-    local, stream = open_stream(store), open_stream(remote, **cache)
-    for _ in range(2):
-        assert contents(stream) == contents(local)
-    if state == "small":
-        assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= cache["cache_bytes"]
-
-
-def tars_in_use(stream: Stream) -> int:
-    return max(most_bytes_in_use(stream._uses(stream.epoch_batches(epoch))) for epoch in range(2))
-
-
-def test_each_tar_of_a_remote_store_is_fetched_once_per_epoch(store: Path, remote: str, tmp_path: Path) -> None:
-    stream = open_stream(remote, cache_dir=str(tmp_path), window_shards=1)
-    assert stream._cache is not None
-    stream._cache.max_bytes = tars_in_use(stream)
-    names: list[str] = []
-    download = stream._cache.storage.download
-    stream._cache.storage.download = lambda name, target: (names.append(name), download(name, target))[1]
-    contents(stream)
-    assert sorted(names) == sorted(use.name for use in stream._uses(stream.epoch_batches(0)))
-
-
-def test_a_cache_smaller_than_the_window_is_refused(remote: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="raise cache_bytes, lower window_shards"):
-        open_stream(remote, cache_dir=str(tmp_path), cache_bytes=30_000)
-
-
-def test_a_damaged_remote_tar_stops_the_consumer_with_its_name(store: Path, remote: str, tmp_path: Path) -> None:
-    name, client = "a/block03/00002.tar", boto3.client("s3")
-    client.put_object(Bucket="stores", Key=name, Body=b"rubbish")
-    with pytest.raises(ValueError, match=r"block03/00002.tar came twice with wrong bytes"):
-        list(open_stream(remote, cache_dir=str(tmp_path)))
-    client.put_object(Bucket="stores", Key=name, Body=(store / "block03/00002.tar").read_bytes())
 
 
 def test_the_wait_for_data_is_measured(store: Path) -> None:

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import shutil
 import subprocess
 import sys
-import tarfile
+from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 SCRIPT = """
@@ -74,49 +69,9 @@ BATCHES = 5  # per epoch
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """43 images with one conversation each in 3 unequal shards, written by hand."""
-    folder = tmp_path_factory.mktemp("store")
-    rows = []
-    for shard, keys in enumerate((range(20), range(20, 27), range(27, 43))):
-        places = {
-            name: write_tar(folder / name / f"{shard:05d}.tar", {f"{k:03d}.{ext}": content(name, k) for k in keys})
-            for name, ext in (("samples", "json"), ("block03", "block03.bf16"))
-        }
-        for i, key in enumerate(keys):
-            row = {"key": f"{key:03d}", "shard": shard, "image": f"{key}.jpg", "words": [key % 7 + 4]}
-            for name, found in places.items():
-                row |= {f"{name}.offset": found[i][0], f"{name}.size": found[i][1]}
-            rows.append(row)
-    types = {"key": pa.string(), "shard": pa.int32(), "image": pa.string(), "words": pa.list_(pa.int32())}
-    names = list(rows[0])
-    arrays = {name: pa.array([row[name] for row in rows], types.get(name, pa.int64())) for name in names}
-    pq.write_table(pa.table(arrays), folder / "manifest.parquet")
-    encoder = {"id": "clip", "revision": "0", "blocks": 24, "width": 8, "image_size": 28, "patch_size": 14}
-    spec = {"dataset": "0" * 64, "samples": 43, "shards": 3, "shard_size": 20, "seed": 0, "encoder": encoder}
-    spec |= {"aspect": "pad", "compute": "float32", "codec": "bf16"}
-    spec |= {"columns": [{"name": "block03", "tokens": 4, "width": 8}]}
-    (folder / "store.json").write_text(json.dumps(spec))
-    return folder
-
-
-def content(name: str, key: int) -> bytes:
-    if name == "block03":
-        return np.random.default_rng(list(hashlib.sha256(str(key).encode()).digest())).bytes(64)
-    turns = [{"from": "human", "value": "<image>\n" + "w " * (key % 7)}, {"from": "gpt", "value": "a b c"}]
-    record = {"key": f"{key:03d}", "image": f"{key}.jpg", "width": 1, "height": 1}
-    return json.dumps(record | {"conversations": [{"id": "0", "turns": turns}]}).encode()
-
-
-def write_tar(path: Path, members: dict[str, bytes]) -> list[tuple[int, int]]:
-    path.parent.mkdir(exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    with tarfile.open(path) as tar:
-        return [(member.offset_data, member.size) for member in tar]
+def store(make_store: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """42 conversations about 21 images."""
+    return make_store(tmp_path_factory.mktemp("store"), [9, 4, 8])
 
 
 def train(store: Path, run: Path, ranks: int, kill_at: int = -1, interval: str = "1ba") -> int:
@@ -125,7 +80,7 @@ def train(store: Path, run: Path, ranks: int, kill_at: int = -1, interval: str =
     script = run / "script.py"
     script.write_text(SCRIPT)
     launcher = str(Path(sys.executable).with_name("composer"))
-    root = str(Path(__file__).resolve().parents[1])
+    root = str(Path(__file__).resolve().parents[2])
     environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     command = [launcher, "-n", str(ranks), str(script), str(store), str(run), str(kill_at), interval]
     with (run / "output").open("a") as output:

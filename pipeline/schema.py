@@ -6,7 +6,9 @@ A store is a directory or an S3 prefix::
     samples/00000.tar        <key>.json: image name, size, every conversation of that image
     block03/00000.tar ...    <key>.block03.<codec>: one tar per column
     commits/00000.json       Commit: a shard exists when, and only when, this exists
+    columns/block16.json     a column that was added later (Column); its commits lie in commits/block16/
     manifest.parquet         every commit in one table, written last
+    failures.jsonl           every Failure, written with it
 
 Every tar is a plain WebDataset tar. Everything here is data: no torch, no ray, no I/O.
 """
@@ -121,7 +123,7 @@ class ColumnFile(_Record):
 
 
 class Failure(_Record):
-    """A sample that could not be stored: where it came from and why."""
+    """A sample that could not be stored: where it came from and why. `key` is empty for a record without a sample."""
 
     key: str
     source: str
@@ -129,7 +131,10 @@ class Failure(_Record):
 
 
 class Commit(_Record):
-    """`commits/<shard>.json`: written last, by the worker that wrote the tars."""
+    """`commits/<shard>.json`: written last, by the worker that wrote the tars.
+
+    A column that was added to the store later has its own, in `commits/<column>/`, with the same keys.
+    """
 
     shard: int
     keys: tuple[str, ...]
@@ -149,6 +154,6 @@ def tar_path(column: str, shard: int) -> str:
     return f"{column}/{shard_name(shard)}.tar"
 
 
-def commit_path(shard: int) -> str:
-    """Where a shard's commit record lies below the store's root."""
-    return f"commits/{shard_name(shard)}.json"
+def commit_path(shard: int, added: str | None = None) -> str:
+    """Where the commit record of a shard, or of a column `added` to it later, lies below the store's root."""
+    return f"commits/{shard_name(shard)}.json" if added is None else f"commits/{added}/{shard_name(shard)}.json"

@@ -43,7 +43,7 @@ class ShardCache:
         self.root = folder / identity[:16]
         self.max_bytes = max_bytes
         self.needed: set[str] = set()  # fetched ahead or in use: evicted last
-        self._commits: dict[int, Commit] = {}
+        self._commits: dict[str, Commit] = {}
 
     def open(self, name: str) -> int:
         """A descriptor of the tar `name`, fetched first if needed; it stays readable even if the tar is evicted.
@@ -76,14 +76,15 @@ class ShardCache:
                 os.ftruncate(lock, 0)  # the object counts by itself from now on
 
     def _expected(self, name: str) -> tuple[int, str]:
-        """Bytes and checksum from the commit record of the tar's shard."""
+        """Bytes and checksum from the commit record of the tar's shard, or of the column if it was added later."""
         column, _, file = name.partition("/")
         shard = int(file.removesuffix(".tar"))
-        commit = self._commits.get(shard)
-        if commit is None:
-            commit = Commit.model_validate_json(self.storage.read(commit_path(shard)))
-            self._commits[shard] = commit
-        return commit.files[column].bytes, commit.files[column].sha256
+        for path in (commit_path(shard), commit_path(shard, column)):
+            if path not in self._commits:
+                self._commits[path] = Commit.model_validate_json(self.storage.read(path))
+            if column in self._commits[path].files:
+                break
+        return self._commits[path].files[column].bytes, self._commits[path].files[column].sha256
 
     def _download(self, name: str, path: Path, size: int, sha256: str) -> None:
         part = path.with_name(path.name + ".part")

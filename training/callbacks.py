@@ -103,5 +103,6 @@ class StopOnNonFiniteLoss(Callback):
         if not bool(torch.isfinite(state.loss)):
             raise FloatingPointError(
                 f"loss is {state.loss.item()} at step {state.timestamp.batch.value}; "
-                f"the microbatch held the examples {', '.join(state.batch['keys'])}. Lower optimizer.lr, or look at them."
+                f"the microbatch held the examples {', '.join(state.batch['keys'])}. "
+                "Lower optimizer.lr, or look at them."
             )

@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
-    sys.path[0] = str(ROOT)  # the repository root, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
 from training.demo_settings import BLOCKS, DRAW, FINETUNE, GENERATE, PRETRAIN
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 class Demo:

@@ -23,7 +23,7 @@ def build_optimizer(model: torch.nn.Module, settings: OptimizerSettings) -> torc
 
 
 def cosine_with_warmup(step: int, total: int, warmup_ratio: float) -> float:
-    """Multiplier of the learning rate at 0-based `step`: linear from 0 over ceil(ratio * total) steps, then cosine to 0."""
+    """Multiplier of the rate at 0-based `step`: linear from 0 over ceil(ratio * total) steps, then cosine to 0."""
     warmup = math.ceil(total * warmup_ratio)
     if step < warmup:
         return step / max(1, warmup)

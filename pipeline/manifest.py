@@ -1,0 +1,202 @@
+"""What a store says of itself: its identity, the commit record of each shard, and the manifest of them all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from pipeline.schema import FORMAT_VERSION, SAMPLES, Column, ColumnFile, Commit, Failure, StoreSpec, commit_path
+from pipeline.storage import Storage
+
+SPEC, MANIFEST, FAILURES = "store.json", "manifest.parquet", "failures.jsonl"
+
+_DIFFERENT = {  # what a difference in store.json means to the person who asked
+    "dataset": "the records of data=... (or their texts) are others",
+    "encoder": "the features would come from another CLIP",
+    "seed": "the samples would come in another order",
+}
+
+
+def read_store(storage: Storage) -> StoreSpec:
+    """The identity of a store, the columns added later included.
+
+    Raises:
+        ValueError: if there is no store, or one of another format version.
+    """
+    try:
+        data = storage.read(SPEC)
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{storage.root} is not a feature store: it has no {SPEC}; build one with pipeline/build_shards.py"
+        ) from error
+    spec = _parse_spec(data, storage.root)
+    added = [Column.model_validate_json(storage.read(name)) for name in storage.list("columns")]
+    return spec.model_copy(update={"columns": (*spec.columns, *added)})
+
+
+def _parse_spec(data: bytes, root: str) -> StoreSpec:
+    try:
+        tree = json.loads(data)
+        version = tree.get("format_version") if isinstance(tree, dict) else None
+    except ValueError as error:
+        raise ValueError(f"{root}/{SPEC} is not JSON: {error}") from error
+    if isinstance(tree, dict) and version not in (None, FORMAT_VERSION):
+        raise ValueError(
+            f"{root} is a store of format version {version!r}, this program reads version {FORMAT_VERSION}: "
+            "use the version of compact-vision-tokens that built it, or build it again with pipeline/build_shards.py"
+        )
+    try:
+        return StoreSpec.model_validate(tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise ValueError(f"{root}/{SPEC}: {place}: {first['msg']} (found {first['input']!r})") from error
+
+
+def create_or_check(storage: Storage, spec: StoreSpec) -> StoreSpec:
+    """Write the identity of a new store, or check that the store that is there has the same one.
+
+    Columns that the store lacks are added to it, those that it has beyond are left alone. Returns what is there now.
+
+    Raises:
+        ValueError: naming every difference between `spec` and the store.
+    """
+    if storage.publish_bytes(SPEC, spec.model_dump_json(indent=1).encode()):
+        return spec
+    found = read_store(storage)
+    differing = []
+    for name in StoreSpec.model_fields:
+        theirs, mine = getattr(found, name), getattr(spec, name)
+        if name != "columns" and theirs != mine:
+            why = _DIFFERENT.get(name)
+            differing.append(f"{name}: {_brief(theirs)} there, {_brief(mine)} now" + (f" ({why})" if why else ""))
+    known = {column.name: column for column in found.columns}
+    for column in spec.columns:
+        if known.get(column.name, column) != column:
+            differing.append(f"column {_brief(known[column.name])} there, {_brief(column)} now")
+    if differing:
+        raise ValueError(
+            f"{storage.root} is a store of another build; take another store=..., or the same settings:\n  - "
+            + "\n  - ".join(differing)
+        )
+    for column in spec.columns:
+        if column.name not in known:
+            storage.publish_bytes(f"columns/{column.name}.json", column.model_dump_json().encode())
+    return read_store(storage)
+
+
+def _brief(value: Any) -> str:
+    if hasattr(value, "model_dump"):
+        return " ".join(f"{name}={item}" for name, item in value.model_dump().items())
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def added_columns(storage: Storage) -> tuple[str, ...]:
+    """Names of the columns that were added after the store's first build."""
+    return tuple(name.removeprefix("columns/").removesuffix(".json") for name in storage.list("columns"))
+
+
+def read_commit(storage: Storage, shard: int, added: str | None = None) -> Commit | None:
+    """A shard's commit record, or that of a column added to it; None if the shard is not there yet.
+
+    Raises:
+        ValueError: if the record is damaged.
+    """
+    name = commit_path(shard, added)
+    try:
+        return Commit.model_validate_json(storage.read(name))
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        raise ValueError(
+            f"{storage.root}/{name} is damaged ({error.errors()[0]['msg']}); "
+            "run pipeline/verify_shards.py STORE --repair, then build again"
+        ) from error
+
+
+def committed(storage: Storage, added: str | None = None) -> set[int]:
+    """Numbers of the shards that exist, or that have a column added later."""
+    folder = "commits" if added is None else f"commits/{added}"
+    pattern = re.compile(rf"{folder}/(\d{{5,}})\.json")
+    return {int(match[1]) for name in storage.list(folder) if (match := pattern.fullmatch(name))}
+
+
+def write_commit(storage: Storage, commit: Commit, added: str | None = None) -> bool:
+    """Make a shard exist; False if another worker was first, whose record then counts."""
+    return storage.publish_bytes(commit_path(commit.shard, added), commit.model_dump_json().encode())
+
+
+def write_manifest(storage: Storage, spec: StoreSpec, failures: Iterable[Failure]) -> int:
+    """Gather every commit into `manifest.parquet` and `failures.jsonl`; returns the number of samples.
+
+    A column that was added later appears once all its shards are there.
+
+    Raises:
+        ValueError: if a shard is missing.
+    """
+    base = _commits(storage, spec.shards, None)
+    files: list[dict[str, ColumnFile]] = [dict(commit.files) for commit in base]
+    for name in added_columns(storage):
+        if len(committed(storage, name)) == spec.shards:
+            for shard, commit in enumerate(_commits(storage, spec.shards, name)):
+                files[shard][name] = commit.files[name]
+    table: dict[str, Any] = {
+        "key": pa.array([key for commit in base for key in commit.keys], pa.string()),
+        "shard": pa.array([commit.shard for commit in base for _ in commit.keys], pa.int32()),
+        "image": pa.array([image for commit in base for image in commit.images], pa.string()),
+        "words": pa.array([words for commit in base for words in commit.words], pa.list_(pa.int32())),
+    }
+    complete = [c.name for c in spec.columns if all(c.name in shard for shard in files)]
+    for name in (SAMPLES, *complete):
+        table[f"{name}.offset"] = pa.array([o for shard in files for o in shard[name].offsets], pa.int64())
+        table[f"{name}.size"] = pa.array([s for shard in files for s in shard[name].sizes], pa.int64())
+    buffer = io.BytesIO()
+    pq.write_table(pa.table(table), buffer, compression="zstd")
+    faults = [*failures, *(failure for commit in base for failure in commit.failures)]
+    storage.replace(FAILURES, "".join(f.model_dump_json() + "\n" for f in faults).encode())
+    storage.replace(MANIFEST, buffer.getvalue())
+    return len(table["key"])
+
+
+def _commits(storage: Storage, shards: int, added: str | None) -> list[Commit]:
+    found = [read_commit(storage, shard, added) for shard in range(shards)]
+    missing = [shard for shard, commit in enumerate(found) if commit is None]
+    if missing:
+        raise ValueError(f"{storage.root} lacks {len(missing)} of {shards} shards, the first is {missing[0]}")
+    return [commit for commit in found if commit is not None]
+
+
+def read_manifest(storage: Storage) -> pa.Table:
+    """One row per sample: key, shard, image, words (list), and `<name>.offset`, `<name>.size` of samples and columns.
+
+    Raises:
+        ValueError: if the store is not complete.
+    """
+    try:
+        return pq.read_table(io.BytesIO(storage.read(MANIFEST)))
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{storage.root} has no {MANIFEST}: its build has not ended; run pipeline/build_shards.py again, "
+            "it goes on where it stopped"
+        ) from error
+
+
+def fingerprint(storage: Storage) -> str:
+    """sha256 of what training on a store depends on: its identity, and its samples in order.
+
+    Columns that are added later do not change it.
+    """
+    spec = _parse_spec(storage.read(SPEC), storage.root)
+    digest = hashlib.sha256(spec.model_dump_json().encode())
+    rows = read_manifest(storage).select(["key", "shard", "image", "words"]).to_pydict()
+    digest.update(json.dumps(list(rows.values()), separators=(",", ":")).encode())
+    return digest.hexdigest()

@@ -1,0 +1,266 @@
+"""The one door to bytes: a local folder or an S3 prefix, with files that appear whole or not at all.
+
+S3 settings come from the environment that every S3 tool reads (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE,
+AWS_DEFAULT_REGION, ...); no credential passes through here. Uploads carry a checksum that the server compares, and
+what s3fs does not retry itself (throttling that lasts) is retried here with growing pauses.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import logging
+import os
+import random
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+from typing import IO, Any, TypeVar
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+SCRATCH = ".scratch"  # of a local store: files on their way in, on the same file system as their final place
+ATTEMPTS = 6  # of a request, beside s3fs's own quick retries; pauses of 1, 2, 4, 8 and 16 s, jittered
+
+
+class Storage:
+    """Files below `root`, named by relative POSIX paths that cannot leave it.
+
+    Raises:
+        ValueError: for a root of an unknown scheme, or a name that would leave the root.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        text = str(root)
+        self.root = text.rstrip("/") or text
+        if "://" in text and not text.startswith("s3://"):
+            raise ValueError(f"{text!r}: storage is a local folder or s3://bucket/prefix")
+        self._local = None if text.startswith("s3://") else Path(text)
+        self._s3: Any = None
+
+    def __repr__(self) -> str:
+        return f"Storage({self.root!r})"
+
+    def __getstate__(self) -> str:
+        """Connections stay in their process."""
+        return self.root
+
+    def __setstate__(self, root: str) -> None:
+        self.__init__(root)  # type: ignore[misc]
+
+    def local_path(self, name: str) -> Path | None:
+        """Where a file lies on the local disk; None on S3."""
+        return None if self._local is None else self._local / _checked(name)
+
+    def read(self, name: str) -> bytes:
+        """The whole file. Raises FileNotFoundError."""
+        if self._local is not None:
+            return (self._local / _checked(name)).read_bytes()
+        data: bytes = self._retried(lambda fs, key: fs.cat_file(key), name)
+        return data
+
+    def read_range(self, name: str, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset` on, fewer where the file ends."""
+        if self._local is not None:
+            with (self._local / _checked(name)).open("rb") as file:
+                return os.pread(file.fileno(), length, offset)
+        data: bytes = self._retried(lambda fs, key: fs.cat_file(key, start=offset, end=offset + length), name)
+        return data
+
+    def open(self, name: str) -> IO[bytes]:
+        """A seekable file to read from."""
+        if self._local is not None:
+            return (self._local / _checked(name)).open("rb")
+        file: IO[bytes] = self._retried(lambda fs, key: fs.open(key, "rb"), name)
+        return file
+
+    def size(self, name: str) -> int:
+        """Length in bytes. Raises FileNotFoundError."""
+        if self._local is not None:
+            return (self._local / _checked(name)).stat().st_size
+        return int(self._retried(lambda fs, key: fs.info(key)["size"], name))
+
+    def exists(self, name: str) -> bool:
+        """Whether there is such a file."""
+        try:
+            self.size(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Names (relative to the root) and lengths of all files below `prefix`, sorted by name."""
+        if self._local is not None:
+            return _list_local(self._local, prefix)
+        found = self._retried(lambda fs, key: fs.find(key, detail=True), prefix)
+        skip = len(self.root) - len("s3://") + 1
+        return {key[skip:]: int(entry["size"]) for key, entry in sorted(found.items()) if entry["type"] == "file"}
+
+    def download(self, name: str, target: Path) -> None:
+        """Copy a file to the local path `target`, replacing it."""
+        if self._local is not None:
+            shutil.copyfile(self._local / _checked(name), target)
+        else:
+            self._retried(lambda fs, key: fs.get_file(key, str(target)), name)
+
+    def publish(self, name: str, source: Path) -> bool:
+        """Make the finished local file `source` appear as `name`, whole and only if nothing has that name yet.
+
+        Local stores link it (the source must be in `scratch`), S3 uploads with If-None-Match. Returns False, and
+        changes nothing, if the name is taken: perhaps by an upload of ours whose answer was lost.
+        """
+        if self._local is not None:
+            return _link(source, self._local / _checked(name))
+        try:
+            self._retried(lambda fs, key: fs.put_file(str(source), key, mode="create"), name)
+        except FileExistsError:
+            return False
+        return True
+
+    def publish_bytes(self, name: str, data: bytes) -> bool:
+        """As `publish`, for bytes in memory."""
+        with self.scratch() as folder:
+            path = folder / "file"
+            path.write_bytes(data)
+            return self.publish(name, path)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file whole, over an older one if need be: for what is derived from the rest."""
+        if self._local is None:
+            self._retried(lambda fs, key: fs.pipe_file(key, data), name)
+            return
+        with self.scratch() as folder:
+            path = folder / "file"
+            path.write_bytes(data)
+            _sync(path)
+            target = self._local / _checked(name)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+            _sync(target.parent)
+
+    def delete(self, name: str) -> None:
+        """Remove a file; nothing happens if there is none."""
+        if self._local is not None:
+            (self._local / _checked(name)).unlink(missing_ok=True)
+            return
+        with contextlib.suppress(FileNotFoundError):
+            self._retried(lambda fs, key: fs.rm_file(key), name)
+
+    @contextlib.contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A temporary folder from which `publish` works, removed at the end."""
+        if self._local is None:
+            import tempfile
+
+            with tempfile.TemporaryDirectory(prefix="feature-store-") as name:
+                yield Path(name)
+            return
+        folder = self._local / SCRATCH / f"{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # others still work in it
+                folder.parent.rmdir()
+
+    def sweep_scratch(self) -> None:
+        """Remove what killed processes of this machine left in the scratch folder of a local store."""
+        if self._local is None or not (self._local / SCRATCH).is_dir():
+            return
+        for folder in (self._local / SCRATCH).iterdir():
+            host, _, rest = folder.name.partition(".")
+            pid = rest.partition(".")[0]
+            if host == os.uname().nodename.partition(".")[0] and pid.isdigit() and not _alive(int(pid)):
+                shutil.rmtree(folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            (self._local / SCRATCH).rmdir()
+
+    def _key(self, name: str) -> str:
+        return f"{self.root}/{_checked(name)}" if name else self.root
+
+    def _retried(self, call: Callable[[Any, str], T], name: str) -> T:
+        """Run `call(filesystem, key)`, again after a pause if the service was at fault."""
+        from botocore.exceptions import BotoCoreError, NoCredentialsError
+
+        key = self._key(name)
+        for attempt in range(1, ATTEMPTS + 1):
+            try:
+                return call(self._filesystem(), key)
+            except FileExistsError:
+                raise
+            except (FileNotFoundError, PermissionError) as error:
+                raise type(error)(error.errno, f"{error.strerror or error}: {key}") from error
+            except NoCredentialsError as error:
+                raise PermissionError(errno.EACCES, f"no S3 credentials in the environment, for {key}") from error
+            except (OSError, BotoCoreError) as error:
+                number = getattr(error, "errno", None) or errno.EIO
+                if number == errno.EINVAL and "precondition" in str(error).lower():
+                    raise FileExistsError(name) from error  # how some servers word a failed If-None-Match
+                if attempt == ATTEMPTS:
+                    raise OSError(number, f"{error} ({ATTEMPTS} attempts): {key}") from error
+                log.warning("%s: %s (attempt %d of %d)", key, error, attempt, ATTEMPTS)
+                time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+        raise AssertionError("the last attempt returns or raises")
+
+    def _filesystem(self) -> Any:
+        if self._s3 is None:
+            import s3fs
+
+            self._s3 = s3fs.S3FileSystem(
+                use_listings_cache=False,
+                skip_instance_cache=True,
+                default_block_size=16 * 2**20,
+                config_kwargs={"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 4}},
+            )
+        return self._s3
+
+
+def _checked(name: str) -> str:
+    path = PurePosixPath(name)
+    if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+        raise ValueError(f"{name!r} is not a relative path within its folder")
+    return str(path)
+
+
+def _list_local(root: Path, prefix: str) -> dict[str, int]:
+    top = root / _checked(prefix) if prefix else root
+    found = {}
+    for folder, folders, files in os.walk(top):
+        folders[:] = [name for name in folders if name != SCRATCH]
+        for name in files:
+            path = Path(folder) / name
+            found[path.relative_to(root).as_posix()] = path.stat().st_size
+    return dict(sorted(found.items()))
+
+
+def _link(source: Path, target: Path) -> bool:
+    _sync(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    _sync(target.parent)
+    return True
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

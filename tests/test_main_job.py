@@ -1,0 +1,152 @@
+"""The main job through its real commands: one whole demo run, then every way to launch training on its stores."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+COMPOSER = [sys.executable, str(Path(sys.executable).parent / "composer")]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.fixture(scope="session")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of one complete demo run."""
+    run = tmp_path_factory.mktemp("demo") / "run"
+    shell(sys.executable, "training/demo.py", "--run", str(run))
+    return run
+
+
+def shell(*command: str, fails: bool = False) -> str:
+    done = subprocess.run(command, check=False, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=800)
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) is fails, output[-4000:]
+    return output
+
+
+def stage2(demo: Path, run: Path, *more: str) -> list[str]:
+    """Settings that train a few steps of stage 2 on the demo's store."""
+    return [
+        f"run={run}",
+        f"data.store={demo}/finetune-store",
+        f"model.llm={demo}/models/llm",
+        f"model.connector_from={demo}/pretrain/connector",
+        "model.connector.blocks=[1,2,3,4,5,6,7,8]",
+        "model.activation_checkpointing=false",
+        "data.max_length=512",
+        "data.group_by_length=false",
+        "optimizer.lr=1e-3",
+        "precision=fp32",
+        "device=cpu",
+        "global_batch_size=16",
+        "microbatch_size=4",
+        "steps=4",
+        *more,
+    ]
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_the_demo_learns_to_see(demo: Path) -> None:
+    summary = json.loads((demo / "summary.json").read_text())
+    assert summary["accuracy"] >= summary["accuracy_shuffled_images"] + 0.25
+    assert summary["vision_tokens_out"] * 4 == summary["vision_tokens_in"]
+    for stage in ("pretrain", "finetune"):
+        assert summary[stage]["loss_last"] < summary[stage]["loss_first"]
+    assert summary["store_images"] > 0
+    assert summary["store_bytes"] > 0
+    assert all(seconds > 0 for seconds in summary["seconds"].values())
+
+
+def test_the_demos_report_needs_nothing_beside_itself(demo: Path) -> None:
+    page = (demo / "report.html").read_text()
+    assert "data:image/jpeg;base64," in page
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+
+
+def test_running_the_demo_again_repeats_nothing(demo: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in demo.rglob("*.tar")}
+    output = shell(sys.executable, "training/demo.py", "--run", str(demo))
+    assert output.count("done before") >= 6
+    assert {path: path.stat().st_mtime_ns for path in demo.rglob("*.tar")} == before
+
+
+def test_every_launch_form_trains_the_same_losses(demo: Path, tmp_path: Path) -> None:
+    forms = {
+        "script": [*COMPOSER, "-n", "1", "training/train.py", "training/finetune.yaml"],
+        "literal yaml": [*COMPOSER, "-n", "1", "training/finetune.yaml"],
+        "two ranks": [*COMPOSER, "-n", "2", "training/finetune.yaml"],
+        "no launcher": [sys.executable, "training/train.py", "training/finetune.yaml"],
+    }
+    seen = {}
+    for name, command in forms.items():
+        run = tmp_path / name.replace(" ", "-")
+        shell(*command, *stage2(demo, run))
+        seen[name] = losses(run)
+    assert len(seen["script"]) == 4
+    assert seen["literal yaml"] == seen["script"] == seen["no launcher"]
+    assert seen["two ranks"] == pytest.approx(seen["script"], rel=2e-5)
+
+
+def test_a_misspelt_setting_is_named_with_what_was_meant(tmp_path: Path) -> None:
+    output = shell(
+        sys.executable, "training/train.py", "training/finetune.yaml", "optimiser.lr=1", "epochs=0", fails=True
+    )
+    assert "did you mean 'optimizer'?" in output
+    assert "epochs" in output
+    assert "Traceback" not in output
+
+
+def test_a_store_that_is_not_there_is_a_clear_error(demo: Path, tmp_path: Path) -> None:
+    settings = stage2(demo, tmp_path / "run", f"data.store={tmp_path}/nothing")
+    output = shell(sys.executable, "training/train.py", "training/finetune.yaml", *settings, fails=True)
+    assert f"{tmp_path}/nothing" in output
+    assert "build_shards.py" in output
+    assert "Traceback" not in output
+
+
+def test_stage_one_leaves_the_language_model_as_it_was(demo: Path) -> None:
+    from safetensors.torch import load_file
+
+    before = load_file(demo / "models" / "llm" / "model.safetensors")
+    assert set(load_file(demo / "pretrain" / "connector" / "connector.safetensors"))
+    after = load_file(demo / "finetune" / "model" / "model.safetensors")
+    changed = [
+        name
+        for name, weight in before.items()
+        if name.endswith("q_proj.weight")
+        and not any(weight.shape == other.shape and weight.equal(other) for other in after.values())
+    ]
+    assert changed, "stage 2 trains the language model"
+
+
+def test_the_photos_go_through_the_same_commands(shared: Path, tmp_path: Path) -> None:
+    photos = shared / "data" / "photos"
+    shell(
+        sys.executable,
+        "training/demo.py",
+        "--run",
+        str(tmp_path / "run"),
+        "--chat",
+        str(photos / "chat.json"),
+        "--instruct",
+        str(photos / "instruct.json"),
+        "--images",
+        str(photos / "images"),
+        "--questions",
+        str(photos / "pope_questions.jsonl"),
+    )
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["store_images"] == 162 + 68
+    for store in ("pretrain-store", "finetune-store"):
+        assert (tmp_path / "run" / store / "failures.jsonl").read_text() == ""
+    assert summary["questions"] == len((photos / "pope_questions.jsonl").read_text().splitlines())

@@ -140,6 +140,16 @@ class BuildConfig(Settings):
     decode_threads: int = Field(default=4, gt=0, description="threads per worker that fetch and decode images")
     ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one")
 
+    @property
+    def data_files(self) -> tuple[str, ...]:
+        """`data`, as several."""
+        return (self.data,) if isinstance(self.data, str) else self.data
+
+    @property
+    def image_roots(self) -> tuple[str, ...]:
+        """`images`, as several."""
+        return (self.images,) if isinstance(self.images, str) else self.images
+
     @field_validator("blocks", "cls")
     @classmethod
     def _unique_blocks(cls, value: tuple[int, ...]) -> tuple[int, ...]:

@@ -75,6 +75,8 @@ def create_or_check(storage: Storage, spec: StoreSpec) -> StoreSpec:
     differing = []
     for name in StoreSpec.model_fields:
         theirs, mine = getattr(found, name), getattr(spec, name)
+        if name == "encoder" and theirs.revision == mine.revision:
+            mine = mine.model_copy(update={"id": theirs.id})  # the same weights, by another name
         if name != "columns" and theirs != mine:
             why = _DIFFERENT.get(name)
             differing.append(f"{name}: {_brief(theirs)} there, {_brief(mine)} now" + (f" ({why})" if why else ""))

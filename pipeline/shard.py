@@ -30,6 +30,7 @@ class TarWriter:
     def __init__(self, path: Path) -> None:
         self._file = path.open("wb", buffering=0)
         self._end = 0
+        self._payload_at = 0
         self._digest = hashlib.sha256()
         self._hasher = ThreadPoolExecutor(1, thread_name_prefix="sha256")
         self._hashing: deque[Future[None]] = deque()
@@ -46,14 +47,19 @@ class TarWriter:
         self._file.close()
 
     def add(self, name: str, payload: Payload) -> None:
-        """Append a member; a name of up to 100 bytes, as ustar has it."""
+        """Append a sample's member; a name of up to 100 bytes, as ustar has it."""
+        self.attach(name, payload)
+        self.offsets.append(self._payload_at)
+        self.sizes.append(len(payload))
+
+    def attach(self, name: str, payload: Payload) -> None:
+        """Append a further member of the sample, which the index does not list."""
         size = len(payload)
         data = payload if isinstance(payload, bytes) else payload.data
         info = tarfile.TarInfo(name)
         info.size = size
         header = info.tobuf(tarfile.USTAR_FORMAT)
-        self.offsets.append(self._end + len(header))
-        self.sizes.append(size)
+        self._payload_at = self._end + len(header)
         self._write([header, data, bytes(-size % tarfile.BLOCKSIZE)])
 
     def skip(self) -> None:

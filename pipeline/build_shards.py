@@ -1,0 +1,310 @@
+#!/usr/bin/env python
+"""Build a feature store: `python pipeline/build_shards.py [CONFIG.yaml] key=value ...`.
+
+LLaVA JSON and images go in; CLIP features of several blocks come out as WebDataset shards. The same on a cluster:
+
+    ray job submit --working-dir . -- pipeline/build_shards.py CONFIG.yaml key=value ...
+
+Run it again after any interruption: it does what is missing and nothing else. `main` is the table of contents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
+
+from pipeline.config import BuildConfig, ConfigError, load_config
+
+if TYPE_CHECKING:
+    from pipeline.dataset import Dataset
+    from pipeline.plan import Work
+    from pipeline.schema import StoreSpec
+    from pipeline.storage import Storage
+
+FAILURES_ALLOWED = 10  # whatever the rate: one bad image of twenty must not stop a trial run
+ATTEMPTS = 4  # of a shard whose worker dies
+OBJECT_STORE = 256 * 2**20  # bytes of a local Ray's object store: only rows of text go through it
+
+
+def main() -> None:
+    """Command line: configuration -> plan -> encode -> manifest."""
+    arguments = parse_arguments()
+    try:
+        settings = [s for s in [arguments.config, *arguments.settings] if s and "=" in s]
+        file = arguments.config if arguments.config and "=" not in arguments.config else None
+        config = load_config(BuildConfig, file, settings)
+        dataset, spec = read_sources(config)
+        if arguments.plan:
+            print(plan(config, dataset, spec, arguments))
+            return
+        build(config, dataset, spec)
+    except (ConfigError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """What the command line says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="settings:\n" + "\n".join(_setting_lines()),
+    )
+    parser.add_argument("config", nargs="?", help="YAML file of settings")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, over those of the file")
+    parser.add_argument(
+        "--plan", "--dry-run", action="store_true", help="say what would be done and cost; write nothing"
+    )
+    parser.add_argument(
+        "--rate", type=float, default=100.0, help="images/s of the whole cluster (default: %(default)s)"
+    )
+    parser.add_argument("--price", type=float, default=0.023, help="$ per GB and month (default: %(default)s)")
+    parser.add_argument("--step-time", type=float, default=1.0, help="s per training step (default: %(default)s)")
+    parser.add_argument("--batch", type=int, default=32, help="images per GPU and training step (default: %(default)s)")
+    return parser.parse_args()
+
+
+def _setting_lines() -> Iterator[str]:
+    for name, field in BuildConfig.model_fields.items():
+        default = "required" if field.is_required() else f"default {field.default!r}"
+        yield f"  {name:<15} {field.description} ({default})"
+
+
+def read_sources(config: BuildConfig) -> tuple[Dataset, StoreSpec]:
+    """The records and the identity of the store that they make.
+
+    Raises:
+        ValueError: if files are missing, are not LLaVA data, or the encoder does not have the blocks.
+    """
+    from pipeline.dataset import check_roots, read_dataset
+    from pipeline.encoder import columns_of, describe_encoder
+    from pipeline.plan import count_shards
+    from pipeline.schema import StoreSpec
+
+    check_roots(config.image_roots)
+    dataset = read_dataset(config.data_files, config.seed, config.limit)
+    if not dataset.records:
+        first = dataset.failures[0].reason if dataset.failures else "the files are empty"
+        raise ValueError(f"data: no usable record in {', '.join(config.data_files)} ({first})")
+    encoder = describe_encoder(config.encoder, config.revision)
+    spec = StoreSpec(
+        dataset=dataset.digest,
+        samples=len(dataset.records),
+        shards=count_shards(len(dataset.records), config.shard_size),
+        shard_size=config.shard_size,
+        seed=config.seed,
+        encoder=encoder,
+        aspect=config.aspect,
+        compute=config.compute,
+        codec=config.codec,
+        columns=columns_of(encoder, config.blocks, config.cls),
+        stores_images=config.store_images,
+    )
+    return dataset, spec
+
+
+def plan(config: BuildConfig, dataset: Dataset, spec: StoreSpec, arguments: argparse.Namespace) -> str:
+    """What `build` would do."""
+    from pipeline.dataset import list_images
+    from pipeline.manifest import committed
+    from pipeline.plan import report
+    from pipeline.storage import Storage
+
+    left = spec.shards - len(committed(Storage(config.store)))
+    there = list_images(config.image_roots)
+    missing = sum(record.image is not None and record.image not in there for record in dataset.records)
+    prices = {name: getattr(arguments, name) for name in ("rate", "price", "step_time", "batch")}
+    return report(config, spec, dataset, left, missing, prices)
+
+
+def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
+    """Make the store complete: what is missing is encoded by Ray, then the manifest is written.
+
+    Raises:
+        ValueError: if the store belongs to another build, or too many samples fail.
+    """
+    from pipeline.manifest import create_or_check, write_manifest
+    from pipeline.plan import todo
+    from pipeline.storage import Storage
+
+    start = time.perf_counter()
+    storage = Storage(config.store)
+    storage.sweep_scratch()
+    wanted = tuple(column.name for column in spec.columns)
+    spec = create_or_check(storage, spec)
+    work = todo(storage, spec, wanted)
+    said = f"{config.store}: {spec.samples} samples in {spec.shards} shards"
+    print(f"{said}, {len(work)} to do; columns {', '.join(wanted)} in {spec.codec}", flush=True)
+    try:
+        # Base shards first: a column is only added to samples that are there.
+        for part in ([w for w in work if w.base], [w for w in work if not w.base]):
+            if part:
+                encode(config, dataset, spec, part, storage)
+    except TooManyFailuresError:
+        _write_failures(storage, dataset)
+        raise
+    samples = write_manifest(storage, spec, dataset.failures)
+    storage.sweep_scratch()
+    failures = len(dataset.failures) + spec.samples - samples
+    print(f"done: {samples} samples, {failures} failures (failures.jsonl), {time.perf_counter() - start:.0f} s")
+    if samples == 0:
+        raise ValueError(f"every one of {spec.samples} samples failed; see {config.store}/failures.jsonl")
+
+
+class TooManyFailuresError(ValueError):
+    """The rate of failures is above what the configuration allows."""
+
+
+def encode(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Work], storage: Storage) -> None:
+    """Let Ray Data spread the shards over a pool of workers: one row is one shard, no feature passes through Ray."""
+    from pipeline.dataset import index_zips
+    from pipeline.plan import row_of, shard_records
+
+    zips = index_zips(config.image_roots)
+    rows = [row_of(item, shard_records(dataset.records, spec, item.shard), zips) for item in work]
+    progress = _Progress(spec, rows, max(FAILURES_ALLOWED, config.max_failures * spec.samples))
+    with connected(config) as workers:
+        for outcome in schedule(config, spec, rows, min(workers, len(rows))):
+            progress(outcome)
+    progress.close()
+
+
+@contextlib.contextmanager
+def connected(config: BuildConfig) -> Iterator[int]:
+    """Join the cluster that `ray_address` or RAY_ADDRESS names, or start a local one; yields how many workers fit.
+
+    Raises:
+        ValueError: if not even one does.
+    """
+    import ray
+
+    address = config.ray_address or os.environ.get("RAY_ADDRESS")
+    if address:
+        ray.init(address=address)
+    else:
+        root = str(Path(__file__).resolve().parent.parent)
+        paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Else Ray writes a token to the home folder, and later clusters of this user ask for it.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(
+            address="local",
+            num_gpus=None if config.num_gpus else 0,
+            include_dashboard=False,
+            object_store_memory=OBJECT_STORE,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+        )
+    try:
+        resources = ray.cluster_resources()
+        cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+        fit = min(cpus // config.num_cpus, gpus // config.num_gpus if config.num_gpus else cpus)
+        if fit < 1:
+            raise ValueError(
+                f"no worker of {config.num_cpus:g} CPUs and {config.num_gpus:g} GPUs fits the cluster, which has "
+                f"{cpus:g} CPUs and {gpus:g} GPUs; lower num_cpus or num_gpus"
+            )
+        yield config.workers or int(fit)
+    finally:
+        ray.shutdown()
+
+
+def schedule(
+    config: BuildConfig, spec: StoreSpec, rows: list[dict[str, Any]], workers: int
+) -> Iterator[dict[str, Any]]:
+    """What each shard came to, in the order in which they end."""
+    import ray.data
+    from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = False
+    context.log_internal_stack_trace_to_stdout = False
+    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")  # the one way to say max_task_retries in 2.60
+    outcomes = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=len(rows)).map(
+        _RayWorker,
+        fn_constructor_args=(config, spec),
+        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+        num_cpus=config.num_cpus,
+        num_gpus=config.num_gpus or None,
+        ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": ATTEMPTS - 1},
+    )
+    try:
+        for outcome in outcomes.iter_rows():
+            yield json.loads(outcome["outcome"])
+    except RayTaskError as error:
+        raise ValueError(f"a worker failed: {error.cause}") from error
+    except (ActorDiedError, WorkerCrashedError) as error:
+        raise ValueError(
+            f"a worker died {ATTEMPTS} times on one shard, most likely for want of memory; lower batch_size, or give "
+            f"it more with num_cpus (fewer workers), then run the same command again: {error}"
+        ) from error
+
+
+class _RayWorker:
+    """Ray Data's view of a worker: JSON text in, JSON text out, so that rows need no schema."""
+
+    def __init__(self, config: BuildConfig, spec: StoreSpec) -> None:
+        from pipeline.worker import ShardWorker
+
+        self._worker: Callable[[dict[str, Any]], dict[str, Any]] = ShardWorker(config, spec)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
+        return {"outcome": json.dumps(self._worker(json.loads(row["row"])))}
+
+
+class _Progress:
+    """Counts outcomes: a bar with rate and ETA, and the stop when too many samples fail."""
+
+    def __init__(self, spec: StoreSpec, rows: list[dict[str, Any]], failures_allowed: float) -> None:
+        from tqdm import tqdm
+
+        self.failures = 0
+        self.allowed = failures_allowed
+        self.samples = {row["shard"]: len(row["records"]) for row in rows}
+        self.bar = tqdm(total=sum(self.samples.values()), unit=" samples", mininterval=1.0, desc="encode")
+
+    def __call__(self, outcome: dict[str, Any]) -> None:
+        """Take note of a shard's outcome.
+
+        Raises:
+            TooManyFailuresError: naming the first reasons.
+        """
+        self.failures += outcome["failures"]
+        self.bar.update(self.samples[outcome["shard"]])
+        self.bar.set_postfix(failures=self.failures)
+        for reason in outcome["reasons"]:
+            self.bar.write(f"failed: {reason}")
+        if self.failures > self.allowed:
+            self.bar.close()
+            raise TooManyFailuresError(
+                f"{self.failures} samples have failed, {self.allowed:.0f} are allowed (max_failures); the reasons are "
+                f"in failures.jsonl of the store, for example {outcome['reasons'][0]}. Mend the data and build a new "
+                "store, or raise max_failures and run again"
+            )
+
+    def close(self) -> None:
+        """End the bar."""
+        self.bar.close()
+
+
+def _write_failures(storage: Storage, dataset: Dataset) -> None:
+    """What is known of failures when a job stops early."""
+    from pipeline.manifest import FAILURES, committed, read_commit
+
+    commits = [read_commit(storage, shard) for shard in sorted(committed(storage))]
+    known = [*dataset.failures, *(failure for commit in commits if commit for failure in commit.failures)]
+    storage.replace(FAILURES, "".join(failure.model_dump_json() + "\n" for failure in known).encode())
+
+
+if __name__ == "__main__":
+    main()

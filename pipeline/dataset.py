@@ -1,0 +1,269 @@
+"""LLaVA JSON or JSONL -> one record per image with all its conversations, in a deterministic shuffled order.
+
+CC-595K             chat.json and a folder, or images.zip as it is
+LLaVA-Instruct-158K records that share COCO images: each image once
+LLaVA-1.5's mixes   several image folders; records without an image are kept as they are
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import zipfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from pydantic import ValidationError
+
+from pipeline.schema import Conversation, Failure, Turn
+from pipeline.storage import Storage
+
+LOCAL_HEADER = 30  # bytes of a zip member's header before its name
+
+
+@dataclass(slots=True)
+class Record:
+    """One image with all its conversations, or one text-only conversation (`image` is None)."""
+
+    image: str | None
+    conversations: list[dict[str, Any]] = field(default_factory=list)  # Conversation, as plain data
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What the source says, checked: records in the store's order, and what had to be left out."""
+
+    records: list[Record]
+    failures: list[Failure]
+    digest: str
+    conversations: int
+    merged: int  # conversations that joined an image already seen
+    duplicates: int  # records that repeat another word for word, left out
+
+
+def read_dataset(data: tuple[str, ...], seed: int, limit: int | None) -> Dataset:
+    """Read and check the JSON files, group by image, shuffle, and keep the first `limit` records.
+
+    The digest is over all records in the order of the files, so it does not depend on seed or limit.
+
+    Raises:
+        ValueError: if a file is not there, or is neither JSON nor JSON lines.
+    """
+    grouped: dict[str, Record] = {}
+    texts: list[Record] = []
+    order: list[Record] = []
+    failures: list[Failure] = []
+    digest = hashlib.sha256()
+    seen: set[bytes] = set()
+    counts = {"conversations": 0, "merged": 0, "duplicates": 0}
+    for source, raw in _raw_records(data):
+        checked = _checked(raw)
+        if isinstance(checked, str):
+            failures.append(Failure(key="", source=source, reason=checked))
+            continue
+        image, conversation = checked
+        line = json.dumps([image, conversation], ensure_ascii=False, separators=(",", ":")).encode()
+        identity = hashlib.sha256(line).digest()
+        if identity in seen:
+            counts["duplicates"] += 1
+            continue
+        seen.add(identity)
+        digest.update(identity)
+        counts["conversations"] += 1
+        if image is None:
+            order.append(Record(None, [conversation]))
+            texts.append(order[-1])
+        elif image in grouped:
+            grouped[image].conversations.append(conversation)
+            counts["merged"] += 1
+        else:
+            grouped[image] = Record(image, [conversation])
+            order.append(grouped[image])
+    return Dataset([order[i] for i in _permutation(len(order), seed)][:limit], failures, digest.hexdigest(), **counts)
+
+
+def _permutation(count: int, seed: int) -> list[int]:
+    """A shuffle that stays the same for ever: PCG64's raw bits are guaranteed, numpy's shuffle is not."""
+    bits: Any = np.random.PCG64(np.random.SeedSequence([seed, 0xDA7A])).random_raw(count)
+    order: list[int] = np.argsort(bits, kind="stable").tolist()
+    return order
+
+
+def _raw_records(files: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """(place, record) of every record of every file."""
+    for file in files:
+        root, _, name = file.rpartition("/")
+        try:
+            data = Storage(root or ".").read(name)
+        except FileNotFoundError as error:
+            raise ValueError(f"data: {file} does not exist") from error
+        try:
+            text = data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"data: {file} is not UTF-8 text: {error}") from error
+        if text.lstrip().startswith("["):
+            try:
+                records = json.loads(text)
+            except ValueError as error:
+                raise ValueError(f"data: {file} is not JSON: {error}") from error
+            yield from ((f"{name}#{index}", record) for index, record in enumerate(records))
+            continue
+        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        parsed = [(number, _parsed(line)) for number, line in lines]
+        if all(isinstance(record, ValueError) for _, record in parsed):
+            raise ValueError(f"data: {file} is neither a JSON list nor JSON lines of LLaVA records")
+        yield from ((f"{name}:{number}", record) for number, record in parsed)
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        return error
+
+
+def _checked(raw: Any) -> tuple[str | None, dict[str, Any]] | str:
+    """(image, conversation) of a source record, or the reason why it is none."""
+    if isinstance(raw, ValueError):
+        return f"not JSON: {raw}"
+    if not isinstance(raw, dict):
+        return f"a record is a mapping, this is {type(raw).__name__}"
+    image = raw.get("image")
+    if image is not None:
+        wrong = _wrong_name(image)
+        if wrong is not None:
+            return wrong
+        image = str(PurePosixPath(image))
+    turns = raw.get("conversations")
+    if not isinstance(turns, list) or not turns:
+        return "no conversations"
+    try:
+        conversation = Conversation(id=str(raw.get("id", "")), turns=tuple(Turn.model_validate(turn) for turn in turns))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        return f"conversations: {place}: {first['msg']} (found {str(first['input'])[:80]!r})"
+    return image, conversation.model_dump(by_alias=True, mode="json")
+
+
+def _wrong_name(image: Any) -> str | None:
+    if not isinstance(image, str) or not image:
+        return f"image is {image!r}, a path was expected"
+    path = PurePosixPath(image)
+    if path.is_absolute() or ".." in path.parts or "\\" in image or "\0" in image or "://" in image:
+        return f"image {image!r} leaves the image folder: refused"
+    return None
+
+
+class ZipMember(NamedTuple):
+    """Where a file lies within a zip archive."""
+
+    offset: int  # of its local header
+    packed: int  # bytes in the archive
+    size: int
+    method: int
+    crc: int
+
+
+class ImageSource:
+    """Images by name from one or several roots (folders or .zip files, local or s3://), tried in order.
+
+    `places` comes from `index_zips` on the driver: opening an archive of 600,000 images takes seconds, once is enough.
+    """
+
+    def __init__(self, roots: tuple[str, ...]) -> None:
+        self._roots = roots
+        self._storages = [Storage(root.rpartition("/")[0] or ".") if is_zip(root) else Storage(root) for root in roots]
+
+    def read(self, name: str, places: list[ZipMember | None] | None = None) -> bytes:
+        """The bytes of an image.
+
+        Raises:
+            ValueError: if no root has it, or the archive's copy is damaged.
+        """
+        for number, (root, storage) in enumerate(zip(self._roots, self._storages, strict=True)):
+            if is_zip(root):
+                place = places[number] if places else None
+                if place is not None:
+                    return _read_member(storage, root.rpartition("/")[2], ZipMember(*place))
+                continue
+            try:
+                return storage.read(name)
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+                continue
+            except PermissionError as error:
+                raise ValueError(f"permission denied: {name}") from error
+        raise ValueError("missing image")
+
+
+def is_zip(root: str) -> bool:
+    """Whether an image root is an archive."""
+    return root.lower().endswith(".zip")
+
+
+def _read_member(storage: Storage, archive: str, place: ZipMember) -> bytes:
+    header = storage.read_range(archive, place.offset, LOCAL_HEADER)
+    name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    start = place.offset + LOCAL_HEADER + name_length + extra_length
+    packed = storage.read_range(archive, start, place.packed)
+    try:
+        data = (
+            packed if place.method == zipfile.ZIP_STORED else zlib.decompressobj(-15).decompress(packed, place.size + 1)
+        )
+    except zlib.error as error:
+        raise ValueError(f"damaged in the archive: {error}") from error
+    if len(data) != place.size or zlib.crc32(data) != place.crc:
+        raise ValueError("damaged in the archive: wrong checksum")
+    return data
+
+
+def index_zips(roots: tuple[str, ...]) -> list[dict[str, ZipMember]]:
+    """For each root, where the members of its archive lie (empty for folders).
+
+    Raises:
+        ValueError: if an archive is not there, is none, or is packed in a way that cannot be read in place.
+    """
+    found = []
+    for root in roots:
+        index: dict[str, ZipMember] = {}
+        if is_zip(root):
+            folder, _, name = root.rpartition("/")
+            try:
+                with Storage(folder or ".").open(name) as file, zipfile.ZipFile(file) as archive:
+                    for info in archive.infolist():
+                        if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not info.is_dir():
+                            index[info.filename] = ZipMember(
+                                info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC
+                            )
+            except FileNotFoundError as error:
+                raise ValueError(f"images: {root} does not exist") from error
+            except zipfile.BadZipFile as error:
+                raise ValueError(f"images: {root} is not a zip archive: {error}") from error
+        found.append(index)
+    return found
+
+
+def list_images(roots: tuple[str, ...]) -> dict[str, int]:
+    """Names and lengths of everything below the image roots, for planning."""
+    found: dict[str, int] = {}
+    for root, index in zip(roots, index_zips(roots), strict=True):
+        if is_zip(root):
+            found |= {name: place.size for name, place in index.items()}
+        else:
+            found |= Storage(root).list()
+    return found
+
+
+def check_roots(roots: tuple[str, ...]) -> None:
+    """Say at once what would otherwise fail for every image.
+
+    Raises:
+        ValueError: naming the local folders that do not exist.
+    """
+    missing = [root for root in roots if "://" not in root and not Path(root).exists()]
+    if missing:
+        raise ValueError(f"images: {', '.join(missing)} does not exist")

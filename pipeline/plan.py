@@ -1,0 +1,102 @@
+"""Samples -> numbered shards, and what building them will cost: bytes, hours, dollars, and what is left to do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.codec import payload_bytes
+from pipeline.config import BuildConfig
+from pipeline.dataset import Dataset, Record, ZipMember
+from pipeline.manifest import added_columns, committed
+from pipeline.schema import Codec, StoreSpec
+from pipeline.storage import Storage
+
+CODECS: tuple[Codec, ...] = ("bf16", "fp16", "fp8", "int8")
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done on one shard: everything, or only the columns that were added to the store."""
+
+    shard: int
+    columns: tuple[str, ...]
+    base: bool  # whether the samples and the base columns are among it
+
+
+def todo(storage: Storage, spec: StoreSpec, wanted: Sequence[str]) -> list[Work]:
+    """The shards that lack something of the `wanted` columns, in order."""
+    added = added_columns(storage)
+    base = tuple(column.name for column in spec.columns if column.name not in added)
+    done = committed(storage)
+    done_added = {name: committed(storage, name) for name in added if name in wanted}
+    work = []
+    for shard in range(spec.shards):
+        extra = tuple(name for name, shards in done_added.items() if shard not in shards)
+        if shard not in done:
+            work.append(Work(shard, base, base=True))
+        if extra:
+            work.append(Work(shard, extra, base=False))
+    return work
+
+
+def shard_records(records: list[Record], spec: StoreSpec, shard: int) -> list[tuple[str, Record]]:
+    """(key, record) of a shard's samples: the key is the position in the store's order, so it sorts like it."""
+    first = shard * spec.shard_size
+    return [(f"{first + i:09d}", record) for i, record in enumerate(records[first : first + spec.shard_size])]
+
+
+def row_of(work: Work, records: list[tuple[str, Record]], zips: list[dict[str, ZipMember]]) -> dict[str, Any]:
+    """What a worker needs to know, as plain data: a few hundred bytes a sample, never an image."""
+    return {
+        "shard": work.shard,
+        "columns": list(work.columns),
+        "base": work.base,
+        "records": [
+            (key, record.image, record.conversations, [index.get(record.image or "") for index in zips])
+            for key, record in records
+        ],
+    }
+
+
+def count_shards(samples: int, shard_size: int) -> int:
+    """How many shards so many samples fill."""
+    return -(-samples // shard_size)
+
+
+def report(
+    config: BuildConfig, spec: StoreSpec, dataset: Dataset, left: int, missing: int, prices: dict[str, float]
+) -> str:
+    """What a build would do and cost, for a person: printed by `--plan`."""
+    images = sum(record.image is not None for record in dataset.records)
+    conversations = sum(len(record.conversations) for record in dataset.records)
+    per_image = {codec: sum(payload_bytes(column, codec) for column in spec.columns) for codec in CODECS}
+    total = images * per_image[spec.codec]
+    rate, price, step = prices["rate"], prices["price"], prices["step_time"]
+    per_gpu = prices["batch"] * per_image[spec.codec] / step
+    lines = [
+        f"store          {config.store}",
+        f"images         {images:,} (not found: {missing:,}), text-only records {len(dataset.records) - images:,}",
+        f"conversations  {conversations:,}; {dataset.merged:,} joined an image already seen, "
+        f"{dataset.duplicates:,} duplicates left out, {len(dataset.failures):,} records unusable",
+        f"shards         {spec.shards:,} of {spec.shard_size} samples; {spec.shards - left:,} there, {left:,} to do",
+        "",
+        f"{'column':<10}{'tokens':>8}{'width':>8}" + "".join(f"{codec + ' GB':>12}" for codec in CODECS),
+    ]
+    for column in spec.columns:
+        sizes = "".join(f"{images * payload_bytes(column, codec) / 1e9:>12,.2f}" for codec in CODECS)
+        lines.append(f"{column.name:<10}{column.tokens:>8}{column.width:>8}{sizes}")
+    lines += [
+        f"{'all':<26}" + "".join(f"{images * per_image[codec] / 1e9:>12,.2f}" for codec in CODECS),
+        "",
+        f"this store     {total / 1e12:,.3f} TB in {spec.codec}, {per_image[spec.codec] / 1e6:.3f} MB per image",
+        f"time           {images / rate / 3600:,.2f} h at {rate:g} images/s (--rate)",
+        f"rent           {total / 1e9 * price:,.2f} $ a month at {price:g} $ per GB (--price)",
+        "",
+        f"training       {per_gpu / 1e9:,.3f} GB/s per GPU for {prices['batch']:g} images a step of {step:g} s "
+        "(--step-time, --batch)",
+        f"break-even     encoding on the fly costs {prices['batch'] / rate:,.3f} s a step at {rate:g} images/s; "
+        f"reading is faster above {rate * per_image[spec.codec] / 1e9:,.3f} GB/s per GPU",
+    ]
+    return "\n".join(lines)

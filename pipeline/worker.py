@@ -1,0 +1,278 @@
+"""Builds one shard after another: fetch, decode, encode, write, publish. Knows nothing of who schedules it.
+
+Stages overlap: threads decode images ahead, the calling thread runs CLIP, one more thread writes the tars. At most
+three batches are in flight, so memory does not depend on the size of a shard or of the data set.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.codec import encode
+from pipeline.config import BuildConfig
+from pipeline.dataset import ImageSource
+from pipeline.encoder import Encoder, Pixels, load_image, preprocess
+from pipeline.manifest import read_commit, write_commit
+from pipeline.schema import SAMPLES, Column, ColumnFile, Commit, Conversation, Failure, Sample, StoreSpec, tar_path
+from pipeline.shard import TarWriter, members, sample_json, sha256_of
+from pipeline.storage import Storage
+
+log = logging.getLogger(__name__)
+
+BATCHES_AHEAD = 2  # decoded ahead of CLIP; one more is being written
+
+
+@dataclass
+class _Item:
+    """A sample on its way; `fault` says why it does not arrive."""
+
+    key: str
+    image: str | None
+    conversations: list[dict[str, Any]]
+    pixels: Pixels | None = None
+    data: bytes | None = None  # of the source image, if it is to be stored
+    size: tuple[int, int] | None = None
+    fault: str | None = None
+
+
+@dataclass
+class _Batch:
+    """Consecutive samples of a shard, of which up to `batch_size` have images."""
+
+    items: list[_Item]
+    features: dict[str, torch.Tensor]  # (images that are sound, tokens, width)
+
+
+class ShardWorker:
+    """Holds CLIP; called with a row of `pipeline.plan.row_of`, it makes that shard exist.
+
+    Args:
+        config: the build's settings. spec: the store's identity, all its columns included.
+    """
+
+    def __init__(self, config: BuildConfig, spec: StoreSpec) -> None:
+        torch.set_num_threads(max(1, int(config.num_cpus)))
+        self.config = config
+        self.spec = spec
+        self.storage = Storage(config.store)
+        self.source = ImageSource(config.image_roots)
+        self.device = "cuda" if torch.cuda.is_available() and config.num_gpus > 0 else "cpu"
+        self._encoders: dict[tuple[str, ...], Encoder] = {}
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Build the shard of `row`, if nobody has yet; says what came of it."""
+        start = time.perf_counter()
+        shard, base, names = int(row["shard"]), bool(row["base"]), tuple(row["columns"])
+        outcome = {"shard": shard, "images": 0, "samples": 0, "bytes": 0, "failures": 0, "reasons": [], "made": False}
+        if self._is_there(shard, base, names):
+            return {**outcome, "seconds": 0.0}
+        with self.storage.scratch() as folder, torch.inference_mode():
+            commit = self._build(row, folder, names)
+            made = self._publish(commit, folder, base)
+        outcome |= {
+            "images": sum(image is not None for image in commit.images),
+            "samples": len(commit.keys),
+            "bytes": sum(file.bytes for file in commit.files.values()),
+            "failures": len(commit.failures),
+            "reasons": [f"{failure.source}: {failure.reason}" for failure in commit.failures[:3]],
+            "made": made,
+        }
+        return {**outcome, "seconds": time.perf_counter() - start}
+
+    def _is_there(self, shard: int, base: bool, names: tuple[str, ...]) -> bool:
+        wanted = [None] if base else list(names)
+        return all(read_commit(self.storage, shard, name) is not None for name in wanted)
+
+    def _build(self, row: Mapping[str, Any], folder: Path, names: tuple[str, ...]) -> Commit:
+        """Write the tars of a shard into `folder`."""
+        base = bool(row["base"])
+        columns = tuple(column for column in self.spec.columns if column.name in names)
+        with contextlib.ExitStack() as stack:
+            writers = {
+                name: stack.enter_context(TarWriter(folder / f"{name}.tar"))
+                for name in (*((SAMPLES,) if base else ()), *names)
+            }
+            shard = _ShardInTheMaking(int(row["shard"]), writers, self.spec)
+            writing = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
+            written: Future[None] | None = None
+            for items in self._decoded(row, stack):
+                batch = _Batch(items, self._features(items, columns))
+                if written is not None:
+                    written.result()
+                written = writing.submit(shard.add, batch)
+            if written is not None:
+                written.result()
+            commit = shard.finish()
+        if not base:
+            self._same_samples(commit)
+        return commit
+
+    def _decoded(self, row: Mapping[str, Any], stack: contextlib.ExitStack) -> Iterator[list[_Item]]:
+        """The shard's samples in order, in batches, their images decoded by threads."""
+        pool = stack.enter_context(ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode"))
+        waiting: deque[list[Future[_Item]]] = deque()
+        for records in _batches(row["records"], self.config.batch_size):
+            waiting.append([pool.submit(self._decode, *record) for record in records])
+            if len(waiting) > BATCHES_AHEAD:
+                yield [future.result() for future in waiting.popleft()]
+        while waiting:
+            yield [future.result() for future in waiting.popleft()]
+
+    def _decode(self, key: str, image: str | None, conversations: list[dict[str, Any]], places: Any) -> _Item:
+        item = _Item(key, image, conversations)
+        if image is None:
+            return item
+        try:
+            data = self.source.read(image, places)
+            picture = load_image(data)
+            item.size = picture.size
+            item.pixels = preprocess(picture, self.spec.aspect, self.spec.encoder.image_size)
+            item.data = data if self.spec.stores_images else None
+        except ValueError as error:
+            item.fault = str(error)
+        return item
+
+    def _features(self, items: list[_Item], columns: tuple[Column, ...]) -> dict[str, torch.Tensor]:
+        """CLIP's columns of the sound images, on the CPU; an image whose features are not finite becomes a fault."""
+        sound = [item for item in items if item.pixels is not None]
+        if not sound:
+            return {}
+        names = tuple(column.name for column in columns)
+        if names not in self._encoders:
+            self._encoders = {names: self._encoder(columns)}
+        pixels = torch.from_numpy(np.stack([item.pixels for item in sound if item.pixels is not None]))
+        features = self._encoders[names](pixels)
+        finite = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in features.values()]).all(dim=0).cpu()
+        for item, fine in zip(sound, finite.tolist(), strict=True):
+            item.pixels = None
+            if not fine:
+                item.fault = "features hold NaN or infinity"
+        payload = {name: encode(value, self.spec.codec) for name, value in features.items()}
+        return {name: value.cpu()[finite] for name, value in payload.items()}
+
+    def _encoder(self, columns: tuple[Column, ...]) -> Encoder:
+        config = self.config
+        return Encoder(config.encoder, config.revision, columns, self.spec.compute, self.device)
+
+    def _same_samples(self, commit: Commit) -> None:
+        """A column that is added must cover what the store holds, no more and no less."""
+        base = read_commit(self.storage, commit.shard)
+        assert base is not None, "the base of a shard comes first"
+        if base.keys != commit.keys:
+            lost = [f for f in commit.failures if f.key in set(base.keys)]
+            raise ValueError(
+                f"shard {commit.shard}: the store holds {len(base.keys)} samples, {len(commit.keys)} can be read now"
+                + "".join(f"\n  {f.source}: {f.reason}" for f in lost[:5])
+            )
+
+    def _publish(self, commit: Commit, folder: Path, base: bool) -> bool:
+        """Tars first, the commit record last; whatever is there already is never changed."""
+        files = dict(commit.files)
+        for name, file in commit.files.items():
+            path = tar_path(name, commit.shard)
+            if not self.storage.publish(path, folder / f"{name}.tar"):
+                if self._is_there(commit.shard, base, tuple(commit.files)):
+                    return False  # another worker was first
+                files[name] = self._adopted(path, folder, file)
+        if base:
+            return write_commit(self.storage, commit.model_copy(update={"files": files}))
+        made = [write_commit(self.storage, _only(commit, name, files[name]), name) for name in files]
+        return all(made)
+
+    def _adopted(self, path: str, folder: Path, mine: ColumnFile) -> ColumnFile:
+        """A tar without a commit is what a killed worker left: take it if it holds the same members in the same places.
+
+        Its features may differ in the last bits if it was computed on other hardware; its checksum is then the one
+        that counts.
+        """
+        theirs = folder / "theirs.tar"
+        self.storage.download(path, theirs)
+        sha256 = sha256_of(theirs)
+        if sha256 == mine.sha256:
+            return mine
+        with theirs.open("rb") as file:
+            places = [(offset, size) for _, offset, size in members(file)]
+        expected = [place for place in zip(mine.offsets, mine.sizes, strict=True) if place[0] >= 0]
+        if path.startswith(f"{SAMPLES}/") or places != expected:
+            raise ValueError(
+                f"{self.storage.root}/{path} is there without a commit record, and holds something else; "
+                "run pipeline/verify_shards.py STORE --repair, then build again"
+            )
+        return mine.model_copy(update={"sha256": sha256, "bytes": theirs.stat().st_size})
+
+
+def _only(commit: Commit, name: str, file: ColumnFile) -> Commit:
+    return commit.model_copy(update={"files": {name: file}})
+
+
+class _ShardInTheMaking:
+    """Appends batches to the tars of a shard and keeps what its commit record needs."""
+
+    def __init__(self, shard: int, writers: dict[str, TarWriter], spec: StoreSpec) -> None:
+        self.shard = shard
+        self.writers = writers
+        self.spec = spec
+        self.samples: list[Sample] = []
+        self.failures: list[Failure] = []
+
+    def add(self, batch: _Batch) -> None:
+        """Write the samples of a batch that have no fault, in order."""
+        payload = {name: value.numpy() for name, value in batch.features.items()}
+        row = 0
+        for item in batch.items:
+            if item.fault is not None:
+                self.failures.append(Failure(key=item.key, source=item.image or "", reason=item.fault))
+                continue
+            width, height = item.size or (None, None)
+            conversations = tuple(Conversation.model_validate(c) for c in item.conversations)
+            sample = Sample(key=item.key, image=item.image, width=width, height=height, conversations=conversations)
+            self.samples.append(sample)
+            for name, writer in self.writers.items():
+                if name == SAMPLES:
+                    writer.add(f"{item.key}.json", sample_json(sample))
+                elif item.image is None:
+                    writer.skip()
+                else:
+                    writer.add(f"{item.key}.{name}.{self.spec.codec}", payload[name][row])
+            if item.data is not None and SAMPLES in self.writers:
+                suffix = (item.image or "").rpartition(".")[2].lower()
+                suffix = suffix if suffix.isalnum() and suffix != "json" else "img"
+                self.writers[SAMPLES].attach(f"{item.key}.{suffix}", item.data)
+            row += item.image is not None
+
+    def finish(self) -> Commit:
+        """End the tars; the commit record of the shard."""
+        words = [tuple(sum(len(turn.value.split()) for turn in c.turns) for c in s.conversations) for s in self.samples]
+        return Commit(
+            shard=self.shard,
+            keys=tuple(sample.key for sample in self.samples),
+            images=tuple(sample.image for sample in self.samples),
+            words=tuple(words),
+            files={name: writer.finish() for name, writer in self.writers.items()},
+            failures=tuple(self.failures),
+        )
+
+
+def _batches(records: Any, batch_size: int) -> Iterator[list[Any]]:
+    """Consecutive records, cut after every `batch_size` images."""
+    batch: list[Any] = []
+    images = 0
+    for record in records:
+        batch.append(record)
+        images += record[1] is not None
+        if images == batch_size:
+            yield batch
+            batch, images = [], 0
+    if batch:
+        yield batch

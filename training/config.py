@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.config import PAPER_BLOCKS, Settings
+from pipeline.config import Settings
 
 Part = Literal["connector", "llm"]
 
@@ -16,7 +16,12 @@ class ConnectorSettings(Settings):
 
     arm: Literal["mbtf+stf", "mbtf", "stf", "mlp", "avgpool", "tokenconcat"] = "mbtf+stf"
     preset: Literal["paper", "released"] = Field(default="paper", description="as the paper defines it, or as released")
-    blocks: tuple[int, ...] = Field(default=PAPER_BLOCKS, min_length=1, description="CLIP blocks, in channel order")
+    blocks: tuple[int, ...] | None = Field(
+        default=None, min_length=1, description="CLIP blocks, in channel order; default: the preset's eight"
+    )
+    block: int = Field(
+        default=23, ge=0, description="the one block of arms without MBTF; 23 is LLaVA's select_layer -2"
+    )
     kernel_size: int = Field(default=2, gt=0, description="k: a k x k window of patch tokens is fused (Table 4)")
     fused_tokens: int = Field(default=1, gt=0, description="E: into so many tokens (Table 4)")
     pool: Literal["before", "after"] = Field(default="before", description="avgpool: before or after the MLP")

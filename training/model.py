@@ -1,0 +1,321 @@
+"""The Hugging Face model: a frozen CLIP, the connector, and a Llama.
+
+It runs from cached columns (training; no CLIP in memory) or from pixels (inference). This file and `connectors.py`
+travel with every exported model, so that it loads with `trust_remote_code=True` where this project is not installed:
+they import torch and transformers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    GenerationMixin,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.configuration_utils import SubConfigSpec
+from transformers.modeling_outputs import ModelOutput
+from transformers.utils import can_return_tuple
+
+from .connectors import Connector, ConnectorConfig, build_connector
+
+IGNORED = -100  # label of a token that is not predicted
+
+
+class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Configuration of the whole model.
+
+    Attributes:
+        text_config: of the language model.
+        vision_config: of CLIP's vision tower; None for a model that is fed cached columns only.
+        connector: fields of ConnectorConfig.
+        image_token_id: placeholder of one vision token in `input_ids`. It lies just outside the vocabulary, so no
+            text can contain it and the language model keeps its embeddings as they are.
+        image_tokens: placeholders per image (derived from `connector`).
+        aspect: how images become square, `pad` or `square`, as the features the model was trained on.
+    """
+
+    model_type = "compact_vision"
+    sub_configs_defaults = {  # noqa: RUF012 - transformers' own way to declare them
+        "text_config": SubConfigSpec(config_class=LlamaConfig),
+        "vision_config": SubConfigSpec(config_class=CLIPVisionConfig, optional=True),
+    }
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    connector: dict[str, Any] | None = None
+    image_token_id: int | None = None
+    image_tokens: int | None = None
+    aspect: str = "pad"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        text: Any = self.text_config
+        connector = ConnectorConfig(**(self.connector or {"llm_width": text.hidden_size}))
+        if connector.llm_width != text.hidden_size:
+            raise ValueError(f"connector.llm_width is {connector.llm_width}, the language model's {text.hidden_size}")
+        self.connector = asdict(connector)
+        self.image_tokens = connector.tokens
+        if self.image_token_id is None:
+            self.image_token_id = text.vocab_size
+        self.tie_word_embeddings = bool(text.tie_word_embeddings)
+
+
+@dataclass
+class CompactVisionOutput(ModelOutput):  # type: ignore[misc]
+    """What `forward` returns.
+
+    Attributes:
+        loss: mean cross-entropy over the supervised tokens, if labels were given.
+        logits: (batch, kept positions, vocabulary); None in training, where only supervised positions are computed.
+        image_hidden_states: (images, tokens, width) vision tokens, if images were given.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    image_hidden_states: Tensor | None = None
+
+
+class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """CLIP -> connector -> Llama.
+
+    Attributes:
+        vision_tower: CLIPVisionModel, or None where only cached columns are used.
+        connector: makes vision tokens of the columns it needs.
+        llm: LlamaForCausalLM.
+    """
+
+    config_class = CompactVisionConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ("past_key_values",)
+
+    def __init__(self, config: CompactVisionConfig) -> None:
+        super().__init__(config)
+        self.vision_tower = None if config.vision_config is None else CLIPVisionModel._from_config(config.vision_config)
+        self.connector = build_connector(ConnectorConfig(**(config.connector or {})))
+        self.llm = LlamaForCausalLM._from_config(config.text_config)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls,
+        llm: LlamaForCausalLM,
+        connector: Connector,
+        vision_tower: CLIPVisionModel | None = None,
+        aspect: str = "pad",
+    ) -> CompactVisionForConditionalGeneration:
+        """Put loaded parts together; no weight is copied or changed.
+
+        Raises:
+            ValueError: if the parts' widths do not fit.
+        """
+        config = CompactVisionConfig(
+            text_config=llm.config,
+            vision_config=None if vision_tower is None else vision_tower.config,
+            connector=asdict(connector.config),
+            aspect=aspect,
+            dtype=llm.dtype,
+        )
+        if vision_tower is not None:
+            _check_tower(vision_tower.config, connector)
+        with torch.device("meta"):  # the frame alone
+            model = cls(config)
+        model.llm, model.connector, model.vision_tower = llm, connector, vision_tower
+        model.generation_config = llm.generation_config
+        return model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Of the connector: PyTorch's own, as LLaVA-1.5. The other two parts know theirs."""
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's."""
+        return self.llm.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The language model's."""
+        self.llm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's."""
+        return self.llm.get_output_embeddings()  # type: ignore[no-any-return]
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """The language model's."""
+        self.llm.set_output_embeddings(value)
+
+    @torch.no_grad()  # CLIP is frozen always
+    def encode_images(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """(n, 3, S, S) -> the columns that the connector needs, (n, grid*grid, C1) each.
+
+        Column i is hidden state i: the output of block i, 0 is the embedding after pre-LN; the CLS token is dropped.
+        No block above the deepest needed one runs.
+
+        Raises:
+            ValueError: if the model has no vision tower.
+        """
+        tower = self.vision_tower
+        if tower is None:
+            raise ValueError("this model has no vision tower; give it columns, or export it with its encoder")
+        wanted = {int(name[-2:]): name for name in self.connector.columns}
+        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
+        columns = {}
+        for block in range(max(wanted) + 1):
+            if block > 0:
+                hidden = tower.encoder.layers[block - 1](hidden, None)
+            if block in wanted:
+                columns[wanted[block]] = hidden[:, 1:]
+        return columns
+
+    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+        """(n, 3, S, S) -> vision tokens (n, tokens, width of the language model)."""
+        features: Tensor = self.connector(self.encode_images(pixel_values))
+        return features
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+        pixel_values: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        pad_vocabulary: bool = False,
+        **kwargs: Any,
+    ) -> CompactVisionOutput:
+        """One pass.
+
+        Args:
+            input_ids: (batch, length), with `image_token_id` where vision tokens go.
+            attention_mask: (batch, length), 1 for what is no padding.
+            labels: (batch, length), -100 for what is not predicted; position i predicts label i + 1.
+            columns: cached features, (images, grid*grid, C1) each, images in the order of their placeholders.
+            pixel_values: (images, 3, S, S), instead of columns.
+            position_ids, past_key_values, inputs_embeds, use_cache: as LlamaForCausalLM.
+            logits_to_keep: only the last so many positions, or those at these indices; 0 keeps all.
+            pad_vocabulary: append logits of -inf up to `image_token_id`, so that logits processors which look up the
+                prompt's ids (repetition penalty) find each of them.
+            **kwargs: to LlamaModel.
+
+        Raises:
+            ValueError: if placeholders and vision tokens differ in number.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if columns is None and pixel_values is not None:
+            columns = self.encode_images(pixel_values)
+        vision: Tensor | None = None if columns is None else self.connector(columns)
+        if inputs_embeds is None:
+            assert input_ids is not None
+            inputs_embeds = self._embed(input_ids, vision)
+        outputs = self.llm.model(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        logits = None
+        if labels is None or not self.training:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.llm.lm_head(hidden[:, keep])
+            if pad_vocabulary:
+                logits = F.pad(logits, (0, max(0, self.config.image_token_id + 1 - logits.shape[-1])), value=-torch.inf)
+        return CompactVisionOutput(
+            loss=None if labels is None else self._loss(hidden, labels, vision),
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=vision,
+        )
+
+    def _embed(self, input_ids: Tensor, vision: Tensor | None) -> Tensor:
+        """Token embeddings (batch, length, width), with the vision tokens in their places."""
+        if vision is None and input_ids.shape[1] == 1:
+            embedded: Tensor = self.get_input_embeddings()(input_ids)  # a step of decoding
+            return embedded
+        places = input_ids == self.config.image_token_id
+        embeds: Tensor = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
+        expected = 0 if vision is None else vision.shape[0] * vision.shape[1]
+        found = int(places.sum())
+        if found != expected:
+            images = 0 if vision is None else vision.shape[0]
+            raise ValueError(
+                f"input_ids hold {found} image placeholders (id {self.config.image_token_id}), but {images} image(s) "
+                f"of {self.connector.tokens} vision tokens were given, {expected} in all"
+            )
+        if vision is None:
+            return embeds
+        return embeds.masked_scatter(places.unsqueeze(-1).to(embeds.device), vision.to(embeds.device, embeds.dtype))
+
+    def _loss(self, hidden: Tensor, labels: Tensor, vision: Tensor | None) -> Tensor:
+        """Mean cross-entropy in fp32; logits are computed at supervised positions alone, whose memory they bound.
+
+        Without supervised tokens it is 0, and without images 0 is added to it, both with a graph: every parameter
+        that learns then has a gradient on every rank, which DDP waits for.
+        """
+        following = labels[:, 1:].to(hidden.device)
+        supervised = following != IGNORED
+        logits = self.llm.lm_head(hidden[:, :-1][supervised]).float()
+        targets = following[supervised]
+        loss = F.cross_entropy(logits, targets) if len(targets) else logits.sum() * 0
+        if vision is not None and vision.shape[0] == 0:
+            loss = loss + vision.sum() * 0
+        return loss
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers', which sends pixels with the prompt only; the same for cached columns."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs.pop("columns", None)
+        return {**inputs, "pad_vocabulary": True}
+
+
+def _check_tower(vision: CLIPVisionConfig, connector: Connector) -> None:
+    grid = vision.image_size // vision.patch_size
+    expected = (connector.config.grid, connector.config.vision_width)
+    if (grid, vision.hidden_size) != expected:
+        raise ValueError(
+            f"the vision tower makes {grid} x {grid} tokens of width {vision.hidden_size}; the connector expects "
+            f"{expected[0]} x {expected[0]} of width {expected[1]}"
+        )
+    deepest = max(int(name[-2:]) for name in connector.columns)
+    if deepest > vision.num_hidden_layers:
+        raise ValueError(f"the connector needs block {deepest}; the vision tower has {vision.num_hidden_layers}")
+
+
+CompactVisionConfig.register_for_auto_class()
+CompactVisionForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")

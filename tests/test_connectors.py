@@ -1,0 +1,205 @@
+"""Connectors: the published numbers, the paper's shapes and parameter counts, and mistakes that are named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.connectors import ARMS, PAPER_BLOCKS, RELEASED_BLOCKS, ConnectorConfig, build_connector, windows
+from training.export import connector_from_released
+
+TINY = {"grid": 4, "vision_width": 8, "llm_width": 16, "blocks": (1, 2, 3), "block": 3}
+
+
+def parameters(**settings: object) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in build_connector(ConnectorConfig(**settings)).parameters())
+
+
+def random_columns(connector, n=2, dtype=torch.float32):
+    c = connector.config
+    return {name: torch.randn(n, c.grid**2, c.vision_width, dtype=dtype) for name in connector.columns}
+
+
+def test_the_released_topology_computes_what_the_original_code_computed(shared: Path) -> None:
+    vectors = np.load(shared / "parity" / "released_projector.npz")
+    weights = {f"model.{name[3:]}": torch.from_numpy(vectors[name]) for name in vectors if name.startswith("w::")}
+    connector = connector_from_released(weights)
+    features = [name for name in vectors if name.startswith("feat::")]
+    assert [int(name.split("::")[1]) for name in features] == list(range(8))
+    columns = {
+        name: torch.from_numpy(vectors[feature]) for name, feature in zip(connector.columns, features, strict=True)
+    }
+    with torch.no_grad():
+        fused = connector.mbtf(torch.cat(list(columns.values()), dim=-1))
+        tokens = connector(columns)
+    for ours, theirs in ((fused, vectors["mbtf_fp32"]), (tokens, vectors["y_fp32"])):
+        assert ours.shape == theirs.shape
+        assert np.abs(ours.numpy() - theirs).max() <= 1e-5 * np.abs(theirs).max()
+
+
+def test_the_released_topology_reads_blocks_from_the_deepest_down() -> None:
+    assert ConnectorConfig(preset="released").columns[0] == "block23"
+    assert ConnectorConfig(preset="released").blocks == RELEASED_BLOCKS == (23, 21, 18, 15, 12, 9, 6, 3)
+    assert ConnectorConfig().blocks == PAPER_BLOCKS == (3, 6, 9, 12, 15, 18, 21, 24)
+
+
+def test_released_weights_that_lack_a_key_or_hold_another_are_refused_by_name() -> None:
+    state = {f"model.mm_projector.{i}.{kind}": torch.zeros(1) for i in (0, 2) for kind in ("weight", "bias")}
+    with pytest.raises(ValueError, match=r"missing .*mm_projector_crosslayer.2.weight.*not used .*vision_resampler"):
+        connector_from_released({**state, "model.vision_resampler.q": torch.zeros(1)})
+
+
+@pytest.mark.parametrize(
+    ("k", "fused", "tokens", "stf"),
+    [
+        (2, 1, 144, 151_019_520),
+        (2, 2, 288, 117_465_088),
+        (4, 4, 144, 402_690_048),
+        (4, 8, 288, 369_135_616),
+        (8, 16, 144, 4_429_271_040),
+        (8, 32, 288, 4_395_716_608),
+    ],
+)
+def test_tokens_and_parameters_of_table_4_at_7b(k: int, fused: int, tokens: int, stf: int) -> None:
+    assert ConnectorConfig(kernel_size=k, fused_tokens=fused).tokens == tokens
+    assert parameters(arm="stf", kernel_size=k, fused_tokens=fused) == stf
+    assert parameters(arm="mbtf+stf", kernel_size=k, fused_tokens=fused) == stf + 37_753_856
+
+
+def test_parameters_of_both_presets_and_of_the_baselines_at_7b() -> None:
+    assert parameters() == 188_773_376
+    assert parameters(preset="released") == 171_992_064
+    assert parameters(preset="released", arm="stf") == 134_238_208
+    assert parameters(arm="mlp") == parameters(arm="avgpool") == 20_979_712
+    assert parameters(arm="mbtf") == 37_753_856 + 20_979_712
+    assert parameters(arm="tokenconcat") == 33_562_624
+    assert ConnectorConfig(kernel_size=3).tokens == 64
+    assert ConnectorConfig(kernel_size=1).tokens == 576
+
+
+@pytest.mark.parametrize(("fused", "width"), [(1, 4096), (2, 2048)])
+def test_layer_widths_of_table_1_and_4(fused: int, width: int) -> None:
+    with torch.device("meta"):
+        stf = build_connector(ConnectorConfig(fused_tokens=fused)).stf
+    assert stf.fuse.weight.shape == (4096, 4096)
+    assert stf.project[0].weight.shape == (16384, width)
+    assert stf.project[2].weight.shape == (4096, 16384)
+
+
+@pytest.mark.parametrize("preset", ["paper", "released"])
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_makes_as_many_tokens_as_it_says_and_learns(arm: str, preset: str) -> None:
+    connector = build_connector(ConnectorConfig(arm=arm, preset=preset, **TINY))
+    tokens = connector(random_columns(connector))
+    assert tokens.shape == (2, connector.tokens, 16)
+    assert connector.tokens == (16 if arm in ("mbtf", "mlp") else 4)
+    tokens.square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in connector.parameters())
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_no_image_gives_no_token_and_gradients_of_zero(arm: str) -> None:
+    connector = build_connector(ConnectorConfig(arm=arm, **TINY))
+    tokens = connector(random_columns(connector, n=0))
+    assert tokens.shape == (0, connector.tokens, 16)
+    (tokens.sum() * 0).backward()
+    assert all(p.grad is not None and not p.grad.any() for p in connector.parameters())
+
+
+def test_single_block_arms_read_the_second_to_last_block_alone() -> None:
+    for arm in ("mlp", "stf", "avgpool", "tokenconcat"):
+        assert ConnectorConfig(arm=arm).columns == ("block23",)
+    assert ConnectorConfig(arm="mlp", block=7).columns == ("block07",)
+
+
+@settings(max_examples=30, deadline=None)
+@given(k=st.integers(1, 6), side=st.integers(1, 4), channels=st.integers(1, 5), out=st.integers(1, 7))
+def test_fusing_windows_is_a_convolution_with_the_same_weights(k: int, side: int, channels: int, out: int) -> None:
+    grid = k * side
+    x = torch.randn(2, grid * grid, channels, dtype=torch.float64)
+    weight = torch.randn(out, channels * k * k, dtype=torch.float64)
+    image = x.transpose(1, 2).reshape(2, channels, grid, grid)
+    expected = F.conv2d(image, weight.view(out, channels, k, k), stride=k).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(F.linear(windows(x, grid, k), weight), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_the_e_tokens_of_a_window_are_slices_of_its_channels_side_by_side() -> None:
+    config = ConnectorConfig(arm="stf", kernel_size=2, fused_tokens=2, grid=4, vision_width=8, llm_width=16)
+    connector = build_connector(config)
+    seen: list[torch.Tensor] = []
+    connector.stf.project.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    columns = random_columns(connector, n=1)
+    connector(columns)
+    fused = F.gelu(connector.stf.fuse(windows(columns["block23"], 4, 2)))
+    assert seen[0].shape == (1, 8, 16)
+    for window in range(4):
+        for e in range(2):
+            torch.testing.assert_close(seen[0][0, 2 * window + e], fused[0, window, 16 * e : 16 * (e + 1)])
+
+
+def test_avgpool_pools_before_or_after_the_projector_as_told() -> None:
+    before, after = (build_connector(ConnectorConfig(arm="avgpool", pool=pool, **TINY)) for pool in ("before", "after"))
+    after.load_state_dict(before.state_dict())
+    columns = random_columns(before)
+    image = columns["block03"].transpose(1, 2).reshape(2, 8, 4, 4)
+    pooled = F.avg_pool2d(image, 2).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(before(columns), before.mlp(pooled))
+    projected = before.mlp(columns["block03"]).transpose(1, 2).reshape(2, 16, 4, 4)
+    torch.testing.assert_close(after(columns), F.avg_pool2d(projected, 2).flatten(2).transpose(1, 2))
+    assert not torch.allclose(before(columns), after(columns))
+
+
+def test_gelu_is_the_exact_form() -> None:
+    for arm in ARMS:
+        for module in build_connector(ConnectorConfig(arm=arm, **TINY)).modules():
+            assert getattr(module, "approximate", "none") == "none"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"kernel_size": 5}, r"kernel_size 5 does not divide the grid of 24 x 24; use \[1, 2, 3, 4, 6, 8, 12, 24\]"),
+        ({"kernel_size": 2, "fused_tokens": 4}, r"fused_tokens 4 is not below kernel_size\^2 = 4"),
+        ({"kernel_size": 1, "fused_tokens": 2}, r"fused_tokens 2 is not below kernel_size\^2 = 1"),
+        ({"fused_tokens": 3}, r"fused_tokens 3 does not divide the fused width C2 = k\*k\*C1 = 4096"),
+        ({"fused_tokens": 0}, "fused_tokens 0"),
+        ({"arm": "avgpool", "fused_tokens": 2}, "avgpool makes one token of a window"),
+        ({"arm": "perceiver"}, r"'perceiver' is unknown; expected one of mbtf\+stf, mbtf"),
+        ({"preset": "official"}, "'official' is unknown; expected one of paper, released"),
+        ({"blocks": (3, 3)}, r"names a block twice: \[3, 3\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused_with_the_reason(wrong: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        ConnectorConfig(**wrong)
+
+
+def test_a_column_that_the_store_lacks_is_named_with_what_there_is() -> None:
+    with pytest.raises(ValueError, match=r"needs block24; there is only block03, .*block21"):
+        build_connector(ConnectorConfig(), available=[f"block{b:02d}" for b in (3, 6, 9, 12, 15, 18, 21)])
+
+
+def test_a_missing_or_misshapen_column_is_named() -> None:
+    connector = build_connector(ConnectorConfig(**TINY))
+    columns = random_columns(connector)
+    with pytest.raises(ValueError, match=r"column block02 has shape \(2, 9, 8\); expected \(images, \(16, 8\)\)"):
+        connector({**columns, "block02": torch.zeros(2, 9, 8)})
+    del columns["block03"]
+    with pytest.raises(ValueError, match="needs column block03; given: block01, block02"):
+        connector(columns)
+
+
+def test_bf16_columns_meet_fp32_weights_with_and_without_autocast() -> None:
+    connector = build_connector(ConnectorConfig(**TINY))
+    columns = random_columns(connector, dtype=torch.bfloat16)
+    exact = connector(columns)
+    assert exact.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = connector(columns)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.02)

@@ -110,17 +110,27 @@ def export_model(
     """
     from transformers import CLIPVisionModel, GenerationConfig
 
+    from training.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+
     local = Path(store.encoder.id).is_dir()  # its revision is then a digest, which no Hub knows
     tower = CLIPVisionModel.from_pretrained(
         store.encoder.id, revision=None if local else store.encoder.revision, dtype=dtype or model.llm.dtype
     )
     whole = CompactVisionForConditionalGeneration.from_parts(model.llm, model.connector, tower, aspect=store.aspect)
-    whole.generation_config = GenerationConfig(bos_token_id=1, eos_token_id=2, pad_token_id=tokenizer.pad_id)
+    text = CompactVisionTokenizer(
+        str(tokenizer.model_file), legacy=tokenizer.legacy, image_token_id=whole.config.image_token_id
+    )
+    images = CompactVisionImageProcessor(aspect=store.aspect, image_size=store.encoder.image_size)
+    processor = CompactVisionProcessor(images, text, image_tokens=whole.config.image_tokens)
+    whole.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    )
     state: dict[str, Tensor] | None = None
     if dtype is not None:
         whole.config.dtype = dtype
         state = {name: weight.to(dtype) for name, weight in whole.state_dict().items()}
     with replaced_folder(folder) as target:
+        processor.save_pretrained(target)
         whole.save_pretrained(target, state_dict=state)
         (target / "README.md").write_text(_card(whole, store), encoding="utf-8")
 

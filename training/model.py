@@ -70,6 +70,8 @@ class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
         if self.image_token_id is None:
             self.image_token_id = text.vocab_size
         self.tie_word_embeddings = bool(text.tie_word_embeddings)
+        if not hasattr(self, "auto_map"):
+            self.auto_map = {"AutoModel": "model.CompactVisionModel"}
 
 
 @dataclass
@@ -106,6 +108,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
+    _supports_flex_attn = True
     _supports_attention_backend = True
     _skip_keys_device_placement = ("past_key_values",)
 
@@ -179,7 +182,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         if tower is None:
             raise ValueError("this model has no vision tower; give it columns, or export it with its encoder")
         wanted = {int(name[-2:]): name for name in self.connector.columns}
-        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
+        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.device)))
         columns = {}
         for block in range(max(wanted) + 1):
             if block > 0:
@@ -226,14 +229,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         Raises:
             ValueError: if placeholders and vision tokens differ in number.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if columns is None and pixel_values is not None:
-            columns = self.encode_images(pixel_values)
-        vision: Tensor | None = None if columns is None else self.connector(columns)
-        if inputs_embeds is None:
-            assert input_ids is not None
-            inputs_embeds = self._embed(input_ids, vision)
+        inputs_embeds, vision = self._inputs(input_ids, inputs_embeds, columns, pixel_values)
         outputs = self.llm.model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
@@ -257,6 +253,24 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             attentions=outputs.attentions,
             image_hidden_states=vision,
         )
+
+    def _inputs(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        columns: Mapping[str, Tensor] | None,
+        pixel_values: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What Llama reads, (batch, length, width), and the vision tokens in it."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            return inputs_embeds, None
+        assert input_ids is not None
+        if columns is None and pixel_values is not None:
+            columns = self.encode_images(pixel_values)
+        vision: Tensor | None = None if columns is None else self.connector(columns)
+        return self._embed(input_ids, vision), vision
 
     def _embed(self, input_ids: Tensor, vision: Tensor | None) -> Tensor:
         """Token embeddings (batch, length, width), with the vision tokens in their places."""
@@ -302,6 +316,23 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("columns", None)
         return {**inputs, "pad_vocabulary": True}
+
+
+class CompactVisionModel(CompactVisionForConditionalGeneration):
+    """The same weights up to the last hidden state: what `AutoModel` loads, for servers that bring their own head."""
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the parent's, without labels and logits -> BaseModelOutputWithPast."""
+        embeds, _ = self._inputs(input_ids, inputs_embeds, columns, pixel_values)
+        return self.llm.model(inputs_embeds=embeds, **kwargs)
 
 
 def _check_tower(vision: CLIPVisionConfig, connector: Connector) -> None:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, LlamaForCausalLM
-from transformers.utils import cached_file
 
 from pipeline.schema import StoreSpec
 from training.config import TrainConfig
@@ -76,14 +74,7 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
     """The SentencePiece tokenizer of `model.tokenizer`, by default that of the language model.
 
     Raises:
-        OSError: if it has no `tokenizer.model`.
+        ValueError: if it has no `tokenizer.model`.
     """
     name = config.model.tokenizer or config.model.llm
-    revision = config.model.revision if name == config.model.llm else None
-    model_file = cached_file(name, "tokenizer.model", revision=revision)
-    settings = cached_file(
-        name, "tokenizer_config.json", revision=revision, _raise_exceptions_for_missing_entries=False
-    )
-    # Tokenizers from before the flag existed are the legacy ones.
-    legacy = True if settings is None else json.loads(Path(settings).read_text(encoding="utf-8")).get("legacy")
-    return Tokenizer(Path(model_file), legacy=legacy is not False)
+    return Tokenizer.from_pretrained(name, revision=config.model.revision if name == config.model.llm else None)

@@ -72,7 +72,7 @@ class CompactVisionTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
     def __init__(self, vocab_file: str, legacy: bool = True, image_token_id: int | None = None, **kwargs: Any) -> None:
-        self.vocab_file = str(vocab_file)
+        self.vocab_file, self.legacy = str(vocab_file), legacy
         self._exact = Tokenizer(Path(vocab_file), legacy=legacy)
         model = SentencePieceProcessor(model_file=self.vocab_file)
         self._pieces: list[str] = [model.id_to_piece(index) for index in range(len(model))]
@@ -112,19 +112,9 @@ class CompactVisionTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         return self._exact.decode([self._convert_token_to_id(token) for token in tokens])
 
     def _decode(self, token_ids: int | list[int], skip_special_tokens: bool = False, **_: Any) -> str:
+        """Text of ids; placeholders are left out."""
         ids = [token_ids] if isinstance(token_ids, int) else list(token_ids)
-        special = set(self.all_special_ids) | {self.image_id}
-        if skip_special_tokens:
-            return self._exact.decode([index for index in ids if index not in special])
-        text = ""
-        run: list[int] = []
-        for index in [*ids, self.image_id]:
-            if index in special:
-                text += self._exact.decode(run) + str(self.convert_ids_to_tokens(index))
-                run = []
-            else:
-                run.append(index)
-        return text.removesuffix(IMAGE)
+        return self._exact.decode(ids, skip_special_tokens=skip_special_tokens)
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Copy `tokenizer.model`."""

@@ -1,0 +1,162 @@
+"""The processor: LLaVA-1.5's pixels bit for bit, its token ids one by one, its template."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline.encoder import load_image, preprocess
+from training.conversation import prompt_for
+from training.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+
+
+@pytest.fixture
+def processor(shared: Path) -> CompactVisionProcessor:
+    tokenizer = CompactVisionTokenizer(str(shared / "parity" / "tiny_tokenizer" / "tokenizer.model"), legacy=False)
+    return CompactVisionProcessor(CompactVisionImageProcessor(image_size=32), tokenizer, image_tokens=4)
+
+
+def picture(color: tuple[int, int, int] = (200, 30, 10), size: tuple[int, int] = (50, 40)) -> Image.Image:
+    return Image.new("RGB", size, color)
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+def test_pixels_are_those_of_the_original_code_bit_for_bit(shared: Path, aspect: str) -> None:
+    vectors = np.load(shared / "parity" / "images.npz")
+    facts = json.loads((shared / "parity" / "images.json").read_text())
+    process = CompactVisionImageProcessor(aspect=aspect)
+    mode = "pad" if aspect == "pad" else "None"
+    names = [name.removeprefix("in::") for name in vectors if name.startswith("in::")]
+    assert len(names) == 3
+    for name in names:
+        pixels = process(Image.fromarray(vectors[f"in::{name}"]), return_tensors="np")["pixel_values"][0]
+        assert pixels.shape == (3, 336, 336)
+        assert pixels.dtype == np.float32
+        assert np.array_equal(pixels.ravel()[vectors["pick"]], vectors[f"px::{mode}::{name}"])
+        assert hashlib.sha256(pixels.tobytes()).hexdigest() == facts[f"{name}::{mode}"]["sha256"]
+
+
+@pytest.mark.parametrize("aspect", ["pad", "square"])
+@pytest.mark.parametrize("kind", ["wide", "tall", "grey", "alpha", "deep", "rotated", "palette"])
+def test_pixels_are_those_that_the_feature_store_was_built_from(aspect: str, kind: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    path = tmp_path / "image.png"
+    shape = {"wide": (40, 91, 3), "tall": (77, 35, 3), "alpha": (50, 60, 4), "grey": (50, 60)}.get(kind, (50, 70, 3))
+    image = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+    if kind == "deep":
+        image = Image.fromarray(rng.integers(0, 65536, (50, 60), dtype=np.uint16))
+    elif kind == "palette":
+        image = image.convert("P")
+    exif = Image.Exif()
+    if kind == "rotated":
+        exif[0x0112] = 6
+    image.save(path, exif=exif)
+    ours = CompactVisionImageProcessor(aspect=aspect, image_size=32)(Image.open(path))["pixel_values"][0]
+    assert np.array_equal(ours, preprocess(load_image(path.read_bytes()), aspect, 32))
+
+
+def test_arrays_and_nested_lists_are_images_too() -> None:
+    image = picture()
+    process = CompactVisionImageProcessor(image_size=32)
+    expected = process(image, return_tensors="pt")["pixel_values"]
+    array = np.asarray(image)
+    for same in (array, array.transpose(2, 0, 1), torch.from_numpy(array.copy()), [[image]]):
+        assert torch.equal(process(same, return_tensors="pt")["pixel_values"], expected)
+    with pytest.raises(ValueError, match="must be uint8, found float32"):
+        process(array.astype(np.float32))
+
+
+def test_token_ids_are_those_of_the_original_code(shared: Path) -> None:
+    path = str(shared / "parity" / "tiny_tokenizer" / "tokenizer.model")
+    cases = json.loads((shared / "parity" / "prompts.json").read_text())
+    for case in cases:
+        tokenizer = CompactVisionTokenizer(path, legacy=case["legacy"])
+        ids = tokenizer(case["prompt"])["input_ids"]
+        assert [-200 if index == tokenizer.image_id else index for index in ids] == case["input_ids"]
+
+
+def test_a_placeholder_becomes_as_many_as_the_image_has_tokens(processor: CompactVisionProcessor) -> None:
+    inputs = processor(images=picture(), text="a <image> b", return_tensors="pt")
+    assert (inputs["input_ids"] == 736).sum() == 4
+    assert inputs["pixel_values"].shape == (1, 3, 32, 32)
+
+
+def test_prompts_with_and_without_images_make_one_batch_padded_on_the_left(processor: CompactVisionProcessor) -> None:
+    texts = ["USER: <image>\nWhat is this? ASSISTANT:", "USER: Hi. ASSISTANT:"]
+    inputs = processor(images=[picture()], text=texts, return_tensors="pt", padding=True)
+    alone = processor(text=texts[1], return_tensors="pt")["input_ids"][0]
+    length = len(alone)
+    assert torch.equal(inputs["input_ids"][1, -length:], alone)
+    assert inputs["attention_mask"][1].sum() == length
+    assert inputs["pixel_values"].shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "images", "said"),
+    [
+        ("<image> and <image>", 2, "prompt 0 holds 2 images; .* takes one"),
+        (["<image>", "<image><image>"], 3, "prompt 1 holds 2 images"),
+        ("<image>", 0, "no images were passed"),
+        ("none", 1, "should be the same as the number of images"),
+    ],
+)
+def test_images_that_do_not_match_the_prompts_are_refused(
+    processor: CompactVisionProcessor, text: str, images: int, said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        processor(text=text, images=[picture()] * images or None)
+
+
+def test_the_chat_template_is_v1(processor: CompactVisionProcessor) -> None:
+    image = {"type": "image", "image": picture()}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "What is this? "}, image]},
+        {"role": "assistant", "content": [{"type": "text", "text": "a dog"}]},
+        {"role": "user", "content": "Why?"},
+    ]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    assert text == SYSTEM + "USER: <image>\nWhat is this? ASSISTANT: a dog</s>USER: Why? ASSISTANT:"
+    assert processor.apply_chat_template(turns[:1], add_generation_prompt=True) == prompt_for("<image>\nWhat is this?")
+    inputs = processor.apply_chat_template(
+        turns, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert torch.equal(inputs["input_ids"], processor(text=text, images=picture(), return_tensors="pt")["input_ids"])
+    assert inputs["pixel_values"].shape[0] == 1
+
+
+def test_a_chat_may_bring_its_own_system_sentence(processor: CompactVisionProcessor) -> None:
+    turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert processor.apply_chat_template(turns, add_generation_prompt=True) == "Be brief. USER: Hi ASSISTANT:"
+    with pytest.raises(Exception, match=r"roles are user and assistant.* found tool"):
+        processor.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+def test_decoding_gives_the_text_back_without_placeholders(processor: CompactVisionProcessor) -> None:
+    for text in ("USER: Hi there. ASSISTANT: a dog", "two  spaces\nand a line", "Ünï¢ødé 犬"):
+        ids = processor.tokenizer(text)["input_ids"]
+        assert processor.decode(ids, skip_special_tokens=True) == text
+    ids = processor.tokenizer("a<image>b</s>")["input_ids"]
+    assert processor.decode(ids, skip_special_tokens=True).replace(" ", "") == "ab"
+    assert processor.decode(ids).replace(" ", "") == "<s>ab</s>"
+
+
+def test_saved_and_loaded_it_makes_the_same_inputs(processor: CompactVisionProcessor, tmp_path: Path) -> None:
+    processor.save_pretrained(tmp_path)
+    loaded = CompactVisionProcessor.from_pretrained(tmp_path)
+    texts = ["USER: <image>\nWhat is this? ASSISTANT:", "USER: Hi. ASSISTANT:"]
+    ours, theirs = (p(images=[picture()], text=texts, padding=True, return_tensors="pt") for p in (processor, loaded))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert loaded.chat_template == processor.chat_template
+    assert loaded.tokenizer.legacy is False
+    loaded.save_pretrained(tmp_path)  # over itself: tokenizer.model is its own source
+    assert CompactVisionProcessor.from_pretrained(tmp_path).tokenizer.vocab_size == 736

@@ -133,21 +133,26 @@ def _checked(raw: Any) -> tuple[str | None, dict[str, Any]] | str:
     if not isinstance(raw, dict):
         return f"a record is a mapping, this is {type(raw).__name__}"
     image = raw.get("image")
-    if image is not None:
-        wrong = _wrong_name(image)
-        if wrong is not None:
-            return wrong
-        image = str(PurePosixPath(image))
-    turns = raw.get("conversations")
+    wrong = _wrong_turns(raw.get("conversations")) or (None if image is None else _wrong_name(image))
+    if wrong is not None:
+        return wrong
+    conversation = Conversation(id=str(raw.get("id", "")), turns=raw["conversations"])
+    return None if image is None else str(PurePosixPath(image)), conversation.model_dump(by_alias=True, mode="json")
+
+
+def _wrong_turns(turns: Any) -> str | None:
     if not isinstance(turns, list) or not turns:
         return "no conversations"
     try:
-        conversation = Conversation(id=str(raw.get("id", "")), turns=tuple(Turn.model_validate(turn) for turn in turns))
+        speakers = [Turn.model_validate(turn).speaker for turn in turns]
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         return f"conversations: {place}: {first['msg']} (found {str(first['input'])[:80]!r})"
-    return image, conversation.model_dump(by_alias=True, mode="json")
+    speakers = speakers[1:] if speakers[0] == "gpt" else speakers  # a leading answer is dropped, as LLaVA-1.5
+    if not speakers or any(s != ("human", "gpt")[i % 2] for i, s in enumerate(speakers)):
+        return f"conversations: speakers do not alternate ({', '.join(speakers[:6])})"
+    return None
 
 
 def _wrong_name(image: Any) -> str | None:

@@ -16,7 +16,7 @@ from composer.utils import dist
 from training.stream import Stream
 
 
-class StepLog(LoggerDestination):
+class StepLog(LoggerDestination):  # type: ignore[misc]
     """Writes one JSON object per optimizer step to `path` (rank 0) and prints it as one line.
 
     Keys: step, loss (mean over supervised tokens of the global batch), lr, grad_norm (L2, before any clipping),
@@ -90,7 +90,7 @@ def _one_line(line: dict[str, float], total: int) -> str:
     return text + (f"  {line['memory_gb']:.1f} GB" if "memory_gb" in line else "")
 
 
-class StopOnNonFiniteLoss(Callback):
+class StopOnNonFiniteLoss(Callback):  # type: ignore[misc]
     """Ends a run whose loss is NaN or infinite, naming the examples of the batch that caused it."""
 
     def after_loss(self, state: State, logger: Logger) -> None:

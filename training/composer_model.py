@@ -13,7 +13,7 @@ from training.model import CompactVisionForConditionalGeneration
 from training.stream import Batch
 
 
-class TrainableModel(ComposerModel):
+class TrainableModel(ComposerModel):  # type: ignore[misc]
     """Decodes the store's columns on the device and runs the multimodal model on them."""
 
     def __init__(

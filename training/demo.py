@@ -71,7 +71,8 @@ class Demo:
         if self.drawn:
             draw = [*self.python, "pipeline/demo_data.py", str(run / "data"), *DRAW]
             self.step("draw scenes", draw, done=run / "data" / "heldout.jsonl")
-        make = [*self.python, "training/demo_models.py", str(models), str(run / "data")]
+        make = [*self.python, "training/demo_models.py", str(models)]
+        make += ["--captions", self.data["chat"], "--talk", self.data["instruct"]]
         self.step("make tiny models", make, done=models / "done")
         for stage, source in (("pretrain", "chat"), ("finetune", "instruct")):
             build = [*self.python, "pipeline/build_shards.py"]

@@ -12,13 +12,14 @@ COMMON = [
     "data.max_length=512",
 ]
 
-PRETRAIN = [*COMMON, "global_batch_size=64", "epochs=1", "optimizer.lr=1e-3"]
+PRETRAIN = [*COMMON, "global_batch_size=16", "epochs=1", "optimizer.lr=2e-3"]
 
 FINETUNE = [
     *COMMON,
-    "global_batch_size=32",
-    "epochs=1",
-    "optimizer.lr=1e-3",
+    "global_batch_size=16",
+    "epochs=3",
+    "optimizer.lr=1.5e-3",
+    "optimizer.betas=[0.9,0.98]",
     "microbatch_size=auto",
     "model.activation_checkpointing=false",
 ]

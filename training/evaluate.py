@@ -140,12 +140,12 @@ def _answer(
 def _read_answers(path: Path) -> dict[tuple[Any, str], dict[str, Any]]:
     if not path.exists():
         return {}
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            print(f"note: {path} ends in half a line; that question is asked again", file=sys.stderr)
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        print(f"note: {path} ends in half a line; that question is asked again", file=sys.stderr)
+        path.write_text("".join(lines[:-1]), encoding="utf-8")
+        lines = lines[:-1]
+    records = [json.loads(line) for line in lines]
     return {(r["question_id"], r["image"]): r for r in records}
 
 

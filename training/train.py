@@ -79,8 +79,8 @@ def assemble(
     """Load what the configuration names and check that the parts fit; nothing is trained yet."""
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
+    from training.assemble import build_model, load_tokenizer
     from training.batch import collate, encode
-    from training.build import build_model, load_tokenizer
     from training.stream import Example, Stream
 
     config.per_rank(world_size)

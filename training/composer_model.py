@@ -55,6 +55,9 @@ def supervised_tokens(batch: Batch) -> int:
     return int((batch["labels"][:, 1:] != -100).sum())
 
 
-def token_counts(batch: Batch) -> dict[str, int]:
-    """What Composer weights microbatches by: `loss_generating`; `total` is for the token clock."""
-    return {"total": int(batch["attention_mask"].sum()), "loss_generating": supervised_tokens(batch)}
+def token_counts(batch: Batch) -> dict[str, int | float]:
+    """What Composer weights microbatches by: `loss_generating`; `total` is for the token clock.
+
+    Composer divides by the global batch's sum: a next-to-nothing keeps a batch without any supervised token at loss 0.
+    """
+    return {"total": int(batch["attention_mask"].sum()), "loss_generating": max(float(supervised_tokens(batch)), 1e-6)}

@@ -109,6 +109,7 @@ def train_tokenizer(captions: dict[str, str], conversations: list[dict[str, Any]
         normalization_rule_name="identity",
         remove_extra_whitespaces=False,
         character_coverage=1.0,
+        user_defined_symbols=["USER"],  # one piece with and without a space before it, as in Llama's vocabulary
         unk_id=0,
         bos_id=1,
         eos_id=2,
@@ -123,14 +124,14 @@ def reading_matter(
     captions: dict[str, str], conversations: list[dict[str, Any]], tokenizer: Tokenizer
 ) -> list[Encoded]:
     """Every conversation with its image's caption where the image will stand."""
-    from training.batch import encode
+    from training.batch import IGNORE, encode
 
     matter = []
     for record in conversations:
         text = captions.get(record["image"], "")
         turns = [{**turn, "value": turn["value"].replace("<image>", text)} for turn in record["conversations"]]
         matter.append(encode(turns, tokenizer, "v1", False, 0, MAX_LENGTH, -1))
-    return matter
+    return [example for example in matter if any(label != IGNORE for label in example.labels)]
 
 
 def read(llm: LlamaForCausalLM, matter: list[Encoded], pad_id: int, steps: int, seed: int) -> None:

@@ -2,7 +2,7 @@
 
     python pipeline/demo_data.py data/demo --images 2000 --heldout 200 --seed 0
 
-A scene holds one to four shapes, each in a corner of its own, jittered in place and size over a grey ground. The
+A scene holds one to three shapes, each in a corner of its own, jittered in place and size over a grey ground. The
 folder gets
 
     images/<name>.jpg   training scenes, numbered like COCO's, and held-out scenes named heldout_<number>.jpg
@@ -186,11 +186,11 @@ def _rarest(candidates: list[Question], asked: Counter[tuple[str, str]], rng: np
 
 
 def sample_scene(rng: np.random.Generator) -> list[Thing]:
-    """One to four things in reading order, each in a corner of its own.
+    """One to three things in reading order, each in a corner of its own.
 
     Shapes and colours come from a small pool per scene, so that repetitions (counts above one) are common.
     """
-    count = int(rng.integers(1, 5))
+    count = int(rng.integers(1, 4))
     corners = sorted(rng.permutation(len(CORNERS))[:count])
     shapes = rng.permutation(list(SHAPES))[: rng.integers(1, len(SHAPES) + 1)]
     colors = rng.permutation(list(COLORS))[: rng.integers(1, len(COLORS) + 1)]

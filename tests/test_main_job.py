@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,7 +61,7 @@ def test_the_demo_learns_to_see(demo: Path) -> None:
     assert summary["accuracy"] >= summary["accuracy_shuffled_images"] + 0.25
     assert summary["vision_tokens_out"] * 4 == summary["vision_tokens_in"]
     for stage in ("pretrain", "finetune"):
-        assert summary[stage]["loss_last"] < summary[stage]["loss_first"]
+        assert summary["loss_last"][stage] < summary["loss_first"][stage]
     assert summary["store_images"] > 0
     assert summary["store_bytes"] > 0
     assert all(seconds > 0 for seconds in summary["seconds"].values())
@@ -95,6 +96,23 @@ def test_every_launch_form_trains_the_same_losses(demo: Path, tmp_path: Path) ->
     assert len(seen["script"]) == 4
     assert seen["literal yaml"] == seen["script"] == seen["no launcher"]
     assert seen["two ranks"] == pytest.approx(seen["script"], rel=2e-5)
+
+
+def test_the_readmes_first_hour_runs(demo: Path, tmp_path: Path) -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    (typed,) = re.findall(r"^```bash\nsource .venv/bin/activate\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    (script,) = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    typed, script = (text.replace("runs/demo", str(demo)) for text in (typed, script))
+    before = set(demo.rglob("*"))
+    output = shell("bash", "-euc", f'export PATH="{Path(sys.executable).parent}:$PATH"\n{typed}')
+    assert "16 patch tokens -> 4 vision tokens" in output
+    assert '"questions": 8' in output
+    assert {path.name for path in set(demo.rglob("*")) - before} == {"eight.jsonl", "eight.scores.json"}
+    for path in demo.glob("eight.*"):
+        path.unlink()
+    (tmp_path / "readme.py").write_text(script)
+    answer = shell(sys.executable, str(tmp_path / "readme.py")).splitlines()[-1]
+    assert answer.strip() in {"1", "2", "3"}
 
 
 def test_a_misspelt_setting_is_named_with_what_was_meant(tmp_path: Path) -> None:

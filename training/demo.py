@@ -25,6 +25,9 @@ from training.demo_settings import BLOCKS, DRAW, FINETUNE, GENERATE, PRETRAIN
 ROOT = Path(__file__).resolve().parent.parent
 
 
+PER_STAGE = ("loss_first", "loss_last", "steps", "data_wait")  # of the summary: one figure for each of the two stages
+
+
 class Demo:
     """Runs the steps in `run`, keeping the seconds each took."""
 
@@ -72,7 +75,7 @@ class Demo:
             draw = [*self.python, "pipeline/demo_data.py", str(run / "data"), *DRAW]
             self.step("draw scenes", draw, done=run / "data" / "heldout.jsonl")
         make = [*self.python, "training/demo_models.py", str(models)]
-        make += ["--captions", self.data["chat"], "--talk", self.data["instruct"]]
+        make += ["--captions", self.data["chat"], "--talk", self.data["instruct"], "--images", self.data["images"]]
         self.step("make tiny models", make, done=models / "done")
         for stage, source in (("pretrain", "chat"), ("finetune", "instruct")):
             build = [*self.python, "pipeline/build_shards.py"]
@@ -117,8 +120,7 @@ class Demo:
             "categories": scores["categories"],
             "vision_tokens_in": stages["finetune"]["vision_tokens_in"],
             "vision_tokens_out": stages["finetune"]["vision_tokens_out"],
-            **{stage: {key: s[key] for key in ("loss_first", "loss_last", "steps")} for stage, s in stages.items()},
-            "data_wait": {stage: s["data_wait"] for stage, s in stages.items()},
+            **{key: {stage: s[key] for stage, s in stages.items()} for key in PER_STAGE},
             "store_images": sum(_read(store / "store.json")["samples"] for store in stores),
             "store_bytes": sum(p.stat().st_size for store in stores for p in store.rglob("*") if p.is_file()),
             "seconds": self.seconds,
@@ -166,12 +168,12 @@ def main() -> None:
 
 
 def _table(summary: dict[str, Any], run: Path) -> str:
-    stage1, stage2 = summary["pretrain"], summary["finetune"]
+    first, last = summary["loss_first"], summary["loss_last"]
     lines = [
         "",
         f"  vision tokens per image   {summary['vision_tokens_in']} -> {summary['vision_tokens_out']}",
-        f"  stage 1 loss              {stage1['loss_first']:.3f} -> {stage1['loss_last']:.3f}",
-        f"  stage 2 loss              {stage2['loss_first']:.3f} -> {stage2['loss_last']:.3f}",
+        f"  stage 1 loss              {first['pretrain']:.3f} -> {last['pretrain']:.3f}",
+        f"  stage 2 loss              {first['finetune']:.3f} -> {last['finetune']:.3f}",
     ]
     if summary["accuracy"] is not None:
         lines.append(f"  accuracy, held out        {summary['accuracy']:.1%}  ({summary['questions']} questions)")

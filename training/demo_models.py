@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Make the demo's tiny but real models: `python training/demo_models.py OUT --captions chat.json --talk instruct.json`.
+"""Make the demo's tiny but real models from LLaVA-format data, each trained for a moment as its great sibling was.
 
-    OUT/clip    a CLIPVisionModel of 8 blocks, 64 pixels, patches of 16: 16 patch tokens; seeded random weights, frozen
-    OUT/llm     a LlamaForCausalLM with a SentencePiece tokenizer, both trained for a moment on the given texts alone
-
-As a real language model has read before it sees, so has this one: where an image will stand, it read its caption.
+OUT/llm     a LlamaForCausalLM with a SentencePiece tokenizer. It reads before it ever sees: captions, and
+            conversations with the caption where the image will stand.
+OUT/clip    a CLIPVisionModel of 8 blocks, 64 pixels, patches of 16: 16 patch tokens. It learns which caption belongs
+            to which image (contrastive, with a text tower that is thrown away), and stays frozen from then on.
 """
 
 from __future__ import annotations
@@ -16,16 +16,28 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from collections.abc import Callable
+
+    from torch import Tensor
+    from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedModel
 
     from training.batch import Encoded
     from training.tokenizer import Tokenizer
+
+
+class Training(TypedDict):
+    """How long and how fast."""
+
+    steps: int
+    batch: int
+    lr: float
+
 
 CLIP = {
     "hidden_size": 128,
@@ -38,14 +50,19 @@ CLIP = {
 LLAMA = {
     "hidden_size": 128,
     "intermediate_size": 384,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 4,
     "max_position_embeddings": 2048,
+    "initializer_range": 0.08,  # about width**-0.5: with Llama's 0.02 so narrow a model starts far more slowly
 }
+TEXT_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 VOCABULARY = 480
-BATCH, RATE, WARMUP = 16, 2e-3, 20
+READING: Training = {"steps": 300, "batch": 16, "lr": 3e-3}
+SEEING: Training = {"steps": 200, "batch": 64, "lr": 1e-3}
+WARMUP = 20
 MAX_LENGTH = 512
+MAX_CAPTION = 77  # CLIP's own limit
 
 
 def main() -> None:
@@ -54,37 +71,31 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="folder for clip/ and llm/")
     parser.add_argument("--captions", type=Path, required=True, help="LLaVA JSON of captions (stage 1)")
     parser.add_argument("--talk", type=Path, required=True, help="LLaVA JSON of conversations (stage 2)")
-    parser.add_argument("--steps", type=int, default=300, help="of the language model's reading (default: %(default)s)")
+    parser.add_argument("--images", type=Path, required=True, help="the folder that the captions' images are in")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    make(arguments.out, arguments.captions, arguments.talk, arguments.steps, arguments.seed)
+    make(arguments.out, arguments.captions, arguments.talk, arguments.images, arguments.seed)
 
 
-def make(out: Path, captions: Path, talk: Path, steps: int, seed: int) -> None:
+def make(out: Path, captions: Path, talk: Path, images: Path, seed: int) -> None:
     """Write both models; the file `done` says that they are complete."""
     import torch
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     from training.tokenizer import Tokenizer
 
     torch.manual_seed(seed)
     caption_of = {r["image"]: r["conversations"][1]["value"] for r in json.loads(captions.read_text(encoding="utf-8"))}
     conversations = [r for r in json.loads(talk.read_text(encoding="utf-8")) if "image" in r]
-    CLIPVisionModel(CLIPVisionConfig(**CLIP)).save_pretrained(out / "clip")
     (out / "llm").mkdir(parents=True, exist_ok=True)
     (out / "llm" / "tokenizer.model").write_bytes(train_tokenizer(caption_of, conversations))
     tokenizer = Tokenizer(out / "llm" / "tokenizer.model", legacy=False)
     tokenizer.save(out / "llm")
-    config = LlamaConfig(
-        **LLAMA,
-        vocab_size=tokenizer.vocab_size,
-        bos_token_id=tokenizer.bos_id,
-        eos_token_id=tokenizer.eos_id,
-        pad_token_id=tokenizer.pad_id,
-    )
-    llm = LlamaForCausalLM(config)
-    read(llm, reading_matter(caption_of, conversations, tokenizer), tokenizer.pad_id, steps, seed)
+    special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    llm = LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=tokenizer.vocab_size, **special))
+    read(llm, reading_matter(caption_of, conversations, tokenizer), tokenizer.pad_id, seed)
     llm.save_pretrained(out / "llm")
+    see(caption_of, images, tokenizer, seed).save_pretrained(out / "clip")
     (out / "done").touch()
 
 
@@ -123,10 +134,13 @@ def train_tokenizer(captions: dict[str, str], conversations: list[dict[str, Any]
 def reading_matter(
     captions: dict[str, str], conversations: list[dict[str, Any]], tokenizer: Tokenizer
 ) -> list[Encoded]:
-    """Every conversation with its image's caption where the image will stand."""
-    from training.batch import IGNORE, encode
+    """Every caption after itself, and every conversation after its image's caption: it stands where the image will."""
+    from training.batch import IGNORE, Encoded, encode
 
     matter = []
+    for text in captions.values():
+        ids = tokenizer.encode(f"{text}\n")[1:]
+        matter.append(Encoded([tokenizer.bos_id, *ids, *ids], [IGNORE] * (1 + len(ids)) + ids, False))
     for record in conversations:
         text = captions.get(record["image"], "")
         turns = [{**turn, "value": turn["value"].replace("<image>", text)} for turn in record["conversations"]]
@@ -134,29 +148,70 @@ def reading_matter(
     return [example for example in matter if any(label != IGNORE for label in example.labels)]
 
 
-def read(llm: LlamaForCausalLM, matter: list[Encoded], pad_id: int, steps: int, seed: int) -> None:
+def read(llm: LlamaForCausalLM, matter: list[Encoded], pad_id: int, seed: int) -> None:
     """Ordinary language modelling: the answers, given what stands before them."""
-    import torch
-
     from training.batch import collate
 
-    optimizer = torch.optim.AdamW(llm.parameters(), lr=RATE, weight_decay=0.0)
+    def loss(chosen: list[int]) -> Tensor:
+        result: Tensor = llm(**collate([matter[i] for i in chosen], pad_id)).loss
+        return result
+
+    _train("read", llm, loss, len(matter), READING, seed)
+
+
+def see(captions: dict[str, str], images: Path, tokenizer: Tokenizer, seed: int) -> CLIPVisionModel:
+    """A vision tower that tells the images apart by what their captions say."""
+    import torch
+    from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
+
+    from pipeline.encoder import load_image, preprocess
+
+    size = CLIP["image_size"]
+    pixels = torch.stack(
+        [torch.from_numpy(preprocess(load_image((images / name).read_bytes()), "pad", size)) for name in captions]
+    )
+    texts = [[*tokenizer.encode(text)[: MAX_CAPTION - 1], tokenizer.eos_id] for text in captions.values()]
+    ids = torch.full((len(texts), max(map(len, texts))), tokenizer.eos_id)
+    for row, text in enumerate(texts):
+        ids[row, : len(text)] = torch.tensor(text)
+    text_tower = {**TEXT_TOWER, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": ids.shape[1]}
+    text_tower |= {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    both = CLIPModel(CLIPConfig(text_config=text_tower, vision_config=CLIP, projection_dim=CLIP["hidden_size"]))
+
+    def loss(chosen: list[int]) -> Tensor:
+        result: Tensor = both(input_ids=ids[chosen], pixel_values=pixels[chosen], return_loss=True).loss
+        return result
+
+    _train("see", both, loss, len(texts), SEEING, seed)
+    tower = CLIPVisionModel(both.config.vision_config)
+    tower.load_state_dict(both.vision_model.state_dict())
+    return tower
+
+
+def _train(
+    name: str, model: PreTrainedModel, loss_of: Callable[[list[int]], Tensor], examples: int, how: Training, seed: int
+) -> None:
+    """Adam with a short warm-up, down to 0 linearly; every epoch in an order of its own."""
+    import torch
+
+    steps, batch = how["steps"], min(how["batch"], examples)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     shuffled = random.Random(seed)
-    order: list[Encoded] = []
+    order: list[int] = []
     start = time.perf_counter()
     for step in range(steps):
-        if len(order) < BATCH:
-            order = shuffled.sample(matter, len(matter)) + order
-        batch = collate([order.pop() for _ in range(min(BATCH, len(order)))], pad_id)
+        if len(order) < batch:
+            order = shuffled.sample(range(examples), examples)
         for group in optimizer.param_groups:
-            group["lr"] = RATE * min((step + 1) / WARMUP, 1 - step / steps)
-        loss = llm(**batch).loss
-        loss.backward()
+            group["lr"] = how["lr"] * min((step + 1) / WARMUP, 1 - step / steps)
+        loss = loss_of([order.pop() for _ in range(batch)])
+        torch.autograd.backward(loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         if step % 10 == 0 or step == steps - 1:
             rate = (step + 1) / (time.perf_counter() - start)
-            print(f"read {step + 1}/{steps}  loss {float(loss):.3f}  {rate:.1f} steps/s", flush=True)
+            print(f"{name} {step + 1}/{steps}  loss {float(loss.detach()):.3f}  {rate:.1f} steps/s", flush=True)
 
 
 if __name__ == "__main__":

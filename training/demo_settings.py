@@ -10,16 +10,17 @@ COMMON = [
     "device=cpu",
     "checkpoint.interval=1ep",
     "data.max_length=512",
+    "global_batch_size=16",
+    "optimizer.betas=[0.9,0.98]",
+    "optimizer.clip_grad_norm=1.0",
 ]
 
-PRETRAIN = [*COMMON, "global_batch_size=16", "epochs=1", "optimizer.lr=2e-3"]
+PRETRAIN = [*COMMON, "epochs=3", "optimizer.lr=2e-3"]
 
 FINETUNE = [
     *COMMON,
-    "global_batch_size=16",
     "epochs=3",
-    "optimizer.lr=1.5e-3",
-    "optimizer.betas=[0.9,0.98]",
+    "optimizer.lr=8e-4",
     "microbatch_size=auto",
     "model.activation_checkpointing=false",
 ]

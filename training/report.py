@@ -59,8 +59,8 @@ def _stage(run: Path, stage: str, title: str, summary: dict[str, Any]) -> dict[s
     losses = [line["loss"] for line in lines]
     return {
         "title": title,
-        "first": summary[stage]["loss_first"],
-        "last": summary[stage]["loss_last"],
+        "first": summary["loss_first"][stage],
+        "last": summary["loss_last"][stage],
         "steps": len(lines),
         "samples_per_s": sorted(line["samples_per_s"] for line in lines)[len(lines) // 2],
         "data_wait": summary["data_wait"][stage],

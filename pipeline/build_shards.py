@@ -71,7 +71,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--price", type=float, default=0.023, help="$ per GB and month (default: %(default)s)")
     parser.add_argument("--step-time", type=float, default=1.0, help="s per training step (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="images per GPU and training step (default: %(default)s)")
-    return parser.parse_args()
+    return parser.parse_intermixed_args()
 
 
 def _setting_lines() -> Iterator[str]:

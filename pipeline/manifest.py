@@ -140,6 +140,21 @@ def write_commit(storage: Storage, commit: Commit, added: str | None = None) -> 
 def write_manifest(storage: Storage, spec: StoreSpec, failures: Iterable[Failure]) -> int:
     """Gather every commit into `manifest.parquet` and `failures.jsonl`; returns the number of samples.
 
+    Raises:
+        ValueError: if a shard is missing.
+    """
+    table = manifest_table(storage, spec)
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    faults = [*failures, *(failure for commit in _commits(storage, spec.shards, None) for failure in commit.failures)]
+    storage.replace(FAILURES, "".join(f.model_dump_json() + "\n" for f in faults).encode())
+    storage.replace(MANIFEST, buffer.getvalue())
+    return len(table)
+
+
+def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
+    """What the commit records say, in the form of the manifest.
+
     A column that was added later appears once all its shards are there.
 
     Raises:
@@ -161,12 +176,7 @@ def write_manifest(storage: Storage, spec: StoreSpec, failures: Iterable[Failure
     for name in (SAMPLES, *complete):
         table[f"{name}.offset"] = pa.array([o for shard in files for o in shard[name].offsets], pa.int64())
         table[f"{name}.size"] = pa.array([s for shard in files for s in shard[name].sizes], pa.int64())
-    buffer = io.BytesIO()
-    pq.write_table(pa.table(table), buffer, compression="zstd")
-    faults = [*failures, *(failure for commit in base for failure in commit.failures)]
-    storage.replace(FAILURES, "".join(f.model_dump_json() + "\n" for f in faults).encode())
-    storage.replace(MANIFEST, buffer.getvalue())
-    return len(table["key"])
+    return pa.table(table)
 
 
 def _commits(storage: Storage, shards: int, added: str | None) -> list[Commit]:

@@ -106,6 +106,17 @@ class Storage:
         else:
             self._retried(lambda fs, key: fs.get_file(key, str(target)), name)
 
+    @contextlib.contextmanager
+    def local_copy(self, name: str) -> Iterator[Path]:
+        """The file as a local path to read from: itself, or a copy that lasts as long as the context."""
+        local = self.local_path(name)
+        if local is not None:
+            yield local
+            return
+        with self.scratch() as folder:
+            self.download(name, folder / "file")
+            yield folder / "file"
+
     def publish(self, name: str, source: Path) -> bool:
         """Make the finished local file `source` appear as `name`, whole and only if nothing has that name yet.
 

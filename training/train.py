@@ -35,7 +35,7 @@ def main(config_file: str | None = None) -> None:
         parser.add_argument("config", help="YAML file, e.g. training/finetune.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. data.store=s3://bucket/store steps=100")
     parser.add_argument("--check", action="store_true", help="say what would be trained, on what, and stop")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     try:
         config = load_config(TrainConfig, config_file or arguments.config, arguments.settings)
     except ConfigError as error:
@@ -56,7 +56,7 @@ def train(config: TrainConfig, check_only: bool = False) -> None:
     dist.initialize_dist(device, timeout=1800)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     try:
-        _claim_run_folder(config)
+        _claim_run_folder(config, write=not check_only)
         tokenizer, store, model, stream = assemble(config, dist.get_global_rank(), dist.get_world_size())
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
@@ -219,7 +219,7 @@ def _frozen_keys(config: TrainConfig) -> list[str]:
     return [] if "llm" in config.train else ["state/model/model.llm.*"]
 
 
-def _claim_run_folder(config: TrainConfig) -> None:
+def _claim_run_folder(config: TrainConfig, write: bool) -> None:
     """A run folder belongs to one configuration: say what differs instead of mixing two runs.
 
     Raises:
@@ -238,7 +238,7 @@ def _claim_run_folder(config: TrainConfig) -> None:
                 + "\n  ".join(differing)
             )
     dist.barrier()
-    if dist.get_global_rank() == 0:
+    if write and dist.get_global_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(mine, indent=1), encoding="utf-8")
 

@@ -1,71 +1,89 @@
-"""The stream under Composer: killed with SIGKILL in the middle of an epoch and resumed, also on another rank count."""
+"""The stream under Composer: killed with SIGKILL in the middle of an epoch and resumed, also on another rank count.
+
+Ranks are forked from a process that has imported Composer already, with the variables that its launcher sets.
+"""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
+import signal
+import socket
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-SCRIPT = """
-import json, os, signal, sys
-from pathlib import Path
-import torch
-from composer import Callback, DataSpec, Trainer
-from composer.loggers import LoggerDestination
-from composer.models import ComposerModel
-from composer.utils import dist
-from torch.utils.data import DataLoader
-from training.stream import Batch, Stream, split
+from training.stream import Batch, Example, Stream, split
 
-store, run, kill_at, interval = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
-dist.initialize_dist("cpu", timeout=60)
-rank = dist.get_global_rank()
-
-def collate(examples):
-    words = [sum(len(turn.value) for turn in example.conversation.turns) for example in examples]
-    return {"labels": torch.tensor(words, dtype=torch.float32)[:, None] / 100}
-
-class Model(ComposerModel):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layers = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
-    def forward(self, batch):
-        return self.layers(batch["columns"]["block03"].float() / 255)
-    def loss(self, outputs, batch):
-        return torch.nn.functional.mse_loss(outputs, batch["labels"])
-
-class Log(LoggerDestination):
-    def log_metrics(self, metrics, step=None):
-        if "loss/train/total" in metrics and rank == 0:
-            with (run / "log").open("a") as file:
-                file.write(json.dumps([step, metrics["loss/train/total"]]) + chr(10))
-
-class Kill(Callback):
-    def batch_start(self, state, logger):
-        if state.timestamp.batch.value == kill_at:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-stream = Stream(store, ("block03",), global_batch_size=8, rank=rank, world_size=dist.get_world_size(), collate=collate,
-                window_shards=2, seed=4, threads=2)
-loader = DataLoader(stream, batch_size=None, num_workers=0, collate_fn=lambda batch: batch)
-model = Model()
-Trainer(
-    model=model, optimizers=torch.optim.Adam(model.parameters(), lr=0.01), max_duration="3ep",
-    train_dataloader=DataSpec(loader, split_batch=split, microbatch_transforms=Batch,
-                              get_num_samples_in_batch=lambda batch: len(batch["keys"])),
-    device_train_microbatch_size=2, callbacks=[Kill()], loggers=[Log()], device="cpu", precision="fp32", seed=1,
-    save_folder=str(run / "checkpoints"), save_interval=interval, save_num_checkpoints_to_keep=3, autoresume=True,
-    save_overwrite=True, run_name="run", progress_bar=False,
-).fit()
-"""
 BATCHES = 5  # per epoch
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["composer", "training.stream"])
+
+
+def run_rank(rank: int, ranks: int, port: int, store: Path, run: Path, kill_at: int, interval: str) -> None:
+    """One process of a Composer run over `store`; at step `kill_at` it is killed."""
+    with (run / "output").open("a") as output:
+        os.dup2(output.fileno(), sys.stdout.fileno())
+        os.dup2(output.fileno(), sys.stderr.fileno())
+    launcher = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": 0}
+    os.environ.update({name: str(value) for name, value in (launcher | {"MASTER_PORT": port}).items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"})
+
+    import torch
+    from composer import Callback, DataSpec, Trainer
+    from composer.loggers import LoggerDestination
+    from composer.models import ComposerModel
+    from composer.utils import dist
+    from torch.utils.data import DataLoader
+
+    torch.set_num_threads(1)
+    dist.initialize_dist("cpu", timeout=60)
+
+    def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
+        words = [sum(len(turn.value) for turn in example.conversation.turns) for example in examples]
+        return {"labels": torch.tensor(words, dtype=torch.float32)[:, None] / 100}
+
+    class Model(ComposerModel):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+
+        def forward(self, batch):
+            return self.layers(batch["columns"]["block03"].float() / 255)
+
+        def loss(self, outputs, batch):
+            return torch.nn.functional.mse_loss(outputs, batch["labels"])
+
+    class Log(LoggerDestination):
+        def log_metrics(self, metrics, step=None):
+            if "loss/train/total" in metrics and rank == 0:
+                with (run / "log").open("a") as file:
+                    file.write(json.dumps([step, metrics["loss/train/total"]]) + "\n")
+
+    class Kill(Callback):
+        def batch_start(self, state, logger):
+            if state.timestamp.batch.value == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    stream = Stream(
+        str(store), ("block03",), global_batch_size=8, rank=rank, world_size=ranks, collate=collate, window_shards=2,
+        seed=4, threads=2,
+    )  # fmt: skip
+    loader = DataLoader(stream, batch_size=None, num_workers=0, collate_fn=lambda batch: batch)
+    model = Model()
+    Trainer(
+        model=model, optimizers=torch.optim.Adam(model.parameters(), lr=0.01), max_duration="3ep",
+        train_dataloader=DataSpec(loader, split_batch=split, microbatch_transforms=Batch,
+                                  get_num_samples_in_batch=lambda batch: len(batch["keys"])),
+        device_train_microbatch_size=2, callbacks=[Kill()], loggers=[Log()], device="cpu", precision="fp32", seed=1,
+        save_folder=str(run / "checkpoints"), save_interval=interval, save_num_checkpoints_to_keep=3, autoresume=True,
+        save_overwrite=True, run_name="run", progress_bar=False,
+    ).fit()  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -75,18 +93,21 @@ def store(make_store: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
 
 
 def train(store: Path, run: Path, ranks: int, kill_at: int = -1, interval: str = "1ba") -> int:
-    """The exit code of `composer -n RANKS`; what it says goes to `run`/output."""
+    """0, or the exit code of a process that failed; what they say goes to `run`/output."""
     run.mkdir(exist_ok=True)
-    script = run / "script.py"
-    script.write_text(SCRIPT)
-    launcher = str(Path(sys.executable).with_name("composer"))
-    root = str(Path(__file__).resolve().parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    command = [launcher, "-n", str(ranks), str(script), str(store), str(run), str(kill_at), interval]
-    with (run / "output").open("a") as output:
-        return subprocess.run(
-            command, check=False, env=environment, stdout=output, stderr=output, timeout=200
-        ).returncode
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [
+        FORK.Process(target=run_rank, args=(rank, ranks, port, store, run, kill_at, interval)) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+        process.kill()  # one that hangs
+        process.join()
+    return next((code for process in processes if (code := process.exitcode)), 0)
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -107,7 +128,7 @@ def test_a_run_killed_in_mid_epoch_has_the_losses_of_an_undisturbed_one(
     store: Path, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     two, one = tmp_path / "two", tmp_path / "one"
-    assert train(store, two, 2, kill_at=BATCHES + 2) != 0
+    assert train(store, two, 2, kill_at=BATCHES + 2) == -signal.SIGKILL
     assert max(losses(two)) == BATCHES + 1
     shutil.copytree(two, one)
     assert train(store, two, 2) == 0, (two / "output").read_text()[-3000:]
@@ -121,7 +142,7 @@ def test_a_run_killed_in_mid_epoch_has_the_losses_of_an_undisturbed_one(
 def test_a_run_killed_between_two_epochs_goes_on_with_the_next(
     store: Path, undisturbed: dict[int, float], tmp_path: Path, interval: str
 ) -> None:
-    assert train(store, tmp_path, 1, kill_at=2 * BATCHES, interval=interval) != 0
+    assert train(store, tmp_path, 1, kill_at=2 * BATCHES, interval=interval) == -signal.SIGKILL
     assert train(store, tmp_path, 1, interval=interval) == 0, (tmp_path / "output").read_text()[-3000:]
     assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-5)
     assert (tmp_path / "log").read_text().count("\n") == 3 * BATCHES  # no step was taken twice

@@ -166,7 +166,10 @@ class Connector(nn.Module):
         expected = (self.config.grid**2, self.config.vision_width)
         if column.shape[1:] != expected:
             raise ValueError(f"column {name} has shape {tuple(column.shape)}; expected (images, {expected})")
-        if torch.is_autocast_enabled(column.device.type):
+        device = column.device.type
+        if torch.amp.autocast_mode.is_autocast_available(device) and torch.is_autocast_enabled(
+            device
+        ):  # the meta device has none
             return column  # autocast brings both sides to its own dtype; casting up first would cost memory
         return column.to(next(self.parameters()).dtype)
 

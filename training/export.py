@@ -20,11 +20,10 @@ from torch import Tensor
 
 from pipeline.schema import StoreSpec
 from training.connectors import RELEASED_BLOCKS, Connector, ConnectorConfig, build_connector
+from training.flops import prefill_flops
 from training.model import CompactVisionForConditionalGeneration
 
 if TYPE_CHECKING:
-    from transformers import LlamaConfig
-
     from training.tokenizer import Tokenizer
 
 WEIGHTS, SHAPE = "connector.safetensors", "connector.json"
@@ -183,17 +182,6 @@ print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_spe
 An image goes first in its message, one image per conversation. `pip install transformers sentencepiece pillow` is all
 it needs.
 """
-
-
-def prefill_flops(text: LlamaConfig, tokens: int) -> int:
-    """FLOPs (2 per multiply-add) of one prefill of so many tokens, without the head: Tables 2 to 5 report these.
-
-    L (8 N d^2 + 6 N d m + 4 N^2 d) where every query head has its own keys, as in Llama-2.
-    """
-    d, head = text.hidden_size, text.hidden_size // text.num_attention_heads
-    kv = head * text.num_key_value_heads
-    layer = 4 * tokens * d * (d + kv) + 6 * tokens * d * text.intermediate_size + 4 * tokens**2 * d
-    return int(text.num_hidden_layers * layer)
 
 
 def _count(module: torch.nn.Module | None) -> int:

@@ -16,7 +16,7 @@ from pipeline.encoder import Encoder, columns_of, describe_encoder
 from pipeline.schema import StoreSpec
 from training.assemble import build_model, load_tokenizer
 from training.config import TrainConfig
-from training.export import export_connector, export_model, load_connector, prefill_flops, replaced_folder
+from training.export import export_connector, export_model, load_connector, replaced_folder
 from training.model import CompactVisionConfig, CompactVisionForConditionalGeneration
 
 
@@ -257,20 +257,6 @@ def test_the_folder_says_what_it_is(config, store: StoreSpec, tmp_path: Path) ->
     assert settings.auto_map["AutoModel"] == "model.CompactVisionModel"
     generation = json.loads((tmp_path / "model" / "generation_config.json").read_text())
     assert (generation["bos_token_id"], generation["eos_token_id"], generation["pad_token_id"]) == (1, 2, 0)
-
-
-@pytest.mark.parametrize(("tokens", "tflops"), [(576, 7.634304), (288, 3.773666), (144, 1.875961)])
-def test_prefill_flops_are_the_papers(tokens: int, tflops: float) -> None:
-    llama = CompactVisionConfig(
-        text_config={
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 32,
-        }
-    ).text_config
-    assert prefill_flops(llama, tokens) / 1e12 == pytest.approx(tflops, abs=5e-7)
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -40,10 +40,10 @@ def test_the_file_tree_names_every_file_and_no_other() -> None:
         else:
             room = name
     present = {
-        f"{folder}/{path.name}"
+        str(path.relative_to(ROOT))
         for folder in ("pipeline", "training")
-        for path in (ROOT / folder).iterdir()
-        if path.is_file() and path.name != "__init__.py"
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file() and path.name != "__init__.py" and "__pycache__" not in path.parts
     }
     assert listed == present
 

@@ -1,0 +1,294 @@
+"""The official layouts: prompts as LLaVA-1.5 asks them, answers found by what prediction files call a question."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openpyxl import Workbook, load_workbook
+
+from training.benchmarks import BENCHMARKS, Benchmark, open_benchmark
+from training.benchmarks.predictions import Predictions, read_predictions
+
+SHORT = "\nAnswer the question using a single word or phrase."
+LETTER = "\nAnswer with the option's letter from the given choices directly."
+
+
+def opened(data: Path, name: str, split: str | None = None) -> Benchmark:
+    return open_benchmark(name, data, split)
+
+
+def read(
+    benchmark: Benchmark, tmp_path: Path, records: list[dict[str, Any]] | Any, name: str = "said.jsonl"
+) -> Predictions:
+    path = tmp_path / name
+    if name.endswith(".jsonl"):
+        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    else:
+        path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return read_predictions(path, benchmark)
+
+
+def scores(benchmark: Benchmark, predictions: Predictions) -> dict[str, float | None]:
+    return {name: scored.report()["score"] for name, scored in benchmark.score(predictions.answers).items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt"),
+    [
+        ("GQA", "Is it red?" + SHORT),
+        ("ScienceQA", "Context: Look.\nWhich?\nA. x\nB. y" + LETTER),
+        ("textvqa", "What brand?\nReference OCR token: NOKIA, 12:30" + SHORT),
+        ("POPE", "Is there a dog1 in the image?" + SHORT),
+        ("MMBench", 'A hint.\nWhich, "quoted"?\nA. cat\nB. dog' + LETTER),
+        ("mmbench_cn", 'A hint.\nWhich, "quoted"?\nA. cat\nB. dog\n请直接回答选项字母。'),
+        ("VQAv2", "Is it?" + SHORT),
+        ("VizWiz", "What is it?\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT),
+        ("MME", "Is this existence?" + SHORT),
+    ],
+)
+def test_prompts_and_images(data: Path, name: str, prompt: str) -> None:
+    benchmark = opened(data, name)
+    assert benchmark.questions[0].text == prompt
+    assert benchmark.absent_images() == []
+    for question in benchmark.questions:
+        assert question.image is None or len(benchmark.image(question.image)) > 50
+
+
+def test_lengths_of_answers() -> None:
+    assert {name: kind.max_new_tokens for name, kind in BENCHMARKS.items() if kind.max_new_tokens != 128} == {
+        "scienceqa": 1024,
+        "mmbench": 1024,
+        "mmbench-cn": 1024,
+    }
+
+
+def test_gqa_from_llava_and_from_its_own_format(data: Path, tmp_path: Path) -> None:
+    gqa = opened(data, "gqa")
+    said = [{"question_id": id, "text": text} for id, text in (("201", "Yes."), ("202", "A cat"), ("203", "Left"))]
+    assert scores(gqa, read(gqa, tmp_path, said))["accuracy"] == pytest.approx(100 * 2 / 3)
+    server = [{"questionId": id, "prediction": text} for id, text in (("201", "Yes."), ("202", "cat"), ("203", "left"))]
+    assert scores(gqa, read(gqa, tmp_path, server, "own.json"))["accuracy"] == pytest.approx(100 * 2 / 3)
+    _, file = gqa.server_file(read(gqa, tmp_path, said).answers) or ("", b"")
+    assert json.loads(file)[0] == {"questionId": "201", "prediction": "yes"}
+
+
+def test_science_qa_counts_images_and_all(data: Path, tmp_path: Path) -> None:
+    sqa = opened(data, "scienceqa")
+    said = [{"question_id": "4", "text": "B", "prompt": "<image>\nWhich?"}, {"question_id": "5", "text": "A. x"}]
+    result = read(sqa, tmp_path, said)
+    assert result.missing == ["11"]
+    assert scores(sqa, result) == {"img": 50.0, "all": pytest.approx(100 * 2 / 3)}
+    own = {"acc": 66, "results": {"4": 1, "5": 1, "11": 2}}
+    assert scores(sqa, read(sqa, tmp_path, own, "own.json")) == {"img": 100.0, "all": pytest.approx(100 * 2 / 3)}
+    llava = {"results": {"4": -1}, "outputs": {"4": "B", "5": "A", "11": "The answer is C."}}
+    assert scores(sqa, read(sqa, tmp_path, llava, "own.json"))["all"] == 100.0
+
+
+def test_text_vqa_finds_questions_by_image_and_prompt(data: Path, tmp_path: Path) -> None:
+    text = opened(data, "textvqa")
+    said = [
+        {"question_id": "aa", "prompt": f"what brand?\nReference OCR token: NOKIA{SHORT}", "text": "Nokia"},
+        {"question_id": "aa", "prompt": f"What color?{SHORT}", "text": "red."},
+    ]
+    assert scores(text, read(text, tmp_path, said))["accuracy"] == 100.0
+    server = [{"question_id": 34602, "answer": "phone"}, {"question_id": 34603, "answer": "red"}]
+    assert scores(text, read(text, tmp_path, server, "own.json"))["accuracy"] == pytest.approx(65.0)
+
+
+def test_pope_pairs_by_question_and_by_row(data: Path, tmp_path: Path) -> None:
+    pope = opened(data, "pope")
+    said = ["yes", "no", "no", "yes", "yes", "yes", "no"]  # random, popular, adversarial; labels yny ny yn
+    ids = [q.id for q in pope.questions]
+    rows = [{"question_id": id, "text": text} for id, text in zip(ids, said, strict=True)]
+    expected = (100 * 2 / 3 + 100 * 2 / 3 + 100) / 3
+    result = scores(pope, read(pope, tmp_path, rows))
+    assert result["f1"] == pytest.approx(expected)
+    assert result["f1_row_order"] == pytest.approx(expected)
+    assert result["accuracy"] == pytest.approx(100 * 5 / 7)
+    turned = scores(pope, read(pope, tmp_path, rows[::-1]))
+    assert turned["f1"] == pytest.approx(expected)
+    assert turned["f1_row_order"] != pytest.approx(expected)
+
+
+def test_pope_knows_llavas_ids_splits_and_its_own_files(data: Path, tmp_path: Path) -> None:
+    pope = opened(data, "pope")
+    llava = [{"question_id": 2_000_002, "prompt": "Is there a dog2 in the image?" + SHORT, "text": "Yes"}]
+    assert list(read(pope, tmp_path, llava).answers) == ["popular/2"]
+    split = [{"question_id": 2, "category": "adversarial", "text": "No"}]
+    assert list(read(pope, tmp_path, split).answers) == ["adversarial/2"]
+    folder = tmp_path / "own"
+    folder.mkdir()
+    for kind, count in (("random", 3), ("popular", 2), ("adversarial", 2)):
+        rows = [{"question": f"is there a dog{n} in the image?", "answer": "yes"} for n in range(count)]
+        (folder / f"coco_pope_{kind}_answers.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = read_predictions(folder, pope)
+    assert len(result.answers) == 7
+    assert scores(pope, result)["f1_random"] == pytest.approx(100 * 4 / 5)
+
+
+def test_a_missing_pope_answer_is_wrong_whatever_the_truth(data: Path, tmp_path: Path) -> None:
+    pope = opened(data, "pope")
+    result = read(
+        pope, tmp_path, [{"question_id": "random/1", "text": "Yes"}, {"question_id": "random/2", "text": "No"}]
+    )
+    assert len(result.missing) == 5
+    assert scores(pope, result)["f1_random"] == pytest.approx(100 * 2 / 3)
+    assert scores(pope, result)["f1_popular"] == 0.0
+
+
+@pytest.mark.parametrize("name", ["mmbench", "mmbench-cn"])
+def test_mmbench_wants_every_row_of_a_question(data: Path, tmp_path: Path, name: str) -> None:
+    bench = opened(data, name)
+    said = dict(zip(["1", "1000001", "2", "1000002", "2000002"], ["A", "B.", "C", "B", "B"], strict=True))
+    rows = [{"question_id": int(id), "text": text, "round_id": 0} for id, text in said.items()]
+    assert scores(bench, read(bench, tmp_path, rows)) == {"circular": 50.0, "circular_exact": 0.0, "rows": 80.0}
+    rows[-1]["text"] = "up"
+    assert scores(bench, read(bench, tmp_path, rows))["circular"] == 100.0
+    missing = read(bench, tmp_path, rows[:-1])
+    assert missing.missing == ["2000002"]
+    assert scores(bench, missing)["circular"] == 50.0
+
+
+def test_mmbench_reads_and_writes_the_servers_spreadsheet(data: Path, tmp_path: Path) -> None:
+    bench = opened(data, "mmbench")
+    book = Workbook()
+    book.active.append(["index", "question", "A", "prediction"])
+    for index, text in ((1, "A"), (1000001, "B"), (2, "C"), (1000002, "B"), (2000002, "=A")):
+        book.active.append([index, "?", "cat", text])
+        book.active.cell(book.active.max_row, 4).data_type = "s"
+    book.save(tmp_path / "said.xlsx")
+    result = read_predictions(tmp_path / "said.xlsx", bench)
+    assert result.answers["2000002"].text == "=A"
+    assert scores(bench, result)["circular"] == 50.0
+    _, written = bench.server_file(result.answers) or ("", b"")
+    rows = list(load_workbook(io.BytesIO(written)).active.iter_rows(values_only=True))
+    assert rows[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
+    assert rows[5][0] == 2000002
+    assert rows[5][6] == "=A"
+
+
+def test_vqav2_scores_val_and_fills_the_servers_file_for_test_dev(data: Path, tmp_path: Path) -> None:
+    val = opened(data, "vqav2")
+    said = [{"question_id": 5, "text": "No"}, {"question_id": 6, "text": "two"}]
+    assert scores(val, read(val, tmp_path, said)) == {
+        "accuracy": pytest.approx(80.0),
+        "accuracy_vqaeval": pytest.approx(80.0),
+    }
+    server = [{"question_id": 5, "answer": "No"}, {"question_id": 6, "answer": "2"}]
+    as_sent = scores(val, read(val, tmp_path, server, "own.json"))
+    assert as_sent == {"accuracy": pytest.approx(80.0), "accuracy_vqaeval": pytest.approx(30.0)}
+    dev = opened(data, "vqav2", "test-dev")
+    assert [q.id for q in dev.questions] == ["70", "71"]
+    assert dev.questions[0].image == "COCO_test2015_000000000007.jpg"
+    _, file = dev.server_file(read(dev, tmp_path, [{"question_id": 71, "text": "The Cat"}]).answers) or ("", b"")
+    assert json.loads(file) == [
+        {"question_id": 70, "answer": ""},
+        {"question_id": 71, "answer": "cat"},
+        {"question_id": 72, "answer": ""},
+    ]
+    assert scores(dev, read(dev, tmp_path, [{"question_id": 71, "text": "x"}]))["accuracy"] is None
+
+
+def test_vizwiz_by_image_or_by_row(data: Path, tmp_path: Path) -> None:
+    val = opened(data, "vizwiz")
+    server = [{"image": "VizWiz_val_00000000.jpg", "answer": "cup"}]
+    assert scores(val, read(val, tmp_path, server, "own.json")) == {
+        "accuracy": 100.0,
+        "accuracy_vqaeval": pytest.approx(60.0),
+    }
+    row = [{"question_id": 0, "text": "Cup"}]
+    assert scores(val, read(val, tmp_path, row))["accuracy"] == 100.0
+    test = opened(data, "vizwiz", "test")
+    _, file = test.server_file(read(test, tmp_path, row).answers) or ("", b"")
+    assert json.loads(file) == [{"image": "VizWiz_test_0.jpg", "answer": "cup"}]
+
+
+def test_mme_from_llava_and_from_result_files(data: Path, tmp_path: Path) -> None:
+    mme = opened(data, "mme")
+    rows = []
+    for question in mme.questions:
+        assert question.image is not None
+        wrong = question.group == "count" and "hat" in question.text and question.image.endswith("2.png")
+        answer = "Yes" if ("hat" not in question.text) or wrong else "No"
+        category, _, file = question.image.rpartition("/")
+        id = f"{category.partition('/')[0]}/{file}"
+        rows.append({"question_id": id, "prompt": question.text, "text": answer})
+    result = read(mme, tmp_path, rows)
+    assert not result.missing
+    assert not result.duplicates
+    points = scores(mme, result)
+    assert points["count"] == pytest.approx(75 + 50)
+    assert points["perception"] == pytest.approx(9 * 200 + 125)
+    assert points["cognition"] == pytest.approx(800)
+    folder = tmp_path / "results"
+    folder.mkdir()
+    ask = "Please answer yes or no."
+    for category in {q.group for q in mme.questions}:
+        text = "".join(
+            f"{n:04d}.png\tIs this {category}? {ask}\tYes\tyes\n{n:04d}.png\tIs this a hat? {ask}\tNo\tNo.\n"
+            for n in (1, 2)
+        )
+        (folder / f"{category}.txt").write_text(text)
+    assert scores(mme, read_predictions(folder, mme))["perception"] == pytest.approx(2000)
+
+
+def test_what_is_wrong_with_predictions_is_counted_and_named(data: Path, tmp_path: Path) -> None:
+    gqa = opened(data, "gqa")
+    path = tmp_path / "bad.jsonl"
+    text = [
+        '{"question_id": "201", "text": "no"}',
+        '{"question_id": "201", "text": "Yes"}',
+        "not json",
+        "[1]",
+        '{"question_id": "202"}',
+        '{"question_id": "202", "text": ["a"]}',
+        '{"question_id": "nobody", "text": "x"}',
+        '{"text": "x"}',
+        '{"question_id": "203", "text": "left\u2028\u0085"}',  # separators that end no line
+    ]
+    path.write_text("\n".join(text), encoding="utf-8")
+    result = read_predictions(path, gqa)
+    problems = result.problems()
+    assert {kind: problem["count"] for kind, problem in problems.items()} == {
+        "missing": 1,
+        "duplicates": 1,
+        "malformed": 4,
+        "unknown": 2,
+    }
+    assert problems["missing"]["first"] == ["202"]
+    assert problems["duplicates"]["first"] == ["201"]
+    assert problems["malformed"]["first"][0].startswith("bad.jsonl:3")
+    assert "'nobody'" in problems["unknown"]["first"][0]
+    assert scores(gqa, result)["accuracy"] == pytest.approx(100 * 2 / 3)  # the last of two answers counts
+
+
+def test_predictions_of_something_else_are_refused(data: Path, tmp_path: Path) -> None:
+    gqa = opened(data, "gqa")
+    with pytest.raises(ValueError, match=r"no prediction for gqa.*found.*'7'.*ids such as '201'"):
+        read(gqa, tmp_path, [{"question_id": "7", "text": "x"}])
+    with pytest.raises(ValueError, match="no such file"):
+        read_predictions(tmp_path / "none.jsonl", gqa)
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_missing_files_are_named_with_where_they_are_had(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=r"(?s)needs, in .*https://") as error:
+        open_benchmark(name, tmp_path)
+    if name == "pope":
+        assert str(error.value).count("coco/coco_pope_") == 3
+
+
+def test_an_image_outside_the_folder_is_not_read(data: Path) -> None:
+    gqa = opened(data, "gqa")
+    for name in ("../../../secret.jpg", "/etc/hostname"):
+        with pytest.raises(ValueError, match="not a file within"):
+            gqa.image(name)
+
+
+def test_names_and_splits_are_checked(data: Path) -> None:
+    with pytest.raises(ValueError, match="did you mean 'vizwiz'"):
+        open_benchmark("viswiz", data)
+    with pytest.raises(ValueError, match=r"no split 'dev'.*val, test-dev, test"):
+        open_benchmark("vqav2", data, "dev")

@@ -1,0 +1,150 @@
+"""The command itself: a tiny exported model on official files, alone, in batches, in two processes, after a crash."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
+
+
+def evaluate(*arguments: object, fails: bool = False) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "training/evaluate.py", *map(str, arguments)]
+    done = subprocess.run(command, check=False, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=240)
+    assert (done.returncode != 0) is fails, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
+    """An exported model of random weights that answers a few tokens."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
+
+    from training.connectors import ConnectorConfig, build_connector
+    from training.model import CompactVisionForConditionalGeneration
+    from training.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+
+    torch.manual_seed(0)
+    sides = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    llm = LlamaForCausalLM(LlamaConfig(vocab_size=736, initializer_range=0.3, pad_token_id=0, **sides))
+    tower = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **sides))
+    connector = build_connector(ConnectorConfig(arm="stf", block=1, grid=4, vision_width=32, llm_width=32))
+    whole = CompactVisionForConditionalGeneration.from_parts(llm, connector, tower)
+    (tokenizer_file,) = (shared / "parity" / "tiny_tokenizer").glob("*.model")
+    tokenizer = CompactVisionTokenizer(str(tokenizer_file), image_token_id=whole.config.image_token_id)
+    images = CompactVisionImageProcessor(aspect="pad", image_size=32)
+    folder = tmp_path_factory.mktemp("model")
+    whole.generation_config.eos_token_id = tokenizer.eos_token_id
+    CompactVisionProcessor(images, tokenizer, image_tokens=connector.tokens).save_pretrained(folder)
+    whole.save_pretrained(folder)
+    return folder
+
+
+def texts(path: Path) -> dict[str, str]:
+    return {record["question_id"]: record["text"] for record in map(json.loads, path.read_text().splitlines())}
+
+
+def test_batches_processes_and_a_crash_change_no_answer(model: Path, data: Path, tmp_path: Path) -> None:
+    common = ["--benchmark", "scienceqa", "vizwiz", "--data", data, "--max-new-tokens", 6]
+    alone = evaluate(model, *common, "--out", tmp_path / "alone", "--batch-size", 1)
+    reports = [json.loads(line) for line in alone.stdout.splitlines()]
+    assert [report["benchmark"] for report in reports] == ["scienceqa", "vizwiz"]
+    assert reports[0]["questions"] == reports[0]["answered"] == 3
+    expected = texts(tmp_path / "alone" / "scienceqa.jsonl")
+    assert len(set(expected.values())) == 3  # pictures and words matter
+    assert "average" in alone.stderr
+    assert json.loads((tmp_path / "alone" / "server" / "vizwiz_val.json").read_text())[0]["image"].startswith("VizWiz")
+
+    crashed = tmp_path / "crashed" / "scienceqa.jsonl"  # what a killed process leaves: one answer and half another
+    crashed.parent.mkdir()
+    first, second, _ = (tmp_path / "alone" / "scienceqa.jsonl").read_text().splitlines()
+    changed = json.dumps({**json.loads(first), "text": "kept as it was"})
+    crashed.write_text(f"{changed}\n{second[:30]}")
+    evaluate(model, *common[:1], "scienceqa", *common[3:], "--out", crashed.parent, "--processes", 2)
+    assert texts(crashed) == {**expected, "4": "kept as it was"}
+    assert sorted(p.name for p in crashed.parent.iterdir() if ".jsonl" in p.name) == [
+        "scienceqa.jsonl",
+        "scienceqa.jsonl.run.json",
+    ]
+
+
+def test_answers_of_another_model_are_not_mixed_in(model: Path, data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "gqa.jsonl").write_text("")
+    (out / "gqa.jsonl.run.json").write_text(json.dumps({"model": "other", "weights": "x", "max_new_tokens": 128}))
+    done = evaluate(model, "--benchmark", "gqa", "--data", data, "--out", out, fails=True)
+    assert "another run" in done.stderr
+    assert "model: 'other' there" in done.stderr
+
+
+def test_predictions_are_scored_and_compared_without_torch(data: Path, tmp_path: Path) -> None:
+    said, other = tmp_path / "said.jsonl", tmp_path / "other.jsonl"
+    said.write_text("".join(json.dumps({"question_id": id, "text": "yes"}) + "\n" for id in ("201", "202", "203")))
+    other.write_text('{"question_id": "202", "text": "Cat."}\noops\n')
+    script = (
+        "import sys, runpy; sys.modules['torch'] = None; sys.argv[0] = 'training/evaluate.py';"
+        "runpy.run_path('training/evaluate.py', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", script, "--benchmark", "gqa", "--data", data, "--predictions", said]
+    command += ["--against", other, "--out", tmp_path / "out"]
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        list(map(str, command)), check=False, cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["score"] == pytest.approx(100 / 3)
+    assert report["interval"][0] <= report["score"] <= report["interval"][1]
+    difference = report["against"]["differences"]["accuracy"]
+    assert difference["difference"] == 0.0
+    assert difference["units_that_differ"] == 2
+    assert report["against"]["problems"]["missing"]["count"] == 2
+    assert report["against"]["problems"]["malformed"]["count"] == 1
+    assert json.loads((tmp_path / "out" / "gqa.scores.json").read_text()) == report
+
+
+def test_averages_with_and_without_vizwiz(tmp_path: Path) -> None:
+    from training.benchmarks import AVERAGED
+    from training.evaluate import averages
+
+    assert len(AVERAGED) == 8
+    for name in (*AVERAGED, "mme"):
+        value = {"vizwiz": 2.0, "mme": 1500.0}.get(name, 66.0)
+        (tmp_path / f"{name}.scores.json").write_text(json.dumps({"headline": "h", "score": value}))
+    table = averages(tmp_path)
+    assert "average                      58.00" in table
+    assert "... without VizWiz           66.00" in table
+    (tmp_path / "gqa.scores.json").unlink()
+    assert "gqa missing" in averages(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--benchmark", "pope", "--predictions", "x"], "--benchmark needs --data"),
+        (["--benchmark", "pope", "--data", "."], "give a model, or the --predictions of one"),
+        (["model", "--questions", "q.jsonl"], "--questions needs --images and --out"),
+        (["model"], "give one of --benchmark, --questions and --average"),
+        (
+            ["model", "--questions", "none.jsonl", "--images", ".", "--out", "x"],
+            "questions file none.jsonl does not exist",
+        ),
+    ],
+)
+def test_mistakes_on_the_command_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training import evaluate as module
+
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        module.main()
+    assert message in str(stopped.value)
+    capsys.readouterr()

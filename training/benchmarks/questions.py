@@ -1,0 +1,184 @@
+"""What every benchmark has: questions from official files, answers by question, scores by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+from training.metrics import Scored
+
+SHORT = "\nAnswer the question using a single word or phrase."
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question.
+
+    Attributes:
+        id: its name, unique within the benchmark.
+        text: what is asked, without `<image>`.
+        image: name of its image for `Benchmark.image`; None if it has none.
+        truth: what the scorer compares with; None if the official files do not tell it.
+        group: category, split or circular group.
+    """
+
+    id: str
+    text: str
+    image: str | None
+    truth: Any = None
+    group: str = ""
+
+
+class Answer(NamedTuple):
+    """What a model said; `final` if it is already post-processed, as in a file for the benchmark's server."""
+
+    text: str
+    final: bool = False
+
+
+Answers = Mapping[str, Answer]  # by the question's id
+
+
+class Benchmark:
+    """One benchmark in `folder` (or in the folder of its name below it), on `split`.
+
+    Attributes:
+        questions: in the official order.
+
+    Raises:
+        ValueError: if files are missing or malformed, or the split is not one of `splits`.
+    """
+
+    name: ClassVar[str]
+    folders: ClassVar[tuple[str, ...]]  # what its folder may be called
+    splits: ClassVar[tuple[str, ...]]  # the first one is the default
+    max_new_tokens: ClassVar[int] = 128
+
+    def __init__(self, folder: Path, split: str | None = None) -> None:
+        if split is not None and split not in self.splits:
+            raise ValueError(f"{self.name} has no split {split!r}; choose from {', '.join(self.splits)}")
+        self.split = split or self.splits[0]
+        below = [folder / name for name in self.folders if (folder / name).is_dir()]
+        self.folder = below[0] if below else folder
+        self._missing: list[str] = []
+        self.image_folder = self.folder
+        self.questions = self.read()
+        self._by_id = {question.id: question for question in self.questions}
+
+    def read(self) -> list[Question]:
+        """The questions of the split, from the official files."""
+        raise NotImplementedError
+
+    def score(self, answers: Answers) -> dict[str, Scored]:
+        """Scores by name, the headline first; a question without an answer counts as wrong."""
+        raise NotImplementedError
+
+    def identify(self, record: Mapping[str, Any]) -> str | None:
+        """Which question a prediction belongs to; None if none of them."""
+        for key in ("question_id", "questionId", "index", "id"):
+            if key in record and (name := identifier(record[key])) in self._by_id:
+                return name
+        return None
+
+    def server_file(self, answers: Answers) -> tuple[str, bytes] | None:
+        """Name and bytes of the file that the benchmark's server takes, if it has one."""
+        return None
+
+    def image(self, name: str) -> bytes:
+        """Bytes of an image file.
+
+        Raises:
+            ValueError: if it is not there, or lies outside the benchmark's folder.
+        """
+        return file_within(self.image_folder, name).read_bytes()
+
+    def absent_images(self) -> list[str]:
+        """Names of images that the questions need and the folder lacks."""
+        names = {question.image for question in self.questions if question.image is not None}
+        root = self.image_folder.resolve()
+        return sorted(name for name in names if not is_within(root, name))
+
+    def keep(self, limit: int | None) -> None:
+        """Go on with the first `limit` questions only."""
+        self.questions = self.questions[:limit]
+        self._by_id = {question.id: question for question in self.questions}
+
+    def find(self, origin: str, *places: str) -> Path:
+        """The first of `places` in the folder that exists; a missing one is reported by `check` with its `origin`."""
+        for place in places:
+            if (self.folder / place).exists():
+                return self.folder / place
+        self._missing.append(f"{places[0]}  (from {origin})")
+        return self.folder / places[0]
+
+    def check(self) -> None:
+        """Raise for all files that `find` did not find.
+
+        Raises:
+            ValueError: naming them, what to download and where it goes.
+        """
+        if self._missing:
+            missing = "\n  ".join(self._missing)
+            raise ValueError(f"{self.name} {self.split} needs, in {self.folder} (--data):\n  {missing}")
+
+
+def identifier(value: Any) -> str:
+    """An id as text: spreadsheets turn 241 into 241.0."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def is_within(root: Path, name: str) -> bool:
+    """Whether `name` is a file below the resolved folder `root`."""
+    path = (root / name).resolve()
+    return path.is_relative_to(root) and path.is_file()
+
+
+def file_within(folder: Path, name: str) -> Path:
+    """The path of `name` in `folder`.
+
+    Raises:
+        ValueError: if there is no such file, or it lies outside.
+    """
+    if not is_within(folder.resolve(), name):
+        raise ValueError(f"{name} is not a file within {folder}")
+    return folder / name
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file.
+
+    Raises:
+        ValueError: if it is none, naming it.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """A file of one JSON object a line; a line ends at a line feed alone, texts may hold other separators.
+
+    Raises:
+        ValueError: naming the line that is not one.
+    """
+    records = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}:{number} holds {type(record).__name__}, an object was expected")
+        records.append(record)
+    return records
+
+
+def to_json(value: Any) -> bytes:
+    """As the servers read it."""
+    return json.dumps(value, ensure_ascii=False).encode()

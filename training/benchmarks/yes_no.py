@@ -1,0 +1,204 @@
+"""Benchmarks answered with yes or no: POPE and MME."""
+
+from __future__ import annotations
+
+import glob
+import json
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from training.benchmarks.questions import SHORT, Answers, Benchmark, Question, read_json_lines
+from training.metrics import Scored, mean_f1, mean_percent, mme_answer, mme_total, pope_answer
+
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+_ASK = "Please answer yes or no."
+
+
+class POPE(Benchmark):
+    """POPE on COCO: F1 of `yes` in each of three splits, and their mean.
+
+    LLaVA-1.5 uses the files of commit e3e3926, with 2910 random questions; the newest ones have 3000.
+    """
+
+    name = "pope"
+    folders = ("pope", "POPE")
+    splits = ("coco",)
+    kinds = ("random", "popular", "adversarial")
+
+    def read(self) -> list[Question]:
+        """`coco/coco_pope_{random,popular,adversarial}.json`, and COCO's `val2014/`."""
+        origin = "https://github.com/AoiDragon/POPE/tree/e3e39262c85a6a83f26cf5094022a782cb0df58d/output/coco"
+        paths = {
+            kind: self.find(origin, f"coco/coco_pope_{kind}.json", f"coco_pope_{kind}.json") for kind in self.kinds
+        }
+        self.image_folder = self.folder / "val2014"
+        self.check()
+        questions = [
+            Question(f"{kind}/{row['question_id']}", row["text"] + SHORT, row["image"], _label(row), kind)
+            for kind, path in paths.items()
+            for row in read_json_lines(path)
+        ]
+        self._asked = {(q.group, q.image, _plain(q.text)): q.id for q in questions}
+        self._rows = {kind: [q.id for q in questions if q.group == kind] for kind in self.kinds}
+        listed = self.folder / "llava_pope_test.jsonl"  # LLaVA's question file tells what its ids mean
+        self._listed = {str(row["question_id"]): row for row in read_json_lines(listed)} if listed.is_file() else {}
+        plain_ids = [q.id.partition("/")[2] for q in questions]
+        self._plain_ids = dict(zip(plain_ids, (q.id for q in questions), strict=True))
+        self._unique = len(self._plain_ids) == len(plain_ids)
+        return questions
+
+    def identify(self, record: Mapping[str, Any]) -> str | None:
+        """By split and question, in the record or in LLaVA's `llava_pope_test.jsonl`; else by file and row."""
+        if "question_id" not in record:
+            return self._by_row(record)
+        id = str(record["question_id"])
+        listed = self._listed.get(id)
+        if id in self._by_id:
+            found: str | None = id
+        elif listed is not None:
+            found = self._asked.get((str(listed["category"]), listed["image"], _plain(listed["text"])))
+        elif "category" in record:
+            found = f"{record['category']}/{id}"
+        else:
+            found = self._plain_ids.get(id) if self._unique else None
+        return found if found in self._by_id else None
+
+    def _by_row(self, record: Mapping[str, Any]) -> str | None:
+        """POPE's own answer files: lines of question and answer in the order of the labels, a file per split."""
+        kind = next((kind for kind in self.kinds if kind in str(record.get("file", ""))), None)
+        rows = self._rows.get(kind or "", [])
+        row = record.get("row", len(rows))
+        return rows[row] if row < len(rows) and rows[row] in self._by_id else None
+
+    def score(self, answers: Answers) -> dict[str, Scored]:
+        """F1, paired by question; by row order as LLaVA's script pairs; accuracy; F1 of each split."""
+        said = {id: pope_answer(answer.text) for id, answer in answers.items()}
+        units = {q.id: (q.group, (said.get(q.id, _other(q.truth)), q.truth)) for q in self.questions}
+        scores = {"f1": Scored("mean F1 of the three splits, paired by question", units, mean_f1)}
+        if rows := self._in_row_order(said):
+            scores["f1_row_order"] = Scored("mean F1 of the three splits, paired by the order of rows", rows, mean_f1)
+        for kind in self.kinds:
+            part = {id: unit for id, unit in units.items() if unit[0] == kind}
+            scores[f"f1_{kind}"] = Scored(f"F1, {kind}", part, mean_f1)
+        hits = {id: ("", float(given == truth)) for id, (_, (given, truth)) in units.items()}
+        scores["accuracy"] = Scored("accuracy over all questions", hits, mean_percent)
+        return scores
+
+    def _in_row_order(self, said: Mapping[str, str]) -> dict[str, tuple[str, tuple[str, str]]]:
+        """The n-th answer of a split (in the file's order) against the n-th label; nothing if a split has none."""
+        given: dict[str, list[str]] = defaultdict(list)
+        truths: dict[str, list[str]] = defaultdict(list)
+        for id, answer in said.items():
+            given[self._by_id[id].group].append(answer)
+        for q in self.questions:
+            truths[q.group].append(q.truth)
+        if any(not given[kind] for kind in truths):
+            return {}
+        return {
+            f"{kind}#{n}": (kind, pair)
+            for kind in truths
+            for n, pair in enumerate(zip(given[kind], truths[kind], strict=False))
+        }
+
+    def server_file(self, answers: Answers) -> tuple[str, bytes]:
+        """Lines of question and answer, split after split: what POPE's `evaluate.py` reads."""
+        rows = [
+            {
+                "question_id": q.id.partition("/")[2],
+                "category": q.group,
+                "question": _plain(q.text),
+                "answer": answers[q.id].text,
+            }
+            for q in self.questions
+            if q.id in answers
+        ]
+        return "pope_coco.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _label(row: Mapping[str, Any]) -> str:
+    return "no" if row["label"] == "no" else "yes"
+
+
+def _other(truth: str) -> str:
+    return "yes" if truth == "no" else "no"
+
+
+def _plain(text: str) -> str:
+    """A question without what prompts add to it, and with single spaces."""
+    bare = text.replace(SHORT.strip(), "").replace(_ASK, "")
+    return " ".join(bare.split())
+
+
+class MME(Benchmark):
+    """MME: accuracy plus accuracy+ (both questions of an image right), summed over categories."""
+
+    name = "mme"
+    folders = ("MME", "mme")
+    splits = ("test",)
+
+    def read(self) -> list[Question]:
+        """`MME_Benchmark_release_version/<category>/`: images and a text file of questions beside each."""
+        origin = "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation"
+        root = self.find(origin, "MME_Benchmark_release_version")
+        self.check()
+        nested = root / "MME_Benchmark"
+        self.image_folder = nested if nested.is_dir() else root
+        questions: list[Question] = []
+        for category in (*PERCEPTION, *COGNITION):
+            folder = self.image_folder / category
+            texts = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
+            images = folder / "images" if (folder / "images").is_dir() else folder
+            found = sorted(texts.glob("*.txt"))
+            if not found:
+                self._missing.append(f"{folder.relative_to(self.folder)}/*.txt  (from {origin})")
+            for path in found:
+                questions += _mme_questions(category, path, images, self.image_folder)
+        self.check()
+        self._asked = {(q.group, Path(str(q.image)).stem, _plain(q.text)): q.id for q in questions}
+        return questions
+
+    def identify(self, record: Mapping[str, Any]) -> str | None:
+        """By category, image and question; LLaVA's ids are `category/image`, the same for both questions."""
+        id = str(record.get("question_id"))
+        if id in self._by_id:
+            return id
+        category, _, file = id.rpartition("/")
+        asked = self._asked.get((category.partition("/")[0], Path(file).stem, _plain(str(record.get("prompt", "")))))
+        return asked if asked in self._by_id else None
+
+    def score(self, answers: Answers) -> dict[str, Scored]:
+        """Perception and cognition, then each category."""
+        images: dict[tuple[str, str], list[bool]] = defaultdict(list)
+        for q in self.questions:
+            right = q.id in answers and mme_answer(answers[q.id].text) == q.truth
+            images[q.group, str(q.image)].append(right)
+        units = {image: (category, (sum(hits), len(hits))) for (category, image), hits in images.items()}
+        scores = {}
+        for name, categories in (("perception", PERCEPTION), ("cognition", COGNITION)):
+            part = {image: unit for image, unit in units.items() if unit[0] in categories}
+            what = f"sum of accuracy and accuracy+ over {name}'s {len(categories)} categories"
+            scores[name] = Scored(what, part, mme_total)
+        for category in (*PERCEPTION, *COGNITION):
+            part = {image: unit for image, unit in units.items() if unit[0] == category}
+            scores[category] = Scored(f"accuracy and accuracy+ of {category}", part, mme_total)
+        return scores
+
+
+def _mme_questions(category: str, path: Path, images: Path, root: Path) -> list[Question]:
+    image = next((p for p in sorted(images.glob(f"{glob.escape(path.stem)}.*")) if p.suffix != ".txt"), None)
+    name = str((image or images / f"{path.stem}.jpg").relative_to(root))
+    questions = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n")):
+        if not line.strip():
+            continue
+        text, tab, truth = line.strip().rpartition("\t")
+        if not tab or truth.strip().lower() not in ("yes", "no"):
+            raise ValueError(f"{path}:{number + 1} is not 'question<tab>Yes or No': {line.strip()[:80]!r}")
+        plain = text.replace(_ASK, "").strip()
+        questions.append(Question(f"{name}#{number}", plain + SHORT, name, truth.strip().lower(), category))
+    return questions

@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do command -v $$p >/de
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check format clean help
+.PHONY: demo test cluster-test infra-check check format clean help
 
 help:            ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -21,6 +21,14 @@ demo: $(STAMP)   ## the main job on drawn scenes: store, stage 1, stage 2, answe
 test: $(STAMP)   ## the tests, without the network
 	$(BIN)/python -m pytest
 
+cluster-test: $(STAMP) ## a SLURM of emulated hosts runs the jobs of infra/slurm; hosts are killed (root, Debian's slurm packages)
+	$(BIN)/python -m pytest -m cluster -rs tests/infra/test_slurm.py
+
+infra-check:     ## the files of infra/, each with the tool of its own world (an environment of its own)
+	test -x .venv-infra/bin/python || $(PYTHON) -m venv .venv-infra
+	.venv-infra/bin/python -m pip install --quiet --disable-pip-version-check -r infra/requirements.txt
+	.venv-infra/bin/python infra/check.py
+
 check: $(STAMP)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -32,4 +40,4 @@ format: $(STAMP) ## let ruff put the code in order
 	$(BIN)/ruff check --fix .
 
 clean:           ## remove what was built, the environment included
-	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-infra runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -21,7 +21,7 @@ import numpy.typing as npt
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
-POOL_BATCHES = 8  # global batches that are sorted by length together; more pads less and mixes lengths less
+POOL_BATCHES = 16  # global batches that are sorted by length together; more pads less and mixes lengths less
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,14 @@ class OrderSettings:
         """Global batches in an epoch of so many examples."""
         full, rest = divmod(examples, self.global_batch_size)
         return full + (1 if rest and self.last_batch == "pad" else 0)
+
+    def share(self, rank: int, ranks: int) -> slice:
+        """The positions of a global batch that a rank takes: neighbours, which may be conversations about one image.
+
+        A batch that is sorted by length is dealt out like cards instead: no rank gets all the long examples.
+        """
+        rows = self.global_batch_size // ranks
+        return slice(rank, None, ranks) if self.group_by_length else slice(rank * rows, (rank + 1) * rows)
 
 
 def epoch_batches(examples: Examples, settings: OrderSettings, epoch: int) -> Ints:
@@ -122,10 +130,10 @@ def _grouped(order: Ints, examples: Examples, size: int, draw: _Draws) -> Ints:
     """Batches of one modality and of similar length, as LLaVA's group_by_modality_length.
 
     As there, what is left of each modality makes the last, mixed batches. Unlike there, `POOL_BATCHES` batches are
-    sorted by length together, so that batches differ in length and the examples within one hardly do; within a batch
-    they are shuffled, so that no rank has all the long ones.
+    sorted by length together, so that batches differ in length and the examples within one hardly do. Within a batch
+    the longest come first, so that microbatches hardly pad, and a step that does not fit the memory fails at its start.
     """
-    noise, when = draw(2, len(order)), draw(3, len(order))
+    when = draw(3, len(order))
     batches: list[Ints] = []
     keys: list[float] = []
     rest: list[Ints] = []
@@ -139,7 +147,7 @@ def _grouped(order: Ints, examples: Examples, size: int, draw: _Draws) -> Ints:
             for row in sorted_pool:
                 # A batch comes at a random moment of the stretch that its pool was taken from.
                 keys.append(float(pool[0] + when[len(batches)] * (pool[-1] - pool[0])))
-                batches.append(row[np.argsort(noise[row], kind="stable")])
+                batches.append(row[::-1])
     sequence = [batches[i] for i in np.argsort(np.array(keys), kind="stable")]
     grouped: Ints = order[np.concatenate([*sequence, np.sort(np.concatenate(rest))]).astype(np.int64)]
     return grouped
@@ -183,10 +191,19 @@ def shards_in_use(batches: Ints, examples: Examples) -> int:
     return int(np.cumsum(moments).max(initial=0))
 
 
-def padding_share(batches: Ints, examples: Examples, rows: int) -> float:
-    """Share of text positions that are padding when every `rows` examples (a microbatch) are padded to their longest.
+def padding_share(
+    batches: Ints, lengths: Ints | Floats, settings: OrderSettings, ranks: int = 1, rows: int | None = None
+) -> float:
+    """Share of positions that are padding when every microbatch of `rows` examples is as long as its longest.
 
-    Lengths are in words: image tokens are the same for every image and so pad nothing within one modality.
+    Args:
+        batches: example indices of shape (batches, global_batch_size).
+        lengths: of each example, shape (examples,), in any unit.
+        rows: default: a rank's part of the batch whole.
     """
-    words = examples.words[batches.reshape(-1, rows)]
-    return float(1 - words.sum() / (words.max(axis=1) * rows).sum())
+    rows = rows or settings.global_batch_size // ranks
+    parts = np.stack([lengths[batches[:, settings.share(rank, ranks)]] for rank in range(ranks)])
+    starts = np.arange(0, parts.shape[-1], rows)
+    longest = np.maximum.reduceat(parts, starts, axis=-1)
+    padded = (longest * np.diff(starts, append=parts.shape[-1])).sum()
+    return float(1 - parts.sum() / padded)

@@ -44,9 +44,9 @@ DOWNLOADS = 4  # tars of a remote store that each rank fetches ahead at a time
 class Stream(IterableDataset[Batch]):
     """This rank's batches of one epoch after another, for `DataLoader(stream, batch_size=None, num_workers=0)`.
 
-    The global batches are a function of (store, seed, epoch) and the order settings alone. Rank r of R takes the
-    contiguous slice [r * B / R, (r + 1) * B / R) of each, so every R that divides the global batch size B sees the same
-    global batches, and all ranks have equally many. Each `iter()` starts the next epoch, or goes on in the middle of
+    The global batches are a function of (store, seed, epoch) and the order settings alone. Rank r of R takes B / R
+    examples of each (`OrderSettings.share`), so every R that divides the global batch size B sees the same global
+    batches, and all ranks have equally many. Each `iter()` starts the next epoch, or goes on in the middle of
     one after `load_state_dict`. Features lie in reused buffers: a batch is valid until the next one is asked for.
 
     Args:
@@ -105,8 +105,7 @@ class Stream(IterableDataset[Batch]):
                 "choose a global batch size that the number of ranks divides"
             )
         self.global_batch_size = global_batch_size
-        rows = global_batch_size // world_size
-        self._slice = slice(rank * rows, (rank + 1) * rows)
+        self._share = self.settings.share(rank, world_size)
         storage = Storage(store_url)
         self.store = read_store(storage)
         self.fingerprint = fingerprint(storage)
@@ -124,7 +123,9 @@ class Stream(IterableDataset[Batch]):
             tars = local_tars(storage)
         else:
             tars = RangeTars(storage)
-        self._reader = Reader(tars, index, self.examples, rows, collate, threads, prefetch, pin_memory)
+        self._reader = Reader(
+            tars, index, self.examples, global_batch_size // world_size, collate, threads, prefetch, pin_memory
+        )
         self._epoch = -1  # the epoch that the last iter() began
         self._handed_out = 0  # global batches of it that were yielded, those before a resume included
         self._resume: tuple[int, int] | None = None  # (epoch, batches) that the next iter() goes on from
@@ -161,7 +162,7 @@ class Stream(IterableDataset[Batch]):
         if self._cache is not None:
             ahead = Ahead(self._cache, self._uses(order), self._handed_out, DOWNLOADS)
         try:
-            with contextlib.closing(self._reader.read(order[self._handed_out :, self._slice])) as batches:
+            with contextlib.closing(self._reader.read(order[self._handed_out :, self._share])) as batches:
                 for batch in batches:
                     self._handed_out += 1
                     if ahead is not None:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from training.stream import Example, Stream
 
 
+MICROBATCH = 4  # examples that are padded to one length in the description; stage 2's default
+
+
 def main() -> int:
     """Describe the order of a store's examples; with --bench, measure how fast they come."""
     parser = argparse.ArgumentParser(
@@ -84,16 +87,16 @@ def _describe(stream: Stream, url: str) -> str:
     from training.order import epoch_batches, padding_share, same_shard_pairs, shards_in_use
 
     batches, examples = stream.epoch_batches(0), stream.examples
-    grouped = replace(stream.settings, together=False, group_by_length=True)
     size = stream.global_batch_size
-    waste = [padding_share(b, examples, size) for b in (batches, epoch_batches(examples, grouped, 0))]
+    orders = [replace(stream.settings, together=False, group_by_length=grouped) for grouped in (False, True)]
+    waste = [padding_share(epoch_batches(examples, o, 0), examples.words, o, rows=MICROBATCH) for o in orders]
     return (
         f"store     {url}: {stream.store.samples} samples in {stream.store.shards} shards, codec {stream.store.codec}\n"
         f"examples  {len(examples)}: {len(stream)} batches of {size} per epoch\n"
         f"mixing    window of {stream.settings.window_shards} shards: two examples of a batch share a shard "
         f"{same_shard_pairs(batches, examples):.2f} times as often as in a full shuffle; "
         f"at most {shards_in_use(batches, examples)} shards in use at once\n"
-        f"padding   {waste[0]:.1%} of a batch's words, {waste[1]:.1%} with group_by_length"
+        f"padding   {waste[0]:.1%} of the words of microbatches of {MICROBATCH}, {waste[1]:.1%} with group_by_length"
     )
 
 

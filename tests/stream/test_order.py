@@ -78,7 +78,7 @@ def test_the_order_stays_what_it_was_when_this_test_was_written():
         hashlib.sha256(epoch_batches(examples, o, 2).astype("<i8").tobytes()).hexdigest()[:12]
         for o in (order, replace(order, group_by_length=True), replace(order, together=True))
     ]
-    assert digests == ["8526010b5ca0", "10b27e247696", "fe7856740c30"]
+    assert digests == ["8526010b5ca0", "a51b3f2724fd", "fe7856740c30"]
 
 
 def test_epochs_and_seeds_give_other_orders():
@@ -132,7 +132,23 @@ def test_grouping_by_length_keeps_modalities_apart_and_saves_most_of_the_padding
     plain, grouped = (epoch_batches(examples, replace(order, group_by_length=g), 0) for g in (False, True))
     mixed = [len(set(examples.has_image[row].tolist())) > 1 for row in grouped]
     assert not any(mixed[:-2])
-    assert padding_share(grouped, examples, 8) < 0.35 * padding_share(plain, examples, 8)
+    waste = [
+        padding_share(batches, examples.words, replace(order, group_by_length=g), ranks=2, rows=4)
+        for g, batches in enumerate((plain, grouped))
+    ]
+    assert waste[1] < 0.2 * waste[0]
+
+
+def test_padding_is_counted_by_hand():
+    lengths = np.array([1, 2, 3, 4, 5, 6, 7])
+    batches = np.array([[0, 1, 2, 3, 4, 5]])
+    order = OrderSettings(global_batch_size=6)
+    assert padding_share(batches, lengths, order) == pytest.approx(1 - 21 / 36)
+    assert padding_share(batches, lengths, order, ranks=2) == pytest.approx(1 - 21 / (3 * 3 + 3 * 6))
+    assert padding_share(batches, lengths, order, rows=4) == pytest.approx(1 - 21 / (4 * 4 + 2 * 6))
+    dealt = replace(order, group_by_length=True)  # 1, 3, 5 and 2, 4, 6
+    assert padding_share(batches, lengths, dealt, ranks=2) == pytest.approx(1 - 21 / (3 * 5 + 3 * 6))
+    assert padding_share(batches, lengths, dealt, ranks=2, rows=2) == pytest.approx(1 - 21 / (2 * 3 + 5 + 2 * 4 + 6))
 
 
 def test_batches_of_a_group_do_not_come_in_order_of_length():
@@ -145,9 +161,21 @@ def test_batches_of_a_group_do_not_come_in_order_of_length():
 
 def test_no_rank_gets_the_long_examples_of_a_batch():
     examples = make_examples([64] * 40, text_share=0)
-    batches = epoch_batches(examples, OrderSettings(global_batch_size=32, group_by_length=True), 0)
-    halves = examples.words[batches].reshape(len(batches), 2, 16).mean(axis=(0, 2))
-    assert halves[0] == pytest.approx(halves[1], rel=0.02)
+    order = OrderSettings(global_batch_size=32, group_by_length=True)
+    batches = epoch_batches(examples, order, 0)
+    words = [examples.words[batches[:, order.share(rank, 4)]] for rank in range(4)]
+    assert words[0].mean() == pytest.approx(words[3].mean(), rel=0.02)
+    for part in words:
+        assert (np.diff(part[:-2], axis=1) <= 0).all()  # the longest first
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 12])
+def test_the_ranks_shares_are_the_whole_batch(ranks, grouped):
+    order = OrderSettings(global_batch_size=12, group_by_length=grouped)
+    parts = [np.arange(12)[order.share(rank, ranks)] for rank in range(ranks)]
+    assert {len(part) for part in parts} == {12 // ranks}
+    assert sorted(np.concatenate(parts)) == list(range(12))
 
 
 def test_the_store_order_is_kept_without_shuffling():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from itertools import chain
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -35,8 +35,18 @@ def epoch_keys(stream: Stream) -> list[list[str]]:
 
 
 def global_batches(store: Path, ranks: int, **settings: object) -> list[list[str]]:
-    parts = [epoch_keys(open_stream(store, rank=rank, world_size=ranks, **settings)) for rank in range(ranks)]
-    return [[key for part in batch for key in part] for batch in zip(*parts, strict=True)]
+    streams = [open_stream(store, rank=rank, world_size=ranks, **settings) for rank in range(ranks)]
+    return joined([epoch_keys(stream) for stream in streams], streams[0])
+
+
+def joined(parts: list[list[list[str]]], stream: Stream) -> list[list[str]]:
+    """The global batches that the ranks' batches are the shares of."""
+    whole = []
+    for shares in zip(*parts, strict=True):
+        whole.append([""] * stream.global_batch_size)
+        for rank, share in enumerate(shares):
+            whole[-1][stream.settings.share(rank, len(parts))] = share
+    return whole
 
 
 ORDERS = [{}, {"together": True}, {"group_by_length": True}, {"shuffle": False}, {"last_batch": "pad"}, {"limit": 30}]
@@ -117,20 +127,26 @@ def test_epochs_differ_and_seeds_differ(store: Path) -> None:
     assert first == epoch_keys(open_stream(store))
 
 
-@pytest.mark.parametrize("order", [{}, {"group_by_length": True}, {"last_batch": "pad"}], ids=str)
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("order", "ranks"),
+    [
+        *product([{}, {"group_by_length": True}, {"last_batch": "pad"}], [1, 2, 4, 8]),
+        ({"global_batch_size": 12}, 3),
+    ],
+    ids=str,
+)
 def test_resuming_at_every_batch_is_exact_on_any_number_of_ranks(store: Path, ranks: int, order: dict) -> None:
     whole = open_stream(store, **order)
     expected = [epoch_keys(whole) for _ in range(2)]
     saved = open_stream(store, rank=0, world_size=2, **order)
     states = [saved.state_dict(0, True)]
-    states += [saved.state_dict((i + 1) * 8, True) for i, _ in enumerate(saved)]
+    states += [saved.state_dict((i + 1) * whole.global_batch_size, True) for i, _ in enumerate(saved)]
     for done, state in enumerate(states):
         streams = [open_stream(store, rank=rank, world_size=ranks, **order) for rank in range(ranks)]
         for stream in streams:
             stream.load_state_dict(state)
         parts = [[epoch_keys(stream) for stream in streams] for _ in range(2)]
-        rest = [[list(chain(*batch)) for batch in zip(*part, strict=True)] for part in parts]
+        rest = [joined(part, streams[0]) for part in parts]
         assert rest == [expected[0][done:], expected[1]]
 
 

@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do command -v $$p >/de
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test cluster-test infra-check check format clean help
+.PHONY: demo ablate test cluster-test infra-check check format clean help
 
 help:            ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -17,6 +17,9 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)   ## the main job on drawn scenes: store, stage 1, stage 2, answers, report (under 5 minutes)
 	$(BIN)/python training/demo.py
+
+ablate: demo     ## the arms of the paper's Tables 3 and 5 on the demo's data, two seeds each (under 15 minutes)
+	$(BIN)/python training/ablate.py training/ablations/demo.yaml
 
 test: $(STAMP)   ## the tests, without the network
 	$(BIN)/python -m pytest

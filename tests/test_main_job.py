@@ -168,3 +168,27 @@ def test_the_photos_go_through_the_same_commands(shared: Path, tmp_path: Path) -
     for store in ("pretrain-store", "finetune-store"):
         assert (tmp_path / "run" / store / "failures.jsonl").read_text() == ""
     assert summary["questions"] == len((photos / "pope_questions.jsonl").read_text().splitlines())
+
+
+def test_an_ablation_trains_its_arms_once_and_writes_one_table(demo: Path, tmp_path: Path) -> None:
+    run = tmp_path / "ablation"
+    command = [sys.executable, "training/ablate.py", "training/ablations/demo.yaml", f"run={run}", "limit=16"]
+    for stage in ("pretrain", "finetune"):
+        command.append(f"{stage}.settings.data.store={demo}/{stage}-store")
+        command += [f"{stage}.settings.model.llm={demo}/models/llm", f"{stage}.settings.steps=3"]
+    command += [f"questions={demo}/data/heldout.jsonl", f"images={demo}/data/images"]
+    command += [f"encoding.encoder={demo}/models/clip", f"encoding.data=[{demo}/data/chat.json]"]
+    command += [f"encoding.images={demo}/data/images"]
+    command.append("arms=[{name: MLP, connector: {arm: mlp}}, {name: STF, connector: {arm: stf}}]")
+    assert "3 of 4 runs are not done yet" in shell(*command, "--part", "0/4")
+    table = shell(*command)
+    assert table.count("\nrun ") + table.startswith("run ") == 3
+    result = json.loads((run / "table.json").read_text())
+    assert [(row["arm"], row["tokens"]) for row in result["rows"]] == [("MLP", 16), ("STF", 4)]
+    for row in result["rows"]:
+        score = row["scores"]["accuracy"]
+        assert len(score["by_seed"]) == 2
+        assert score["interval"][0] <= score["score"] <= score["interval"][1]
+    assert result["encoding"]["again"] > result["encoding"]["once"]
+    assert losses(run / "mlp" / "seed0" / "pretrain") != losses(run / "mlp" / "seed1" / "pretrain")
+    assert "data:image/jpeg;base64," in (run / "report.html").read_text()

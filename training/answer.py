@@ -221,9 +221,9 @@ def _wait_for_others(ranks: Ranks) -> None:
 
     import torch.distributed
 
-    torch.distributed.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world, timeout=timedelta(days=7))
+    if not torch.distributed.is_initialized():  # in an ablation, training has done so
+        torch.distributed.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world, timeout=timedelta(days=7))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def _merge(out: Path, records: Iterable[Record]) -> None:

@@ -217,6 +217,18 @@ class Scored:
         }
 
 
+def together(runs: Sequence[Scored]) -> Scored:
+    """The mean score of several runs; a unit's outcome is the tuple of what each run made of it."""
+    first = runs[0]
+    shared = [unit for unit in first.units if all(unit in run.units for run in runs)]
+    units = {unit: (first.units[unit][0], tuple(run.units[unit][1] for run in runs)) for unit in shared}
+
+    def mean(counts: Counts) -> float:
+        return sum(first.statistic(_side(counts, run)) for run in range(len(runs))) / len(runs)
+
+    return Scored(first.what, units, mean)
+
+
 def _side(counts: Counts, side: int) -> Counts:
     """One run's outcomes out of counts of pairs."""
     alone: dict[str, dict[Any, float]] = {}

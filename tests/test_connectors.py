@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.connectors import ARMS, PAPER_BLOCKS, RELEASED_BLOCKS, ConnectorConfig, build_connector, windows
-from training.export import connector_from_released
+from training.convert import connector_from_released
 
 TINY = {"grid": 4, "vision_width": 8, "llm_width": 16, "blocks": (1, 2, 3), "block": 3}
 
@@ -49,23 +49,32 @@ def test_the_released_topology_reads_blocks_from_the_deepest_down() -> None:
 
 
 def test_released_weights_that_lack_a_key_or_hold_another_are_refused_by_name() -> None:
-    state = {f"model.mm_projector.{i}.{kind}": torch.zeros(1) for i in (0, 2) for kind in ("weight", "bias")}
-    with pytest.raises(ValueError, match=r"missing .*mm_projector_crosslayer.2.weight.*not used .*vision_resampler"):
-        connector_from_released({**state, "model.vision_resampler.q": torch.zeros(1)})
+    state = {f"model.mm_projector.{i}.{kind}": torch.zeros(1, 1) for i in (0, 2) for kind in ("weight", "bias")}
+    more = {"model.mm_projector_crosslayer.0.weight": torch.zeros(1, 1), "model.mm_projector.4.bias": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"missing .*mm_projector_crosslayer.2.weight.*not used .*mm_projector.4.bias"):
+        connector_from_released({**state, **more})
 
 
 @pytest.mark.parametrize(
-    ("k", "fused", "tokens", "stf"),
+    ("k", "fused", "tokens", "first", "second", "stf"),
     [
-        (2, 1, 144, 151_019_520),
-        (2, 2, 288, 117_465_088),
-        (4, 4, 144, 402_690_048),
-        (4, 8, 288, 369_135_616),
-        (8, 16, 144, 4_429_271_040),
-        (8, 32, 288, 4_395_716_608),
+        (2, 1, 144, 16_781_312, 67_125_248, 151_019_520),
+        (2, 2, 288, 16_781_312, 33_570_816, 117_465_088),
+        (4, 4, 144, 268_451_840, 67_125_248, 402_690_048),
+        (4, 8, 288, 268_451_840, 33_570_816, 369_135_616),
+        (8, 16, 144, 4_295_032_832, 67_125_248, 4_429_271_040),
+        (8, 32, 288, 4_295_032_832, 33_570_816, 4_395_716_608),
     ],
 )
-def test_tokens_and_parameters_of_table_4_at_7b(k: int, fused: int, tokens: int, stf: int) -> None:
+def test_tokens_and_parameters_of_table_4_at_7b(
+    k: int, fused: int, tokens: int, first: int, second: int, stf: int
+) -> None:
+    with torch.device("meta"):
+        built = build_connector(ConnectorConfig(arm="stf", kernel_size=k, fused_tokens=fused))
+        image = torch.zeros(3, 576, 1024)
+    layers = (built.stf.fuse, built.stf.project[0], built.stf.project[2])
+    assert [sum(p.numel() for p in layer.parameters()) for layer in layers] == [first, second, 67_112_960]
+    assert built({"block23": image}).shape == (3, tokens, 4096)
     assert ConnectorConfig(kernel_size=k, fused_tokens=fused).tokens == tokens
     assert parameters(arm="stf", kernel_size=k, fused_tokens=fused) == stf
     assert parameters(arm="mbtf+stf", kernel_size=k, fused_tokens=fused) == stf + 37_753_856
@@ -78,6 +87,9 @@ def test_parameters_of_both_presets_and_of_the_baselines_at_7b() -> None:
     assert parameters(arm="mlp") == parameters(arm="avgpool") == 20_979_712
     assert parameters(arm="mbtf") == 37_753_856 + 20_979_712
     assert parameters(arm="tokenconcat") == 33_562_624
+    with torch.device("meta"):
+        fuse = build_connector(ConnectorConfig(preset="released", llm_width=5120)).stf.fuse
+    assert fuse.out_features == 20_480  # at 13B
     assert ConnectorConfig(kernel_size=3).tokens == 64
     assert ConnectorConfig(kernel_size=1).tokens == 576
 

@@ -1,42 +1,165 @@
-"""From training to files: the connector alone (stage 1), or a whole Hugging Face folder (stage 2).
+#!/usr/bin/env python
+"""From training to files: `python training/export.py runs/finetune [--push NAME/REPO]`.
 
-Every folder is written beside its final place and renamed, so one that exists is whole.
+The folder that comes out is an ordinary Hugging Face model: weights, configuration, tokenizer, processor, the code that
+runs them, and a card with the run's settings, losses and scores. A run that is not finished is taken from its newest
+checkpoint. Every folder is written beside its final place and renamed, so one that exists is whole.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from pipeline.schema import StoreSpec
-from training.connectors import RELEASED_BLOCKS, Connector, ConnectorConfig, build_connector
-from training.flops import prefill_flops
-from training.model import CompactVisionForConditionalGeneration
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
 if TYPE_CHECKING:
+    import torch
+
+    from pipeline.schema import StoreSpec
+    from training.config import TrainConfig
+    from training.connectors import Connector
+    from training.model import CompactVisionForConditionalGeneration
     from training.tokenizer import Tokenizer
 
 WEIGHTS, SHAPE = "connector.safetensors", "connector.json"
-_RELEASED_NAMES = {
-    "mm_projector_crosslayer.0": "mbtf.0",
-    "mm_projector_crosslayer.2": "mbtf.2",
-    "mm_projector.0": "stf.fuse",
-    "mm_projector.2": "stf.project.0",
-}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of a training run: the setting `run` of training/train.py")
+    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/model)")
+    parser.add_argument("--checkpoint", type=Path, help="one of RUN/checkpoints, instead of the end or the newest")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as trained)")
+    parser.add_argument("--scores", type=Path, nargs="*", default=[], help="*.scores.json files for the model card")
+    parser.add_argument(
+        "--push", metavar="NAME/REPO", help="upload it to the Hugging Face Hub, as who is logged in there"
+    )
+    parser.add_argument("--private", action="store_true", help="with --push: a repository that only you see")
+    arguments = parser.parse_args()
+    if arguments.private and not arguments.push:
+        parser.error("--private goes with --push")
+    out = arguments.out or arguments.run / "model"
+    try:
+        export_run(arguments.run, out, arguments.checkpoint, arguments.dtype, arguments.scores)
+        print(out)
+        if arguments.push:
+            print(push(out, arguments.push, arguments.private))
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+def export_run(
+    run: Path, out: Path, checkpoint: Path | None = None, dtype: str | None = None, scores: Sequence[Path] = ()
+) -> None:
+    """Write the model that a training run has come to.
+
+    Raises:
+        ValueError: if there is no run, no checkpoint, or the parts do not fit. OSError: if one cannot be read.
+    """
+    import torch
+
+    from pipeline.manifest import read_store
+    from pipeline.storage import Storage
+    from training.assemble import load_tokenizer
+    from training.config import TrainConfig
+
+    if not (run / "config.json").is_file():
+        raise ValueError(f"{run} is no training run: it has no config.json; name the folder given as run=...")
+    config = TrainConfig.model_validate_json((run / "config.json").read_text(encoding="utf-8"))
+    store = read_store(Storage(config.data.store))
+    model = _trained(config, store, run, checkpoint)
+    target = None if dtype is None else getattr(torch, dtype)
+    export_model(model, load_tokenizer(config), store, out, target, run, scores)
+
+
+def _trained(
+    config: TrainConfig, store: StoreSpec, run: Path, checkpoint: Path | None
+) -> CompactVisionForConditionalGeneration:
+    """The model at the end of a run, or at a checkpoint."""
+    from training.assemble import build_model
+    from training.model import CompactVisionForConditionalGeneration
+
+    finished = (run / "summary.json").is_file() and checkpoint is None
+    if finished and "llm" in config.train:
+        model: CompactVisionForConditionalGeneration = CompactVisionForConditionalGeneration.from_pretrained(
+            run / "model"
+        )
+        model.llm.name_or_path = config.model.llm
+        return model
+    anew = config.model.model_copy(update={"connector_from": None})  # its weights are about to be replaced
+    model = build_model(config.model_copy(update={"model": anew}), store)
+    if finished:
+        load_connector(model, run / "connector")
+        return model
+    path = checkpoint or run / "checkpoints" / "latest-rank0.pt"
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist: {run} has neither finished nor saved a checkpoint yet")
+    state = _weights_of(path)
+    missing, unused = model.load_state_dict(state, strict=False)
+    lost = [name for name in missing if name.partition(".")[0] in config.train]
+    if lost or unused:
+        raise ValueError(f"{path} is of another model: missing {lost or 'nothing'}, not used {unused or 'nothing'}")
+    return model
+
+
+def _weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """The model's weights in a Composer checkpoint, unpickled without running anything that it names.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    import datetime
+    import pickle
+
+    import numpy as np
+    import torch
+    from torch.torch_version import TorchVersion
+
+    # What Composer keeps beside the weights: random states, durations, a version.
+    plain: list[Any] = [np.ndarray, np.dtype, np.dtypes.UInt32DType, np.empty(0).__reduce__()[0], TorchVersion]
+    try:
+        with torch.serialization.safe_globals([*plain, datetime.timedelta]):
+            state = torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")["state"]["model"]
+    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+        first = str(error).partition("\n")[0]
+        raise ValueError(f"{checkpoint} is no checkpoint of training/train.py: {first}") from error
+    return {name.removeprefix("model."): weight for name, weight in state.items()}
+
+
+def push(folder: Path, repo: str, private: bool = False) -> str:
+    """Upload a folder to the Hub, in one commit; returns its address.
+
+    Raises:
+        ValueError: if the Hub refuses. OSError: if it cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model, processor, tokenizer and card")
+    except (HFValidationError, HfHubHTTPError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(f"the Hub refuses {repo}: {first}; `hf auth login` says who you are") from error
+    return str(address)
 
 
 def export_connector(model: CompactVisionForConditionalGeneration, folder: Path) -> None:
     """Write the connector's weights and its shape: what stage 2 starts from."""
+    from safetensors.torch import save_file
+
     with replaced_folder(folder) as target:
         weights = {name: weight.detach().cpu().contiguous() for name, weight in model.connector.state_dict().items()}
         save_file(weights, target / WEIGHTS)
@@ -49,6 +172,10 @@ def load_connector(target: Connector | CompactVisionForConditionalGeneration, fo
     Raises:
         ValueError: if there are none, or the connector has another shape, naming each difference.
     """
+    from safetensors.torch import load_file
+
+    from training.connectors import Connector, ConnectorConfig
+
     connector = target if isinstance(target, Connector) else target.connector
     if not (folder / WEIGHTS).is_file() or not (folder / SHAPE).is_file():
         raise ValueError(f"{folder} holds no {WEIGHTS} with its {SHAPE}; stage 1 writes them to its run's connector/")
@@ -60,42 +187,14 @@ def load_connector(target: Connector | CompactVisionForConditionalGeneration, fo
     connector.load_state_dict(load_file(folder / WEIGHTS))
 
 
-def connector_from_released(state: Mapping[str, Tensor], grid: int = 24) -> Connector:
-    """The connector of the published `mm_projector.bin`: a mapping of names to tensors, prefixes before `mm_` allowed.
-
-    Widths, the number of blocks and k are read off the shapes.
-
-    Raises:
-        ValueError: naming every key that is missing, and every one that was not used.
-    """
-    tensors = {name[name.index("mm_projector") :]: t for name, t in state.items() if "mm_projector" in name}
-    wanted = {
-        f"{theirs}.{kind}": f"{mine}.{kind}" for theirs, mine in _RELEASED_NAMES.items() for kind in ("weight", "bias")
-    }
-    missing, unused = sorted(wanted.keys() - tensors.keys()), sorted(state.keys() - _original(state, wanted))
-    if missing or unused:
-        raise ValueError(f"not a released projector: missing {missing or 'nothing'}, not used {unused or 'nothing'}")
-    c1, c3 = len(tensors["mm_projector_crosslayer.2.bias"]), len(tensors["mm_projector.2.bias"])
-    blocks = tensors["mm_projector_crosslayer.0.weight"].shape[1] // c1
-    k = round((tensors["mm_projector.0.weight"].shape[1] // c1) ** 0.5)
-    if blocks != len(RELEASED_BLOCKS):
-        raise ValueError(f"the released projector reads {len(RELEASED_BLOCKS)} blocks; these weights read {blocks}")
-    shape = ConnectorConfig(preset="released", kernel_size=k, grid=grid, vision_width=c1, llm_width=c3)
-    connector = build_connector(shape)
-    connector.load_state_dict({mine: tensors[theirs] for theirs, mine in wanted.items()})
-    return connector.to(tensors["mm_projector.0.weight"].dtype)
-
-
-def _original(state: Mapping[str, Tensor], wanted: Mapping[str, str]) -> set[str]:
-    return {name for name in state if "mm_projector" in name and name[name.index("mm_projector") :] in wanted}
-
-
 def export_model(
     model: CompactVisionForConditionalGeneration,
     tokenizer: Tokenizer,
     store: StoreSpec,
     folder: Path,
     dtype: torch.dtype | None = None,
+    run: Path | None = None,
+    scores: Sequence[Path] = (),
 ) -> None:
     """Write a folder from which transformers loads the whole model, the store's own vision encoder included.
 
@@ -105,87 +204,53 @@ def export_model(
         store: says which encoder made the features and how images became square.
         folder: replaced if it exists.
         dtype: of the weights; None keeps each part's own.
+        run: the training run's folder, whose settings and losses go into the card. scores: files for it too.
 
     Raises:
-        OSError: if the vision encoder cannot be read.
+        ValueError: if a file of scores is none. OSError: if the vision encoder cannot be read.
     """
-    from transformers import CLIPVisionModel, GenerationConfig
+    from transformers import CLIPVisionModel
 
-    from training.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+    from training.card import model_card, store_facts
+    from training.model import CompactVisionForConditionalGeneration
 
     local = Path(store.encoder.id).is_dir()  # its revision is then a digest, which no Hub knows
     tower = CLIPVisionModel.from_pretrained(
         store.encoder.id, revision=None if local else store.encoder.revision, dtype=dtype or model.llm.dtype
     )
     whole = CompactVisionForConditionalGeneration.from_parts(model.llm, model.connector, tower, aspect=store.aspect)
+    write_model(whole, tokenizer, folder, model_card(whole, store_facts(store), run, scores), dtype)
+
+
+def write_model(
+    whole: CompactVisionForConditionalGeneration,
+    tokenizer: Tokenizer,
+    folder: Path,
+    card: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a whole model with its processor, tokenizer, generation settings, code and card."""
+    from transformers import GenerationConfig
+
+    from training.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+
+    assert whole.vision_tower is not None, "a model that is written sees"
     text = CompactVisionTokenizer(
         str(tokenizer.model_file), legacy=tokenizer.legacy, image_token_id=whole.config.image_token_id
     )
-    images = CompactVisionImageProcessor(aspect=store.aspect, image_size=store.encoder.image_size)
+    images = CompactVisionImageProcessor(whole.config.aspect, whole.vision_tower.config.image_size)
     processor = CompactVisionProcessor(images, text, image_tokens=whole.config.image_tokens)
     whole.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
     )
-    state: dict[str, Tensor] | None = None
+    state: dict[str, Any] | None = None
     if dtype is not None:
         whole.config.dtype = dtype
         state = {name: weight.to(dtype) for name, weight in whole.state_dict().items()}
     with replaced_folder(folder) as target:
         processor.save_pretrained(target)
         whole.save_pretrained(target, state_dict=state)
-        (target / "README.md").write_text(_card(whole, store), encoding="utf-8")
-
-
-def _card(model: CompactVisionForConditionalGeneration, store: StoreSpec) -> str:
-    """The model card: what it is, what it was trained on, how to run it; numbers from the parts themselves."""
-    connector, text, encoder = model.connector, model.config.text_config, store.encoder
-    patches, tokens = encoder.grid**2, connector.tokens
-    rows = {
-        "vision tokens per image": f"{tokens} of {patches} patch tokens",
-        "prefill of the vision tokens": f"{prefill_flops(text, tokens) / 1e12:.4g} TFLOPs, instead of "
-        f"{prefill_flops(text, patches) / 1e12:.4g} for all patch tokens (language model alone, no head)",
-        "connector": f"`{json.dumps(asdict(connector.config))}`",
-        "columns read": ", ".join(connector.columns),
-        "parameters": f"connector {_count(connector):,}, language model {_count(model.llm):,}, "
-        f"vision encoder {_count(model.vision_tower):,}",
-        "language model": model.llm.name_or_path,
-        "vision encoder": f"{encoder.id} at {encoder.revision}, frozen",
-        "images": f"aspect {store.aspect}, {encoder.image_size} x {encoder.image_size} pixels",
-        "trained on features": f"{store.samples} samples, data {store.dataset}, codec {store.codec}, "
-        f"computed in {store.compute}",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"""---
-library_name: transformers
-pipeline_tag: image-text-to-text
----
-# An image in {tokens} vision tokens
-
-| | |
-|---|---|
-{table}
-
-```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
-model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
-picture, words = {{"type": "image", "path": "photo.jpg"}}, {{"type": "text", "text": "What is this?"}}
-inputs = processor.apply_chat_template(
-    [{{"role": "user", "content": [picture, words]}}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
-answer = model.generate(**inputs, max_new_tokens=128)
-print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
-```
-
-An image goes first in its message, one image per conversation. `pip install transformers sentencepiece pillow` is all
-it needs.
-"""
-
-
-def _count(module: torch.nn.Module | None) -> int:
-    return 0 if module is None else sum(p.numel() for p in module.parameters())
+        (target / "README.md").write_text(card, encoding="utf-8")
 
 
 @contextmanager
@@ -205,3 +270,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             fresh.rename(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

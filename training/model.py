@@ -182,7 +182,9 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         if tower is None:
             raise ValueError("this model has no vision tower; give it columns, or export it with its encoder")
         wanted = {int(name[-2:]): name for name in self.connector.columns}
-        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values.to(tower.device)))
+        if tower.device.type != "meta":  # weights that a device_map keeps elsewhere come to their input
+            pixel_values = pixel_values.to(tower.device)
+        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
         columns = {}
         for block in range(max(wanted) + 1):
             if block > 0:

@@ -279,7 +279,7 @@ def finish(
     run = Path(config.run)
     export_connector(model, run / "connector")
     if "llm" in config.train:
-        export_model(model, tokenizer, store, run / "model")
+        export_model(model, tokenizer, store, run / "model", run=run)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = {
         "steps": steps,

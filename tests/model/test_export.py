@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
@@ -18,6 +19,7 @@ from training.assemble import build_model, load_tokenizer
 from training.config import TrainConfig
 from training.export import export_connector, export_model, load_connector, replaced_folder
 from training.model import CompactVisionConfig, CompactVisionForConditionalGeneration
+from training.processor import CompactVisionProcessor
 
 
 @pytest.fixture
@@ -206,7 +208,14 @@ base = AutoModel.from_pretrained(folder, trust_remote_code=True)
 hidden = base(**inputs).last_hidden_state
 ask = pipeline("image-text-to-text", model=folder, trust_remote_code=True)
 chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]}]
+try:
+    ask(text=[{"role": "user", "content": 2 * chat[0]["content"]}], max_new_tokens=4)
+except ValueError as error:
+    refused = str(error)
+text_only = processor(text=texts[1], return_tensors="pt")
 print(json.dumps({
+    "refused": refused,
+    "text": model.generate(**text_only, max_new_tokens=4, do_sample=False).tolist()[0],
     "ids": inputs["input_ids"].tolist(),
     "new": new.tolist(),
     "same": torch.allclose(base.llm.lm_head(hidden), model(**inputs).logits),
@@ -245,6 +254,19 @@ def test_the_exported_folder_runs_where_this_project_is_not(config, store: Store
     assert seen["tokens"] == [index for index in seen["ids"][1] if index != 0]
     assert seen["plain"].startswith("USER: <image>\nWhat is this? ASSISTANT:")
     assert isinstance(seen["chat"], str)
+    assert "holds 2 images" in seen["refused"]
+    assert seen["text"] == [index for index in seen["ids"][1] if index != 0] + seen["new"][1]
+
+
+def test_several_tokens_per_window_have_as_many_placeholders(config, store: StoreSpec, tmp_path: Path) -> None:
+    trained = build_model(config(connector={"blocks": [1, 2, 4], "fused_tokens": 2}), store)
+    export_model(trained, load_tokenizer(config()), store, tmp_path / "model")
+    processor = CompactVisionProcessor.from_pretrained(tmp_path / "model")
+    model = CompactVisionForConditionalGeneration.from_pretrained(tmp_path / "model")
+    picture = Image.new("RGB", (50, 40), (200, 30, 10))
+    inputs = processor(images=picture, text="USER: <image>\nWhat is this? ASSISTANT:", return_tensors="pt")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == model.config.image_tokens == 8
+    assert model(**inputs).logits.shape[1] == inputs["input_ids"].shape[1]
 
 
 def test_the_folder_says_what_it_is(config, store: StoreSpec, tmp_path: Path) -> None:

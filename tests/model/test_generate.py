@@ -120,6 +120,27 @@ def test_loaded_in_bf16_on_a_device_map_with_either_attention(make_model, tmp_pa
     torch.testing.assert_close(logits["sdpa"], logits["eager"], rtol=0.1, atol=0.3)
 
 
+@pytest.mark.parametrize(
+    ("where", "room"),
+    [
+        ("auto", None),
+        ("auto", {"cpu": "200KB"}),  # too little: weights stay on disk until they are needed
+        ({"vision_tower": "disk", "connector": "cpu", "llm": "cpu"}, None),
+        ({"vision_tower": "cpu", "connector": "cpu", "llm": "disk"}, None),
+    ],
+)
+def test_a_device_map_changes_no_answer(
+    model: CompactVisionForConditionalGeneration, tmp_path: Path, batch: dict, where: object, room: object
+) -> None:
+    model.save_pretrained(tmp_path)
+    placed = CompactVisionForConditionalGeneration.from_pretrained(
+        tmp_path, device_map=where, max_memory=room, offload_folder=tmp_path / "disk"
+    )
+    assert any(p.is_meta for p in placed.parameters()) is not (where == "auto" and room is None)
+    assert torch.equal(placed(**batch).logits, model(**batch).logits)
+    assert answer(placed, **batch) == answer(model, **batch)
+
+
 def test_an_unfinished_checkpoint_gives_the_connector_pytorchs_initial_weights(make_model, tmp_path: Path) -> None:
     model = make_model()
     state = {name: weight for name, weight in model.state_dict().items() if not name.startswith("connector")}

@@ -1,0 +1,226 @@
+"""Chat: answers that stream, in a real terminal and in a real browser."""
+
+import os
+import pty
+import re
+import select
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionModel, LlamaForCausalLM
+
+from training.chat import Speaker, Talk, main, open_image
+from training.connectors import ConnectorConfig, build_connector
+from training.conversation import prompt_for
+from training.export import write_model
+from training.model import CompactVisionForConditionalGeneration
+from training.tokenizer import Tokenizer
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = Namespace(device="cpu", max_new_tokens=6, temperature=0.0)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, shared: Path, llm_folder: Path, clip_folder: Path) -> Path:
+    """A model of random weights that answers something, and always the same."""
+    torch.manual_seed(2)
+    connector = build_connector(ConnectorConfig(grid=4, vision_width=32, llm_width=64, blocks=(1, 2, 4)))
+    parts = LlamaForCausalLM.from_pretrained(llm_folder), connector, CLIPVisionModel.from_pretrained(clip_folder)
+    out = tmp_path_factory.mktemp("models") / "tiny"
+    model = CompactVisionForConditionalGeneration.from_parts(*parts)
+    write_model(model, Tokenizer(shared / "parity" / "tiny_tokenizer" / "tokenizer.model", legacy=False), out, "a card")
+    return out
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "red square.png"
+    image = Image.new("RGB", (200, 150), (230, 230, 230))
+    image.paste((200, 30, 10), (40, 30, 110, 100))
+    image.save(path)
+    return path
+
+
+@pytest.fixture
+def talk(folder: Path, picture: Path) -> Talk:
+    return Talk(Speaker.load(str(folder), SETTINGS), open_image(picture))
+
+
+def generated(talk: Talk, prompt: str) -> str:
+    speaker = talk.speaker
+    inputs = speaker.processor(images=[talk.image], text=prompt, return_tensors="pt")
+    tokens = speaker.model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    return speaker.processor.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+
+
+def test_what_streams_is_what_the_model_answers_turn_by_turn(talk: Talk) -> None:
+    first = "".join(talk.ask("What is this?")).strip()
+    assert first == generated(talk, prompt_for("<image>\nWhat is this?"))
+    second = "".join(talk.ask(" Why? ")).strip()
+    assert second == generated(talk, prompt_for("Why?", [("<image>\nWhat is this?", first)]))
+    assert talk.history == [("<image>\nWhat is this?", first), ("Why?", second)]
+    assert talk.first_token_s > 0
+    assert talk.tokens_per_s > 0
+    assert talk.facts.startswith("4 vision tokens of 16, first token after ")
+
+
+def test_an_answer_that_is_stopped_ends_soon_and_is_remembered_as_far_as_it_came(talk: Talk) -> None:
+    talk.speaker.max_new_tokens = 1500
+    pieces = talk.ask("Tell me everything.")
+    said = next(pieces)
+    pieces.close()
+    ((_, remembered),) = talk.history
+    assert remembered == said.strip()
+    assert "".join(talk.ask("Go on.")) is not None
+
+
+def test_what_goes_wrong_while_answering_is_raised_where_the_answer_is_read(talk: Talk) -> None:
+    talk.speaker.model.connector = torch.nn.Identity()  # something breaks
+    with pytest.raises(AttributeError):
+        list(talk.ask("What?"))
+
+
+def test_questions_that_cannot_be_asked_are_refused(talk: Talk) -> None:
+    for question in ("", "  ", "what is <image>?"):
+        with pytest.raises(ValueError, match="some text without <image>"):
+            list(talk.ask(question))
+    talk.history = [("<image>\nx", "word " * 3000)]
+    with pytest.raises(ValueError, match="longer than the model can read"):
+        list(talk.ask("And now?"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give an IMAGE, or --web"),
+        (["image.png", "--web"], "the image is chosen in the browser"),
+        (["image.png", "--against", "other"], "--against goes with --web"),
+        (["/nowhere.png"], "error: .*No such file"),
+        (["BROKEN"], "error: .*broken.png: unreadable image"),
+    ],
+)
+def test_mistakes_on_the_command_line_are_said(
+    arguments: list[str], said: str, folder: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    given = [str(tmp_path / "broken.png") if word == "BROKEN" else word for word in arguments]
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(folder), *given])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert re.search(said, f"{ended.value}{capsys.readouterr().err}")
+
+
+class Terminal:
+    """A program in a pseudo-terminal, typed at and read as a person would."""
+
+    def __init__(self, *command: str) -> None:
+        self.master, slave = pty.openpty()
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TERM": "xterm"}
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, cwd=ROOT, env=environment, start_new_session=True
+        )
+        os.close(slave)
+        self.seen = ""
+
+    def until(self, text: str, seconds: float = 120) -> str:
+        """What appears up to `text`."""
+        end = time.monotonic() + seconds
+        while text not in self.seen:
+            assert time.monotonic() < end, f"{text!r} did not appear in {self.seen!r}"
+            if select.select([self.master], [], [], 0.2)[0]:
+                try:
+                    self.seen += os.read(self.master, 4096).decode()
+                except OSError:  # the other side is closed
+                    break
+        before, found, self.seen = self.seen.partition(text)
+        assert found or text == "", f"it ended with {before!r}"
+        return before + found
+
+    def type(self, line: str) -> None:
+        os.write(self.master, f"{line}\n".encode())
+
+
+def test_a_conversation_in_a_terminal(folder: Path, picture: Path, talk: Talk) -> None:
+    terminal = Terminal(sys.executable, "training/chat.py", str(folder), str(picture), "--max-new-tokens", "6")
+    assert "4 vision tokens of 16" in terminal.until("> ")
+    answers = []
+    for question in ("What is this?", "Why?"):
+        terminal.type(question)
+        answers.append(terminal.until("tokens/s)"))
+        terminal.until("> ")
+        expected = "".join(talk.ask(question)).strip()
+        assert expected.split()[0] in answers[-1]
+    terminal.type("/image /nowhere.png")
+    assert "No such file" in terminal.until("> ")
+    terminal.type("/dance")
+    assert "/dance is unknown; there are /image PATH, /new and /quit" in terminal.until("> ")
+    terminal.type("/quit")
+    assert terminal.process.wait(60) == 0
+    os.close(terminal.master)
+
+
+@pytest.fixture
+def page(folder: Path) -> Iterator[object]:
+    """The page with the model against itself, in Chromium; nothing outside this machine is asked for anything."""
+    pytest.importorskip("gradio", reason="the browser test needs gradio: pip install 'compact-vision-tokens[web]'")
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("the browser test needs chromium (apt-get install chromium)")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = ["training/chat.py", str(folder), "--web", "--against", str(folder), "--port", str(port)]
+    server = Terminal(sys.executable, *command, "--max-new-tokens", "8", "--device", "cpu")
+    try:
+        server.until(f"127.0.0.1:{port}")
+        with playwright.sync_playwright() as play:
+            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            opened = browser.new_page(viewport={"width": 1280, "height": 800})
+            opened.foreign = []
+            opened.on("request", lambda r: opened.foreign.append(r.url) if "127.0.0.1" not in r.url else None)
+            opened.goto(f"http://127.0.0.1:{port}")
+            yield opened
+            browser.close()
+    finally:
+        server.process.kill()
+        server.process.wait()
+        os.close(server.master)
+
+
+def letters(text: str) -> str:
+    return re.sub(r"\W", "", text, flags=re.ASCII)
+
+
+def test_a_conversation_in_a_browser(page, picture: Path, talk: Talk, tmp_path: Path) -> None:
+    talk.speaker.max_new_tokens = 8
+    page.get_by_text("4 vision tokens of 16").first.wait_for(timeout=60_000)
+    page.locator("#ask").click()
+    page.get_by_text("Choose an image first.").wait_for()
+    page.locator("input[type=file]").first.set_input_files(str(picture))
+    page.locator("img[src*='red']").first.wait_for()
+    said = ""
+    for question in ("What is this?", "Why?"):
+        page.locator("#question textarea").fill(question)
+        page.locator("#ask").click()
+        said += letters(question) + letters("".join(talk.ask(question)))
+        for side in (0, 1):
+            page.wait_for_function(
+                "([side, said]) => document.querySelector(`#chat${side}`).innerText.replace(/\\W/g, '').includes(said)",
+                arg=[side, said],
+                timeout=60_000,
+            )
+            page.locator(f"#facts{side}").get_by_text("first token after").wait_for(timeout=60_000)
+    page.screenshot(path=os.environ.get("CHAT_SCREENSHOT", str(tmp_path / "chat.png")))
+    page.locator("#new").click()
+    page.get_by_text("Why?").first.wait_for(state="detached")
+    assert not page.foreign

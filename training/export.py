@@ -141,18 +141,20 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
     """Upload a folder to the Hub, in one commit; returns its address.
 
     Raises:
-        ValueError: if the Hub refuses. OSError: if it cannot be reached.
+        ValueError: if the Hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     api = HfApi()
     try:
         address = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model, processor, tokenizer and card")
-    except (HFValidationError, HfHubHTTPError) as error:
+    except Exception as error:  # the Hub client raises many kinds; all mean that nothing was uploaded
         first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"the Hub refuses {repo}: {first}; `hf auth login` says who you are") from error
+        raise ValueError(
+            f"{folder} is written, but cannot be uploaded to {repo}: {first}; see `hf auth login`, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE"
+        ) from error
     return str(address)
 
 

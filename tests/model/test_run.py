@@ -20,7 +20,7 @@ from pipeline.codec import decode
 from pipeline.demo_data import draw
 from pipeline.manifest import read_store
 from pipeline.storage import Storage
-from training.export import export_run
+from training.export import export_run, push
 from training.model import CompactVisionForConditionalGeneration
 from training.processor import CompactVisionProcessor
 
@@ -154,6 +154,14 @@ def test_what_is_no_run_no_checkpoint_or_no_score_is_said(run: Path, tmp_path: P
     with pytest.raises(ValueError, match=r"s.json holds no scores"):
         export_run(run, tmp_path / "out", scores=[tmp_path / "s.json"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_hub_that_cannot_be_reached_is_said(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# A card\n")
+    for repo, said in (("me/tiny", r"cannot be uploaded to me/tiny: .*offline mode"), ("a b/c", "uploaded to a b/c: ")):
+        with pytest.raises(ValueError, match=said), pytest.MonkeyPatch.context() as patch:
+            patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+            push(tmp_path, repo)
 
 
 class Hub(BaseHTTPRequestHandler):

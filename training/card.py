@@ -151,13 +151,15 @@ def _scores(files: Sequence[Path]) -> list[str]:
 
 
 def _score_text(scores: Mapping[str, Any]) -> str:
-    """Every number of the file, by name; `accuracy` and its like as they are, between 0 and 1."""
+    """A benchmark's headline with its 95% interval, or every number of a file of questions, between 0 and 1."""
+    if scores.get("interval"):
+        low, high = scores["interval"]
+        counts = f"{scores['answered']} of {scores['questions']} questions"
+        return f"{scores['headline']} {scores['score']:.2f} [{low:.2f}, {high:.2f}], {counts}"
     numbers = {key: value for key, value in _flat(scores).items() if isinstance(value, int | float)}
     if not numbers:
         raise ValueError("no number in it")
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in numbers.items()
-    )
+    return ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
 
 
 def _table(rows: Mapping[str, str]) -> str:

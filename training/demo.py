@@ -185,7 +185,7 @@ def _table(summary: dict[str, Any], run: Path) -> str:
         f"  feature stores            {summary['store_images']} images, {summary['store_bytes'] / 1e6:.0f} MB",
         f"  seconds in all            {sum(summary['seconds'].values()):.0f}",
         f"  report                    {run / 'report.html'}",
-        f"  talk to it                python training/evaluate.py {run / 'finetune/model'} --help",
+        f"  talk to it                python training/chat.py {run / 'finetune/model'} IMAGE",
     ]
     return "\n".join(lines)
 

@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder to write (default: RUN/model)")
     parser.add_argument("--checkpoint", type=Path, help="one of RUN/checkpoints, instead of the end or the newest")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as trained)")
-    parser.add_argument("--scores", type=Path, nargs="*", default=[], help="*.scores.json files for the model card")
+    parser.add_argument("--scores", type=Path, nargs="*", default=[], help="for the card, beside RUN/*.scores.json")
     parser.add_argument(
         "--push", metavar="NAME/REPO", help="upload it to the Hugging Face Hub, as who is logged in there"
     )
@@ -80,7 +80,7 @@ def export_run(
     store = read_store(Storage(config.data.store))
     model = _trained(config, store, run, checkpoint)
     target = None if dtype is None else getattr(torch, dtype)
-    export_model(model, load_tokenizer(config), store, out, target, run, scores)
+    export_model(model, load_tokenizer(config), store, out, target, run, [*sorted(run.glob("*.scores.json")), *scores])
 
 
 def _trained(

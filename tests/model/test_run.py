@@ -122,14 +122,17 @@ def test_the_card_holds_the_runs_numbers(run: Path, store: Path) -> None:
 def test_a_run_comes_out_from_its_end_or_from_a_checkpoint_with_scores(run: Path, tmp_path: Path, end: str) -> None:
     scores = tmp_path / "heldout.scores.json"
     scores.write_text(json.dumps({"questions": 8, "scored": 8, "accuracy": 0.625}))
+    benchmark = {"questions": 20, "answered": 19, "headline": "f1", "score": 81.234, "interval": [70.5, 90.25]}
+    (tmp_path / "pope.scores.json").write_text(json.dumps({**benchmark, "scores": {"f1": {"score": 81.234}}}))
     checkpoint = None if end == "finished" else run / "checkpoints" / "latest-rank0.pt"
-    export_run(run, tmp_path / "out", checkpoint, None if checkpoint else "bfloat16", [scores])
+    export_run(run, tmp_path / "out", checkpoint, None if checkpoint else "bfloat16", sorted(tmp_path.glob("*.json")))
     before, after = (load_file(folder / "model.safetensors") for folder in (run / "model", tmp_path / "out"))
     assert before.keys() == after.keys()
     dtype = torch.bfloat16 if checkpoint is None else torch.float32
     assert all(torch.equal(after[name], before[name].to(dtype)) for name in before)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "| heldout | questions 8, scored 8, accuracy 0.625 |" in card
+    assert "| pope | f1 81.23 [70.50, 90.25], 19 of 20 questions |" in card
     assert CompactVisionProcessor.from_pretrained(tmp_path / "out").image_tokens == 4
 
 

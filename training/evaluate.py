@@ -18,7 +18,7 @@ import argparse
 import json
 import random
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -280,6 +280,12 @@ def read_questions(path: Path, images: Path) -> list[dict[str, Any]]:
         missing = [key for key in ("question_id", "image", "text") if key not in question]
         if missing:
             raise ValueError(f"{path}: question {number} lacks {', '.join(missing)}; it has {', '.join(question)}")
+        for key, kinds in (("question_id", str | int), ("image", str), ("text", str)):
+            if not isinstance(question[key], kinds):
+                raise ValueError(f"{path}: question {number} has {key} {question[key]!r}; text was expected")
+    repeated = [key for key, n in Counter((q["question_id"], q["image"]) for q in questions).items() if n > 1]
+    if repeated:
+        raise ValueError(f"{path}: {len(repeated)} question_id(s) occur again with the same image, first {repeated[0]}")
     root = images.resolve()
     absent = sorted({q["image"] for q in questions if not is_within(root, q["image"])})
     if absent:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,47 @@ def test_pope_knows_llavas_ids_splits_and_its_own_files(data: Path, tmp_path: Pa
     result = read_predictions(folder, pope)
     assert len(result.answers) == 7
     assert scores(pope, result)["f1_random"] == pytest.approx(100 * 4 / 5)
+
+
+def test_pope_finds_its_way_without_llavas_question_file(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "pope"
+    shutil.copytree(data / "pope" / "coco", folder / "coco")
+    pope = open_benchmark("pope", folder)
+    order = ("adversarial", "popular", "random")  # ids of no meaning, splits one after another
+    asked = [q for kind in order for q in pope.questions if q.group == kind]
+    whole = [{"question_id": 1 + n % 3, "prompt": q.text, "text": "Yes"} for n, q in enumerate(asked)]
+    whole[0]["prompt"] = whole[0]["prompt"].replace("dog1", "dog1 ")
+    assert list(read(pope, tmp_path, whole).answers)[-1] == "random/3"
+    with_image = [{"question_id": 9, "image": q.image, "prompt": q.text, "text": "No"} for q in asked]
+    assert sorted(read(pope, tmp_path, with_image).answers) == sorted(q.id for q in asked)
+    with pytest.raises(ValueError, match="no prediction for pope"):
+        read(pope, tmp_path, whole[:4])
+
+
+def test_text_vqa_asked_twice_is_answered_twice(data: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "textvqa"
+    shutil.copytree(data / "textvqa", folder)
+    path = folder / "TextVQA_0.5.1_val.json"
+    rows = json.loads(path.read_text())["data"]
+    path.write_text(json.dumps({"data": [*rows, {**rows[0], "question_id": 34604}]}))
+    text = open_benchmark("textvqa", folder)
+    said = [{"question_id": "aa", "prompt": "What brand?" + SHORT, "text": "nokia"}] * 2
+    result = read(text, tmp_path, said)
+    assert list(result.answers) == ["34602", "34604"]
+    assert not result.duplicates
+
+
+def test_a_limit_leaves_the_rest_of_a_file_alone(data: Path, tmp_path: Path) -> None:
+    gqa = opened(data, "gqa")
+    gqa.keep(1)
+    result = read(gqa, tmp_path, [{"question_id": id, "text": "yes"} for id in ("203", "201", "x")])
+    assert {kind: problem["count"] for kind, problem in result.problems().items()} == {
+        "missing": 0,
+        "duplicates": 0,
+        "malformed": 0,
+        "unknown": 1,
+    }
+    assert scores(gqa, result)["accuracy"] == 100.0
 
 
 def test_a_missing_pope_answer_is_wrong_whatever_the_truth(data: Path, tmp_path: Path) -> None:

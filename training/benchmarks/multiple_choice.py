@@ -121,7 +121,7 @@ class MMBench(Benchmark):
 
     def absent_images(self) -> list[str]:
         """Rows without an image."""
-        return sorted(index for index, data in self._images.items() if not data and index in self._by_id)
+        return sorted(index for index, data in self._images.items() if not data and index in self.kept)
 
     def score(self, answers: Answers) -> dict[str, Scored]:
         """Circular accuracy by the server's rules, by exact letters, and of the rows one by one."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from typing import Any
 
 from training.benchmarks.questions import SHORT, Answer, Answers, Benchmark, Question, read_json, to_json
@@ -86,15 +86,15 @@ class TextVQA(Benchmark):
             for row in rows
         ]
 
-    def identify(self, record: Mapping[str, Any]) -> str | None:
+    def identify(self, record: Mapping[str, Any], taken: Container[str]) -> str | None:
         """LLaVA's predictions name the image, and the question within the prompt."""
-        known = super().identify(record)
+        known = super().identify(record, taken)
         if known is not None:
             return known
         lines = str(record.get("prompt", "")).split("\n")
         first = lines[1] if lines[0].startswith("Reference OCR token:") and len(lines) > 1 else lines[0]
         ids = self._asked.get((str(record.get("question_id")), first.lower()), [])
-        return ids[0] if ids and ids[0] in self._by_id else None
+        return next((id for id in ids if id not in taken), ids[-1] if ids else None)
 
     def score(self, answers: Answers) -> dict[str, Scored]:
         """VQA accuracy."""
@@ -180,15 +180,14 @@ class VizWiz(Benchmark):
             for row in rows
         ]
 
-    def identify(self, record: Mapping[str, Any]) -> str | None:
+    def identify(self, record: Mapping[str, Any], taken: Container[str]) -> str | None:
         """By the image, which has one question; or by the row of a test file, as a number."""
         for key in ("image", "question_id"):
             if (name := str(record.get(key))) in self._by_id:
                 return name
         number = str(record.get("question_id"))
         if re.fullmatch(r"\d{1,9}", number) and int(number) < len(self._rows):
-            name = self._rows[int(number)]
-            return name if name in self._by_id else None
+            return str(self._rows[int(number)])
         return None
 
     def score(self, answers: Answers) -> dict[str, Scored]:

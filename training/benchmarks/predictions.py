@@ -45,7 +45,9 @@ def read_predictions(path: Path, benchmark: Benchmark) -> Predictions:
     if not path.exists():
         raise ValueError(f"predictions {path}: there is no such file or folder")
     result = Predictions()
-    for place, record in _records(path, result.malformed):
+    records = list(_records(path, result.malformed))
+    benchmark.arrange([record for _, record in records if isinstance(record, Mapping)])
+    for place, record in records:
         _take(place, record, benchmark, result)
     if not result.answers:
         example = benchmark.questions[0].id if benchmark.questions else "none"
@@ -78,13 +80,15 @@ def _take(place: str, record: Any, benchmark: Benchmark, result: Predictions) ->
             result.malformed.append(f"{place}: {kind} is {type(value).__name__}, text was expected")
             return
         value = identifier(value)
-    question = benchmark.identify(record)
+    question = benchmark.identify(record, result.answers)
     if question is None:
         name = next(
             (record[key] for key in ("question_id", "questionId", "index", "image", "id") if key in record), None
         )
         result.unknown.append(f"{place}: {name!r}" if name is not None else f"{place}: no id")
         return
+    if question not in benchmark.kept:
+        return  # beyond --limit
     if question in result.answers:
         result.duplicates.append(question)
         del result.answers[question]  # so that the order is that of the answers that count

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -67,6 +67,7 @@ class Benchmark:
         self.image_folder = self.folder
         self.questions = self.read()
         self._by_id = {question.id: question for question in self.questions}
+        self.kept = frozenset(self._by_id)
 
     def read(self) -> list[Question]:
         """The questions of the split, from the official files."""
@@ -76,8 +77,11 @@ class Benchmark:
         """Scores by name, the headline first; a question without an answer counts as wrong."""
         raise NotImplementedError
 
-    def identify(self, record: Mapping[str, Any]) -> str | None:
-        """Which question a prediction belongs to; None if none of them."""
+    def arrange(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Look at all predictions of a file before any is identified, where their order tells something."""
+
+    def identify(self, record: Mapping[str, Any], taken: Container[str]) -> str | None:
+        """Which question a prediction belongs to, one that is not `taken` if several may be meant; None if none."""
         for key in ("question_id", "questionId", "index", "id"):
             if key in record and (name := identifier(record[key])) in self._by_id:
                 return name
@@ -102,9 +106,9 @@ class Benchmark:
         return sorted(name for name in names if not is_within(root, name))
 
     def keep(self, limit: int | None) -> None:
-        """Go on with the first `limit` questions only."""
+        """Go on with the first `limit` questions only; `kept` has their ids."""
         self.questions = self.questions[:limit]
-        self._by_id = {question.id: question for question in self.questions}
+        self.kept = frozenset(question.id for question in self.questions)
 
     def find(self, origin: str, *places: str) -> Path:
         """The first of `places` in the folder that exists; a missing one is reported by `check` with its `origin`."""

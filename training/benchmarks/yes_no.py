@@ -5,7 +5,8 @@ from __future__ import annotations
 import glob
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Mapping, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any
 
@@ -43,37 +44,44 @@ class POPE(Benchmark):
             for kind, path in paths.items()
             for row in read_json_lines(path)
         ]
-        self._asked = {(q.group, q.image, _plain(q.text)): q.id for q in questions}
-        self._rows = {kind: [q.id for q in questions if q.group == kind] for kind in self.kinds}
+        self._rows = {kind: [q for q in questions if q.group == kind] for kind in self.kinds}
+        self._asked: dict[tuple[Any, str], list[str]] = defaultdict(list)
+        for q in questions:
+            self._asked[q.image, _plain(q.text)].append(q.id)
+        self._plain_ids = {q.id.partition("/")[2]: q.id for q in questions}
+        self._unique = len(self._plain_ids) == len(questions)
         listed = self.folder / "llava_pope_test.jsonl"  # LLaVA's question file tells what its ids mean
         self._listed = {str(row["question_id"]): row for row in read_json_lines(listed)} if listed.is_file() else {}
-        plain_ids = [q.id.partition("/")[2] for q in questions]
-        self._plain_ids = dict(zip(plain_ids, (q.id for q in questions), strict=True))
-        self._unique = len(self._plain_ids) == len(plain_ids)
+        self._arranged: list[str] = []
         return questions
 
-    def identify(self, record: Mapping[str, Any]) -> str | None:
-        """By split and question, in the record or in LLaVA's `llava_pope_test.jsonl`; else by file and row."""
-        if "question_id" not in record:
-            return self._by_row(record)
-        id = str(record["question_id"])
-        listed = self._listed.get(id)
-        if id in self._by_id:
-            found: str | None = id
-        elif listed is not None:
-            found = self._asked.get((str(listed["category"]), listed["image"], _plain(listed["text"])))
-        elif "category" in record:
-            found = f"{record['category']}/{id}"
-        else:
-            found = self._plain_ids.get(id) if self._unique else None
-        return found if found in self._by_id else None
+    def arrange(self, records: Sequence[Mapping[str, Any]]) -> None:
+        """Without LLaVA's question file, the prompts of a whole file of answers tell the order of the splits."""
+        self._arranged = []
+        asked = [_plain(str(record.get("prompt", ""))) for record in records]
+        for order in permutations(self.kinds):
+            rows = [q for kind in order for q in self._rows[kind]]
+            if [_plain(q.text) for q in rows] == asked:
+                self._arranged = [q.id for q in rows]
 
-    def _by_row(self, record: Mapping[str, Any]) -> str | None:
-        """POPE's own answer files: lines of question and answer in the order of the labels, a file per split."""
-        kind = next((kind for kind in self.kinds if kind in str(record.get("file", ""))), None)
-        rows = self._rows.get(kind or "", [])
-        row = record.get("row", len(rows))
-        return rows[row] if row < len(rows) and rows[row] in self._by_id else None
+    def identify(self, record: Mapping[str, Any], taken: Container[str]) -> str | None:
+        """By split and question, as far as the record, LLaVA's question file or the name of the file tell them."""
+        id = str(record.get("question_id"))
+        if id in self._by_id:
+            return id
+        told = {**record, **{key: value for key, value in self._listed.get(id, {}).items() if key != "question_id"}}
+        kind = told.get("category", next((kind for kind in self.kinds if kind in str(record.get("file", ""))), None))
+        if "image" in told:
+            text = _plain(str(told.get("prompt", told.get("question", told.get("text", "")))))
+            asked = [a for a in self._asked.get((told["image"], text), []) if kind is None or a.startswith(f"{kind}/")]
+            return next((a for a in asked if a not in taken), asked[-1] if asked else None)
+        if "question_id" in record:
+            if kind is not None or self._unique:
+                found = self._plain_ids.get(id) if kind is None else f"{kind}/{id}"
+                return found if found in self._by_id else None
+            return self._arranged[record["row"]] if self._arranged and "row" in record else None
+        rows = self._rows.get(str(kind), [])  # POPE's own files: question and answer, in the order of the labels
+        return rows[record["row"]].id if record.get("row", len(rows)) < len(rows) else None
 
     def score(self, answers: Answers) -> dict[str, Scored]:
         """F1, paired by question; by row order as LLaVA's script pairs; accuracy; F1 of each split."""
@@ -162,14 +170,13 @@ class MME(Benchmark):
         self._asked = {(q.group, Path(str(q.image)).stem, _plain(q.text)): q.id for q in questions}
         return questions
 
-    def identify(self, record: Mapping[str, Any]) -> str | None:
+    def identify(self, record: Mapping[str, Any], taken: Container[str]) -> str | None:
         """By category, image and question; LLaVA's ids are `category/image`, the same for both questions."""
         id = str(record.get("question_id"))
         if id in self._by_id:
             return id
         category, _, file = id.rpartition("/")
-        asked = self._asked.get((category.partition("/")[0], Path(file).stem, _plain(str(record.get("prompt", "")))))
-        return asked if asked in self._by_id else None
+        return self._asked.get((category.partition("/")[0], Path(file).stem, _plain(str(record.get("prompt", "")))))
 
     def score(self, answers: Answers) -> dict[str, Scored]:
         """Perception and cognition, then each category."""

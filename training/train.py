@@ -54,6 +54,7 @@ def train(config: TrainConfig, check_only: bool = False) -> None:
 
     device = get_device(None if config.device == "auto" else config.device)
     dist.initialize_dist(device, timeout=1800)
+    _tell_nodes_apart()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     try:
         _claim_run_folder(config, write=not check_only)
@@ -184,6 +185,14 @@ def build_trainer(
         progress_bar=False,
         dist_timeout=1800,
     )
+
+
+def _tell_nodes_apart() -> None:
+    """Composer lets a node wait for a file that it names alike on all nodes: on a shared disk one removes another's."""
+    from composer.utils import dist
+
+    name = dist.get_node_signal_file_name
+    dist.get_node_signal_file_name = lambda rng=None: f"{name(rng)}_{dist.get_node_rank()}"
 
 
 def _schedule(steps: int, config: TrainConfig, curve: Any) -> Any:

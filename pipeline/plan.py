@@ -65,6 +65,20 @@ def count_shards(samples: int, shard_size: int) -> int:
     return -(-samples // shard_size)
 
 
+def read_rate(batch: float, image_bytes: float, step_s: float) -> float:
+    """Bytes per second that one GPU needs for `batch` images a step of `step_s` seconds, to wait for none."""
+    return batch * image_bytes / step_s
+
+
+def break_even(batch: float, image_bytes: float, step_s: float, encode_rate: float) -> float:
+    """Bytes/s of a GPU above which stored features beat encoding on the fly, where it encodes `encode_rate` images/s.
+
+    Reading goes on beside the step and stretches it only when it takes longer: batch * bytes / bandwidth. Encoding
+    takes the GPU itself, so a step becomes step_s + batch / rate. Both are equal at this bandwidth.
+    """
+    return batch * image_bytes / (step_s + batch / encode_rate)
+
+
 def report(
     config: BuildConfig, spec: StoreSpec, dataset: Dataset, left: int, missing: int, prices: dict[str, float]
 ) -> str:
@@ -74,7 +88,7 @@ def report(
     per_image = {codec: sum(payload_bytes(column, codec) for column in spec.columns) for codec in CODECS}
     total = images * per_image[spec.codec]
     rate, price, step = prices["rate"], prices["price"], prices["step_time"]
-    per_gpu = prices["batch"] * per_image[spec.codec] / step
+    batch, image_bytes = prices["batch"], per_image[spec.codec]
     lines = [
         f"store          {config.store}",
         f"images         {images:,} (not found: {missing:,}), text-only records {len(dataset.records) - images:,}",
@@ -94,9 +108,9 @@ def report(
         f"time           {images / rate / 3600:,.2f} h at {rate:g} images/s (--rate)",
         f"rent           {total / 1e9 * price:,.2f} $ a month at {price:g} $ per GB (--price)",
         "",
-        f"training       {per_gpu / 1e9:,.3f} GB/s per GPU for {prices['batch']:g} images a step of {step:g} s "
-        "(--step-time, --batch)",
-        f"break-even     encoding on the fly costs {prices['batch'] / rate:,.3f} s a step at {rate:g} images/s; "
-        f"reading is faster above {rate * per_image[spec.codec] / 1e9:,.3f} GB/s per GPU",
+        f"training       {read_rate(batch, image_bytes, step) / 1e9:,.3f} GB/s per GPU for {batch:g} images a step of "
+        f"{step:g} s (--batch, --step-time)",
+        f"break-even     encoding on the fly adds {batch / rate:,.3f} s a step where a GPU encodes {rate:g} images/s "
+        f"(--rate); reading is faster above {break_even(batch, image_bytes, step, rate) / 1e9:,.3f} GB/s per GPU",
     ]
     return "\n".join(lines)

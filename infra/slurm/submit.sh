@@ -36,7 +36,7 @@ stage1=$(after "$chat" "${TRAIN_NODES[@]}" --job-name=pretrain infra/slurm/train
 stage2=$(after "$stage1:$talk" "${TRAIN_NODES[@]}" --job-name=finetune infra/slurm/train.sbatch \
   training/finetune.yaml "run=$RUN/finetune" "model.connector_from=$RUN/pretrain/connector" \
   "data.store=$FINETUNE_STORE" "${FINETUNE[@]}")
-answers=$(after "$stage2" "${EVALUATE_NODES[@]}" --job-name=evaluate --output='%x-%j.log' --wrap \
+answers=$(after "$stage2" --job-name=evaluate --output='%x-%j.log' "${EVALUATE_NODES[@]}" --wrap \
   "$(printf '%q ' python training/evaluate.py "$RUN/finetune/model" "${EVALUATE[@]}" --out "$RUN/answers.jsonl")")
 
 echo "stores $chat and $talk -> stage 1 $stage1 -> stage 2 $stage2 -> evaluation $answers"

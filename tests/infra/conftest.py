@@ -31,7 +31,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SchedulerParameters=batch_sched_delay=0,sched_interval=1,bf_interval=1
 ReturnToService=2
-SlurmdTimeout=10
+SlurmdTimeout=45
 SlurmctldTimeout=10
 MessageTimeout=5
 KillWait=5
@@ -140,7 +140,14 @@ class Cluster:
 
     def wait_for_job(self, number: str, state: str, seconds: float = 300) -> dict[str, str]:
         """What SLURM knows of a job once it is in a state."""
-        self.wait_until(f"job {number} is {state}", lambda: self.job(number)["JobState"] == state, seconds)
+
+        def reached() -> bool:
+            now = self.job(number)["JobState"]
+            over = now not in {state, "PENDING", "RUNNING", "COMPLETING", "NODE_FAIL", "REQUEUED"}
+            assert not over, f"job {number} is {now}, not {state}\n{self.logs()}"
+            return now == state
+
+        self.wait_until(f"job {number} is {state}", reached, seconds)
         return self.job(number)
 
     def wait_until(self, what: str, holds: Callable[[], bool], seconds: float = 60) -> None:

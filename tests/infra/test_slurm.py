@@ -23,7 +23,7 @@ CONF = """
 RUN={run}
 BUILD_NODES=(--nodes=2 --output={logs}/%x-%j.log)
 TRAIN_NODES=(--nodes=2 --output={logs}/%x-%j.log)
-EVALUATE_NODES=(--nodes=1)
+EVALUATE_NODES=(--nodes=1 --output={logs}/%x-%j.log)
 BUILD=(images={data}/images encoder={data}/clip blocks=[1,2,3,4] compute=float32 shard_size=8)
 TINY=(device=cpu precision=fp32 model.frozen_dtype=float32 data.max_length=512 global_batch_size=8 microbatch_size=4
   model.llm={data}/llm model.connector.blocks=[1,2,3,4] checkpoint.interval=5ba)
@@ -107,7 +107,9 @@ def reach(slurm: Cluster, run: Path, step: int) -> None:
 def start_now(slurm: Cluster, job: str) -> None:
     """SLURM lets a requeued job wait for two minutes; the test does not."""
     slurm.wait_for_job(job, "PENDING", 120)
-    slurm.run("scontrol", "update", f"JobId={job}", "StartTime=now")
+    slurm.run(
+        "scontrol", "update", f"JobId={job}", "StartTime=now+3"
+    )  # not at once: the nodes have just revoked its credential
 
 
 def test_two_stores_two_stages_and_the_evaluation_run_one_after_another(slurm: Cluster, chain: Path) -> None:

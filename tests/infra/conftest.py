@@ -65,7 +65,12 @@ class Cluster:
     def __init__(self, folder: Path, hosts: int) -> None:
         self.folder = folder
         self.environment = {**os.environ, "SLURM_CONF": str(folder / "slurm.conf"), "PYTHONPATH": str(ROOT)}
-        self.environment |= {"HOME": str(folder / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        self.environment |= {
+            "HOME": str(folder / "home"),
+            "HF_HUB_OFFLINE": "1",
+            "OMP_NUM_THREADS": "1",
+            "SLURM_WAIT": "5",
+        }
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{self.environment['PATH']}"
         self.addresses = {f"node{number}": f"10.77.0.{number}" for number in range(1, hosts + 1)}
         self.processes: dict[str, subprocess.Popen[bytes]] = {}

@@ -1,20 +1,27 @@
-"""infra/slurm on a real SLURM of three emulated hosts: the whole chain, then hosts that die and jobs told to stop."""
+"""On a real SLURM of three emulated hosts: infra/slurm's chain, hosts that die, jobs told to stop.
+
+What SkyPilot and Kubernetes start on each of their machines is run on the same hosts, without SLURM's environment.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import yaml
 
 if TYPE_CHECKING:
     from conftest import Cluster
 
 ROOT = Path(__file__).resolve().parents[2]
+INFRA = ROOT / "infra"
 STEPS = 60
 
 pytestmark = [pytest.mark.cluster, pytest.mark.timeout(1200)]
@@ -83,19 +90,17 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+def stage2(chain: Path) -> list[str]:
+    """What the chain's second stage was told, but for its run."""
+    settings = json.loads((chain / "finetune" / "config.json").read_text())
+    return [f"{key}={json.dumps(value)}" for key, value in settings.items() if key != "run"]
+
+
 def submit(slurm: Cluster, chain: Path, name: str, *more: str) -> tuple[str, Path]:
     """Stage 2 again, into a run of its own: (job, run)."""
-    settings = json.loads((chain / "finetune" / "config.json").read_text())
     run = chain / name
-    words = [
-        f"{group}.{key}={json.dumps(value)}"
-        for group in ("model", "data", "optimizer", "checkpoint")
-        for key, value in settings[group].items()
-    ]
-    keys = ("global_batch_size", "microbatch_size", "steps", "precision", "device")
-    words += [f"{key}={json.dumps(settings[key])}" for key in keys]
     sbatch = ["sbatch", "--parsable", "--nodes=2", f"--output={slurm.folder}/{name}.log", "infra/slurm/train.sbatch"]
-    return slurm.run(*sbatch, "training/finetune.yaml", *words, f"run={run}", *more).strip(), run
+    return slurm.run(*sbatch, "training/finetune.yaml", *stage2(chain), f"run={run}", *more).strip(), run
 
 
 def reach(slurm: Cluster, run: Path, step: int) -> None:
@@ -107,9 +112,8 @@ def reach(slurm: Cluster, run: Path, step: int) -> None:
 def start_now(slurm: Cluster, job: str) -> None:
     """SLURM lets a requeued job wait for two minutes; the test does not."""
     slurm.wait_for_job(job, "PENDING", 120)
-    slurm.run(
-        "scontrol", "update", f"JobId={job}", "StartTime=now+3"
-    )  # not at once: the nodes have just revoked its credential
+    soon = "StartTime=now+3"  # not at once: the nodes have just revoked its credential
+    slurm.run("scontrol", "update", f"JobId={job}", soon)
 
 
 def test_two_stores_two_stages_and_the_evaluation_run_one_after_another(slurm: Cluster, chain: Path) -> None:
@@ -157,3 +161,55 @@ def test_a_fault_of_the_jobs_own_is_not_repeated(slurm: Cluster, chain: Path) ->
     job, _ = submit(slurm, chain, "misspelt", "optimiser.lr=1")
     assert slurm.wait_for_job(job, "FAILED")["Restarts"] == "0"
     assert "did you mean 'optimizer'?" in (slurm.folder / "misspelt.log").read_text()
+
+
+@pytest.fixture
+def hosts(slurm: Cluster, tmp_path: Path) -> Callable[..., None]:
+    """hosts(name, script, environment): run it on two hosts that know nothing of SLURM, in a folder like a checkout."""
+    for name in ("pipeline", "training"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / ".venv").symlink_to(sys.prefix)
+
+    def run(name: str, script: str, environment: dict[str, str]) -> None:
+        slurm.start_hosts()
+        exported = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in environment.items())
+        exported = exported.replace(NUMBER, "$SLURM_NODEID") + "unset ${!SLURM_*}\n"
+        (tmp_path / f"{name}.sh").write_text(f"cd {tmp_path}\n{exported}{script}\n")
+        srun = f"srun --cpus-per-task=2 --kill-on-bad-exit=1 bash {tmp_path}/{name}.sh"
+        sbatch = ["sbatch", "--parsable", "--nodes=2", "--ntasks=2", f"--output={slurm.folder}/{name}.log"]
+        slurm.wait_for_job(slurm.run(*sbatch, "--wrap", srun).strip(), "COMPLETED", 400)
+
+    return run
+
+
+NUMBER = "NUMBER-OF-THE-HOST"
+
+
+def test_skypilots_tasks_run_on_two_hosts(hosts: Callable[..., None], chain: Path, data: Path, tmp_path: Path) -> None:
+    build, train = (
+        yaml.safe_load((INFRA / "skypilot" / f"{name}.yaml").read_text())["run"] for name in ("build", "train")
+    )
+    given = {"SKYPILOT_NODE_RANK": NUMBER, "SKYPILOT_NODE_IPS": "10.77.0.1\n10.77.0.2", "SKYPILOT_NUM_NODES": "2"}
+    given |= {"SKYPILOT_NUM_GPUS_PER_NODE": "0", "RAY_AUTH_TOKEN": "1" * 64}
+    tiny = f"num_gpus=0 encoder={data}/clip blocks=[1,2,3,4] compute=float32 shard_size=8"
+    places = {"DATA": f"{data}/instruct.json", "IMAGES": f"{data}/images", "STORE": f"{tmp_path}/store"}
+    hosts("sky-build", build.replace("num_gpus=1", tiny), given | places)
+    for path in (chain / "stores" / "finetune").rglob("*.tar"):
+        copy = tmp_path / "store" / path.relative_to(chain / "stores" / "finetune")
+        assert copy.read_bytes() == path.read_bytes()
+    places = {"STAGE": "training/finetune.yaml", "STORE": f"{tmp_path}/store", "RUN": f"{tmp_path}/run"}
+    places["CONNECTOR"] = f"{chain}/pretrain/connector"
+    hosts("sky-train", train.replace('"$STAGE"', f'"$STAGE" {shlex.join(stage2(chain))}'), given | places)
+    assert losses(tmp_path / "run") == losses(chain / "finetune")
+
+
+def test_the_pods_of_the_indexed_job_run_on_two_hosts(hosts: Callable[..., None], chain: Path, tmp_path: Path) -> None:
+    job = yaml.safe_load((INFRA / "kubernetes" / "base" / "train.yaml").read_text())
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    words = [re.sub(r"\$\((\w+)\)", r"$\1", word) for word in [*container["command"], *container["args"]]]
+    words[3:3] = map(shlex.quote, stage2(chain))
+    given = {item["name"]: item["value"] for item in container["env"] if "value" in item}
+    given |= {"JOB_COMPLETION_INDEX": NUMBER, "MASTER_ADDR": "node1", "STAGE": "training/finetune.yaml"}
+    given |= {"STORE": f"{chain}/stores/finetune", "RUN": f"{tmp_path}/run", "CONNECTOR": f"{chain}/pretrain/connector"}
+    hosts("indexed-job", " ".join(words), given)
+    assert losses(tmp_path / "run") == losses(chain / "finetune")

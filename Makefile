@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do command -v $$p >/de
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo ablate test cluster-test infra-check check format clean help
+.PHONY: demo ablate test cluster-test infra-check check format bench-stream clean help
 
 help:            ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -41,6 +41,14 @@ check: $(STAMP)  ## format, lint, types, import rules
 format: $(STAMP) ## let ruff put the code in order
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+bench-stream: $(STAMP) build/peers/.installed ## the stream beside its peers: a table, and runs/bench/stream.json
+	PYTHONPATH=build/peers $(BIN)/python tests/benchmarks/bench_stream.py
+
+# Their own requirements contradict this project's (mosaicml-streaming wants numpy < 2.2), so they stand beside it.
+build/peers/.installed: tests/benchmarks/peers.txt | $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target build/peers -r $<
+	@touch $@
 
 clean:           ## remove what was built, the environment included
 	rm -rf $(VENV) .venv-infra runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache

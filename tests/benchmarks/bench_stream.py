@@ -1,15 +1,12 @@
 #!/usr/bin/env python
 """How fast the stream reads, beside its peers, on the same features: one command, one table, `runs/bench/stream.json`.
 
+    make bench-stream                 # also puts the peers into build/peers
     python tests/benchmarks/bench_stream.py [--samples 400] [--repeats 3]
 
 Everything is read from the page cache by one process (the DataLoader peer has two workers). Rates count feature bytes
-and samples; peers that are not installed are named and left out. mosaicml-streaming and litdata disagree with the
-project's own dependencies, so they are best put beside them:
-
-    pip install --target build/peers --no-deps mosaicml-streaming litdata lightning-utilities catalogue \\
-        xxhash brotli zstd python-snappy cramjam
-    PYTHONPATH=build/peers python tests/benchmarks/bench_stream.py
+and samples; passes of the readers take turns, the median counts. Peers that are not installed are named and left out.
+Padding is counted on lengths drawn after LLaVA-Instruct-158K and LLaVA-1.5's 665K mix.
 """
 
 from __future__ import annotations
@@ -17,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import io
 import json
 import os
 import platform
@@ -25,287 +21,155 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
+import numpy as np
+import stream_peers as peers
+from stream_peers import COLUMNS, PAYLOAD, PER_SHARD, ROOT, Read, write_data
 
-import numpy as np  # noqa: E402
-import pyarrow as pa  # noqa: E402
-import pyarrow.parquet as pq  # noqa: E402
-import torch  # noqa: E402
-from torch.utils.data import DataLoader, Dataset  # noqa: E402
+from training.order import Examples, OrderSettings, epoch_batches, padding_share
 
-from pipeline.schema import SAMPLES, Column, EncoderSpec, StoreSpec, tar_path  # noqa: E402
-from training.stream import Stream  # noqa: E402
-from training.stream_bench import no_text  # noqa: E402
-
-COLUMNS = tuple(f"block{block:02d}" for block in (3, 6, 9, 12, 15, 18, 21, 24))
-TOKENS, WIDTH = 576, 1024
-PAYLOAD = TOKENS * WIDTH * 2
-BATCH = 32
-PER_SHARD = 50
-Read = Callable[[], Iterator[int]]  # one pass over the data, giving the feature bytes of each step
+SLOW = 8.0  # seconds after which a reader gets no further pass
+PEERS = {"mosaicml-streaming": "streaming", "litdata": "litdata", "megatron-energon": "megatron.energon"}
+IMAGE_TOKENS = 144
 
 
-def readinto(folder: Path, columns: tuple[str, ...]) -> Read:
-    """The bare disk: every tar of the columns from end to end into one buffer."""
-    buffer = bytearray(8 << 20)
+@dataclass
+class Row:
+    """Passes of one reader over `blocks` blocks; of several, the first only warms up what can be warmed."""
 
-    def read() -> Iterator[int]:
-        for column in columns:
-            for path in sorted((folder / column).glob("*.tar")):
-                with path.open("rb", buffering=0) as file:
-                    while count := file.readinto(buffer):
-                        yield count
+    name: str
+    blocks: int
+    passes: list[float] = field(default_factory=list)
+    bytes: int = 0
 
-    return read
+    @property
+    def seconds(self) -> float:
+        """The median pass."""
+        return statistics.median(self.passes[1:] or self.passes)
 
-
-def stream(folder: Path, columns: tuple[str, ...], shuffle: bool, threads: int, window: int = 4) -> Read:
-    """Ours: batches of 32 in staging buffers."""
-    opened = Stream(
-        str(folder),
-        columns,
-        global_batch_size=BATCH,
-        collate=no_text,
-        shuffle=shuffle,
-        window_shards=window,
-        last_batch="pad",
-        threads=threads,
-        prefetch=2,
-    )
-
-    def read() -> Iterator[int]:
-        for batch in opened:
-            yield sum(tensor.numel() for tensor in batch["columns"].values())
-
-    return read
+    def as_json(self) -> dict[str, object]:
+        """Rates, and how far the passes lie apart."""
+        timed = self.passes[1:] or self.passes
+        return {
+            "name": self.name,
+            "blocks": self.blocks,
+            "seconds": round(self.seconds, 3),
+            "spread": round((max(timed) - min(timed)) / self.seconds, 3),
+            "passes": len(timed),
+            "mb_per_s": round(self.bytes / self.seconds / 1e6, 1),
+            "samples_per_s": round(self.bytes / (self.blocks * PAYLOAD) / self.seconds, 1),
+        }
 
 
-def webdataset(folder: Path, columns: tuple[str, ...], decode: bool) -> Read:
-    """webdataset over one mixed tar per shard, the layout in which it can read several blocks of a sample."""
-    import webdataset as wds
-
-    urls = sorted(str(path) for path in (folder / "mixed").glob("*.tar"))
-
-    def read() -> Iterator[int]:
-        dataset = wds.WebDataset(urls, shardshuffle=False)
-        for sample in dataset.decode() if decode else dataset:
-            values = [sample[f"{column}.npy"] for column in columns]
-            yield sum(value.nbytes if decode else len(value) for value in values)
-
-    return read
-
-
-def webdataset_one_column(folder: Path, column: str) -> Read:
-    """webdataset, raw bytes, over the store's own tars of one column."""
-    import webdataset as wds
-
-    urls = sorted(str(path) for path in (folder / column).glob("*.tar"))
-
-    def read() -> Iterator[int]:
-        for sample in wds.WebDataset(urls, shardshuffle=False):
-            yield len(sample[f"{column}.bf16"])
-
-    return read
-
-
-class Indexed(Dataset[dict[str, torch.Tensor]]):
-    """The usual map-style dataset over the store's tars: one positioned read per member, one tensor per block."""
-
-    def __init__(self, folder: Path, columns: tuple[str, ...], samples: int) -> None:
-        self.folder, self.columns, self.samples = folder, columns, samples
-        self.files: dict[str, int] = {}
-        table = pq.read_table(folder / "manifest.parquet")
-        self.offsets = {column: table.column(f"{column}.offset").to_pylist() for column in columns}
-
-    def __len__(self) -> int:
-        return self.samples
-
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = {}
-        for column in self.columns:
-            name = tar_path(column, index // PER_SHARD)
-            if name not in self.files:
-                self.files[name] = os.open(self.folder / name, os.O_RDONLY)
-            tensor = torch.empty(PAYLOAD, dtype=torch.uint8)
-            os.preadv(self.files[name], [tensor.numpy()], self.offsets[column][index])
-            sample[column] = tensor
-        return sample
-
-
-def dataloader(folder: Path, columns: tuple[str, ...], samples: int) -> Read:
-    """torch's DataLoader with two worker processes, batches of 32, shuffled."""
-    loader = DataLoader(Indexed(folder, columns, samples), batch_size=BATCH, shuffle=True, num_workers=2)
-
-    def read() -> Iterator[int]:
-        for batch in loader:
-            yield sum(tensor.numel() for tensor in batch.values())
-
-    return read
-
-
-def mds(folder: Path, columns: tuple[str, ...]) -> Read:
-    """mosaicml-streaming: one MDS sample holds all blocks as bytes, so one block costs as much as eight."""
-    from streaming import MDSWriter, StreamingDataset
-
-    if not (folder / "mds" / "index.json").exists():
-        with MDSWriter(out=str(folder / "mds"), columns=dict.fromkeys(COLUMNS, "bytes")) as out:
-            for sample in webdataset_arrays(folder):
-                out.write({name: array.tobytes() for name, array in sample.items()})
-
-    def read() -> Iterator[int]:
-        for sample in StreamingDataset(local=str(folder / "mds"), shuffle=False, batch_size=BATCH):
-            yield sum(len(sample[column]) for column in columns)
-
-    return read
-
-
-def lit(folder: Path, columns: tuple[str, ...]) -> Read:
-    """litdata: one chunked sample holds all blocks as arrays."""
-    import litdata
-
-    if not (folder / "litdata" / "index.json").exists():
-        litdata.optimize(
-            fn=partial(mixed_shard, folder),
-            inputs=sorted(path.name for path in (folder / "mixed").glob("*.tar")),
-            output_dir=str(folder / "litdata"),
-            chunk_bytes="256MB",
-            num_workers=1,
-        )
-
-    def read() -> Iterator[int]:
-        for sample in litdata.StreamingDataset(str(folder / "litdata"), shuffle=False):
-            yield sum(sample[column].nbytes for column in columns)
-
-    return read
-
-
-def mixed_shard(folder: Path, name: str) -> Iterator[dict[str, np.ndarray]]:
-    """The samples of one mixed tar, for litdata's own worker process."""
-    import webdataset as wds
-
-    for sample in wds.WebDataset([str(folder / "mixed" / name)], shardshuffle=False).decode():
-        yield {column: sample[f"{column}.npy"] for column in COLUMNS}
-
-
-def webdataset_arrays(folder: Path) -> Iterator[dict[str, np.ndarray]]:
-    """Every sample of the mixed tars, to write other formats from."""
-    for path in sorted((folder / "mixed").glob("*.tar")):
-        yield from mixed_shard(folder, path.name)
-
-
-def write_data(folder: Path, samples: int) -> None:
-    """A store of random features, and the same features as one mixed tar per shard with .npy members."""
-    if (folder / f"complete-{samples}").exists():
-        return
-    shutil.rmtree(folder, ignore_errors=True)
-    noise = np.random.default_rng(0).integers(0, 1 << 16, (len(COLUMNS), TOKENS, WIDTH), dtype=np.uint16)
-    rows: list[dict[str, object]] = []
-    for shard in range(samples // PER_SHARD):
-        keys = [f"{shard * PER_SHARD + row:09d}" for row in range(PER_SHARD)]
-        places = {SAMPLES: write_tar(folder / tar_path(SAMPLES, shard), ((f"{key}.json", record(key)) for key in keys))}
-        for column, values in zip(COLUMNS, noise, strict=True):
-            members = ((f"{key}.{column}.bf16", np.roll(values, int(key)).tobytes()) for key in keys)
-            places[column] = write_tar(folder / tar_path(column, shard), members)
-        write_tar(
-            folder / "mixed" / f"{shard:05d}.tar",
-            ((f"{k}.{c}.npy", npy(np.roll(v, int(k)))) for k in keys for c, v in zip(COLUMNS, noise, strict=True)),
-        )
-        for row, key in enumerate(keys):
-            line: dict[str, object] = {"key": key, "shard": shard, "image": f"{key}.jpg", "words": [3]}
-            for name, found in places.items():
-                line |= {f"{name}.offset": found[row][0], f"{name}.size": found[row][1]}
-            rows.append(line)
-    write_manifest(folder, rows)
-    (folder / f"complete-{samples}").touch()
-
-
-def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> list[tuple[int, int]]:
-    """Write a plain tar; gives (offset, size) of every member's payload."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    with tarfile.open(path) as tar:
-        return [(member.offset_data, member.size) for member in tar]
-
-
-def record(key: str) -> bytes:
-    """The record of one image with one conversation."""
-    turns = [{"from": "human", "value": "<image>\nWhat is this?"}, {"from": "gpt", "value": "Noise."}]
-    sample = {"key": key, "image": f"{key}.jpg", "width": 336, "height": 336}
-    return json.dumps(sample | {"conversations": [{"id": key, "turns": turns}]}).encode()
-
-
-def npy(array: np.ndarray) -> bytes:
-    """The bytes of a .npy file."""
-    out = io.BytesIO()
-    np.save(out, array)
-    return out.getvalue()
-
-
-def write_manifest(folder: Path, rows: list[dict[str, object]]) -> None:
-    """`manifest.parquet` and `store.json`."""
-    types = {"key": pa.string(), "shard": pa.int32(), "image": pa.string(), "words": pa.list_(pa.int32())}
-    columns = {name: pa.array([row[name] for row in rows], types.get(name, pa.int64())) for name in rows[0]}
-    pq.write_table(pa.table(columns), folder / "manifest.parquet")
-    encoder = EncoderSpec(id="noise", revision="0", blocks=24, width=WIDTH, image_size=336, patch_size=14)
-    spec = StoreSpec(
-        dataset="0" * 64,
-        samples=len(rows),
-        shards=len(rows) // PER_SHARD,
-        shard_size=PER_SHARD,
-        seed=0,
-        encoder=encoder,
-        aspect="pad",
-        compute="bfloat16",
-        codec="bf16",
-        columns=tuple(Column(name=name, tokens=TOKENS, width=WIDTH) for name in COLUMNS),
-    )
-    (folder / "store.json").write_text(spec.model_dump_json())
-
-
-def measure(name: str, read: Read, columns: int, repeats: int) -> dict[str, object]:
-    """The median of `repeats` passes after one that warms up what can be warmed."""
-    seconds, total = [], 0
+def measure(readers: dict[str, Read], blocks: int, repeats: int) -> list[Row]:
+    """Let the readers take turns, so that a change of the machine's pace meets them all."""
+    rows = [Row(name, blocks) for name in readers]
     for _ in range(repeats + 1):
-        start = time.perf_counter()
-        total = sum(read())
-        seconds.append(time.perf_counter() - start)
-    median = statistics.median(seconds[1:])
-    row = {
-        "name": name,
-        "blocks": columns,
-        "seconds": round(median, 3),
-        "spread": round((max(seconds[1:]) - min(seconds[1:])) / median, 3),
-        "mb_per_s": round(total / median / 1e6, 1),
-        "samples_per_s": round(total / (columns * PAYLOAD) / median, 1),
-    }
-    print(
-        f"{columns} block(s)  {name:44} {row['mb_per_s']:>10,.0f} MB/s {row['samples_per_s']:>9,.1f} samples/s",
-        flush=True,
-    )
-    return row
+        for row in rows:
+            if sum(row.passes) < SLOW:
+                start = time.perf_counter()
+                row.bytes = sum(readers[row.name]())
+                row.passes.append(time.perf_counter() - start)
+    for row in rows:
+        rates = row.as_json()
+        speed = f"{rates['mb_per_s']:>8,.0f} MB/s {rates['samples_per_s']:>7,.0f} samples/s"
+        print(f"{blocks} block(s)  {row.name:40} {speed}", flush=True)
+    return rows
+
+
+def read_store(folder: Path, samples: int, threads: int, repeats: int) -> list[Row]:
+    """The store and the mixed tars, read by ourselves and by whoever can."""
+    rows = []
+    for columns in (COLUMNS, COLUMNS[:1]):
+        readers: dict[str, Read] = {
+            "readinto": peers.readinto(folder, columns),
+            "stream, in order": peers.stream(folder, columns, False, threads),
+            "stream, shuffled": peers.stream(folder, columns, True, threads),
+            "stream, shuffled, 1 thread": peers.stream(folder, columns, True, 1),
+            "DataLoader, 2 workers": peers.dataloader(folder, columns, samples),
+            "webdataset": peers.webdataset(folder, columns, decode=True),
+            "webdataset, raw bytes": peers.webdataset(folder, columns, decode=False),
+        }
+        if len(columns) == 1:
+            readers["webdataset, raw bytes, that block's tars"] = peers.webdataset_one_column(folder, columns[0])
+        if installed("megatron-energon"):
+            readers["megatron-energon, raw bytes"] = peers.energon(folder, columns)
+        rows += measure(readers, len(columns), repeats)
+    return rows
+
+
+def read_formats(folder: Path, repeats: int) -> list[Row]:
+    """Peers with a format of their own: written, read, removed, so that the page cache holds what is read."""
+    rows = []
+    for name, subfolder, reader in (("mosaicml-streaming", "mds", peers.mds), ("litdata", "litdata", peers.lit)):
+        if not installed(name):
+            continue
+        for columns in (COLUMNS, COLUMNS[:1]):
+            rows += measure({name: reader(folder, columns)}, len(columns), repeats)
+        shutil.rmtree(folder / subfolder)
+    return rows
+
+
+def installed(name: str) -> bool:
+    """Whether a peer can be imported."""
+    module, _, part = PEERS[name].partition(".")
+    return importlib.util.find_spec(module) is not None and (not part or bool(importlib.util.find_spec(PEERS[name])))
+
+
+def instruct_words(count: int, draw: np.random.Generator) -> np.ndarray:
+    """Words per example as in LLaVA-Instruct-158K: talk, descriptions, reasoning, after the sizes of its files."""
+    kind = draw.choice(3, count, p=[0.37, 0.15, 0.48])
+    rounds = 1 + draw.poisson(3.2, 20_000)
+    talk = np.array([(draw.lognormal(2.2, 0.3, n) + draw.lognormal(3.64, 0.6, n)).sum() for n in rounds])
+    described, reasoned = 10 + draw.normal(97, 25, count), 18 + draw.lognormal(4.65, 0.3, count)
+    return np.select([kind == 0, kind == 1], [draw.choice(talk, count), described], reasoned).clip(5, 1400)
+
+
+def mix_words(count: int, draw: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """(words, has image) as in LLaVA-1.5's 665K mix: instructions, questions of many rounds, long texts."""
+    kind = draw.choice(3, count, p=[0.24, 0.06, 0.70])
+    questions, texts = draw.lognormal(4.4, 0.8, count), draw.lognormal(6.2, 0.9, count)
+    words = np.select([kind == 0, kind == 1], [instruct_words(count, draw), texts], questions)
+    return words.clip(5, 1400), kind != 1
+
+
+def padding(ranks: int = 8, microbatch: int = 4) -> dict[str, dict[str, float]]:
+    """Share of stage 2's tokens that are padding: global batches of 128 over 8 ranks, microbatches of 4, shards of 256.
+
+    Tokens per word vary from example to example, by 6%; the order knows words alone.
+    """
+    draw = np.random.default_rng(0)
+    mix, mix_image = mix_words(200_000, draw)
+    instruct = instruct_words(158_000, draw)
+    shares = {}
+    for name, words, image in (("instruct", instruct, np.ones(158_000, bool)), ("mix", mix, mix_image)):
+        text = 40 + words * 1.32 * draw.normal(1, 0.06, len(words))
+        tokens = np.minimum(text + IMAGE_TOKENS * image, 2048).astype(np.int64)
+        number = np.arange(len(words))
+        examples = Examples(number, np.zeros_like(number), number // 480, words.astype(np.int64), image)
+        plain = OrderSettings(global_batch_size=128)
+        shares[name] = {
+            label: round(padding_share(epoch_batches(examples, order, 0), tokens, order, ranks, microbatch), 4)
+            for label, order in (("shuffled", plain), ("grouped", replace(plain, group_by_length=True)))
+        }
+        print(
+            f"padding    {name:9} {shares[name]['shuffled']:.1%} -> {shares[name]['grouped']:.1%} with group_by_length"
+        )
+    return shares
 
 
 def peak_memory(folder: Path, window: int) -> int:
     """Bytes that a fresh process holds at most while it reads an epoch with this shuffle window."""
     code = (
-        "import sys, resource; sys.path[:0] = sys.argv[1:3]\n"
-        "import bench_stream as b; from pathlib import Path\n"
-        "sum(b.stream(Path(sys.argv[3]), b.COLUMNS, True, 2, window=int(sys.argv[4]))())\n"
+        "import sys, resource; sys.path[:0] = [sys.argv[1]]\n"
+        "import stream_peers as peers; from pathlib import Path\n"
+        "sum(peers.stream(Path(sys.argv[2]), peers.COLUMNS, True, 2, window=int(sys.argv[3]))())\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
-    here = str(Path(__file__).resolve().parent)
-    command = [sys.executable, "-c", code, str(ROOT), here, str(folder), str(window)]
+    command = [sys.executable, "-c", code, str(Path(__file__).resolve().parent), str(folder), str(window)]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout) * 1024
 
 
@@ -313,72 +177,64 @@ def main() -> None:
     """Write the data, read it in every way, print the ratios, keep it all in runs/bench/stream.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=400, help="of 9.4 MB (default: %(default)s)")
-    parser.add_argument("--repeats", type=int, default=3, help="timed passes of each (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=3, help="timed passes, at most (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="reader threads of the stream (default: %(default)s)")
     parser.add_argument("--data", type=Path, default=ROOT / "runs/bench/stream-data", help="where the data goes")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/stream.json")
     arguments = parser.parse_args()
     if arguments.samples % PER_SHARD:
         sys.exit(f"error: --samples {arguments.samples} is not a multiple of {PER_SHARD}")
-    folder, threads = arguments.data, arguments.threads
+    folder = arguments.data
     print(f"writing {2 * arguments.samples * PAYLOAD * len(COLUMNS) / 1e9:.1f} GB to {folder}, unless they are there")
     write_data(folder, arguments.samples)
-    rows = []
-    for columns in (COLUMNS, COLUMNS[:1]):
-        peers: dict[str, Read] = {
-            "readinto": readinto(folder, columns),
-            "stream, in order": stream(folder, columns, False, threads),
-            "stream, shuffled": stream(folder, columns, True, threads),
-            "stream, shuffled, 1 thread": stream(folder, columns, True, 1),
-            "webdataset": webdataset(folder, columns, decode=True),
-            "webdataset, raw bytes": webdataset(folder, columns, decode=False),
-            "DataLoader, 2 workers": dataloader(folder, columns, arguments.samples),
-        }
-        if len(columns) == 1:
-            peers["webdataset, raw bytes, that block's tars"] = webdataset_one_column(folder, columns[0])
-        if importlib.util.find_spec("streaming"):
-            peers["mosaicml-streaming"] = mds(folder, columns)
-        if importlib.util.find_spec("litdata"):
-            peers["litdata"] = lit(folder, columns)
-        rows += [measure(name, read, len(columns), arguments.repeats) for name, read in peers.items()]
-    report(rows, folder, arguments)
-
-
-def report(rows: list[dict[str, object]], folder: Path, arguments: argparse.Namespace) -> None:
-    """Ratios against their targets, on screen and in the JSON file."""
-    rate = {(row["name"], row["blocks"]): float(str(row["mb_per_s"])) for row in rows}
+    os.sync()  # so that nothing is written back while we measure
+    rows = read_store(folder, arguments.samples, arguments.threads, arguments.repeats)
     memory = [peak_memory(folder, window) for window in (1, arguments.samples // PER_SHARD)]
-    checks = [
-        ("8 blocks, in order, of readinto", rate["stream, in order", 8] / rate["readinto", 8], 0.8),
-        ("8 blocks, shuffled batches of 32, of readinto", rate["stream, shuffled", 8] / rate["readinto", 8], 0.8),
-        ("8 blocks, shuffled, of webdataset", rate["stream, shuffled", 8] / rate["webdataset", 8], 5.0),
-        ("1 block, shuffled, of webdataset", rate["stream, shuffled", 1] / rate["webdataset", 1], 10.0),
-        ("shuffled, of in order", rate["stream, shuffled", 8] / rate["stream, in order", 8], 0.8),
-        ("8 blocks, of a DataLoader", rate["stream, shuffled", 8] / rate["DataLoader, 2 workers", 8], 4.0),
-        ("memory with the smallest window, of the largest", memory[0] / memory[1], 0.9),
-    ]
-    ratios = [{"name": n, "ratio": round(r, 2), "target": t, "met": r >= t} for n, r, t in checks]
-    for line in ratios:
-        print(f"{line['name']:50} {line['ratio']:>7} (target {line['target']}) {'met' if line['met'] else 'MISSED'}")
-    absent = [
-        n for n in ("streaming", "litdata", "megatron.energon") if importlib.util.find_spec(n.split(".")[0]) is None
-    ]
+    rows += read_formats(folder, arguments.repeats)
+    report(rows, memory, padding(), arguments)
+
+
+def report(
+    rows: list[Row], memory: list[int], shares: dict[str, dict[str, float]], arguments: argparse.Namespace
+) -> None:
+    """Ratios against their targets, on screen and in the JSON file."""
+    rate = {(row.name, row.blocks): row.bytes / row.seconds for row in rows}
+    shuffled = rate["stream, shuffled", 8]
+    checks = {
+        "8 blocks in order, of readinto": (rate["stream, in order", 8] / rate["readinto", 8], 0.8),
+        "8 blocks in shuffled batches of 32, of readinto": (shuffled / rate["readinto", 8], 0.8),
+        "8 blocks, of webdataset": (shuffled / rate["webdataset", 8], 5.0),
+        "1 block, of webdataset": (rate["stream, shuffled", 1] / rate["webdataset", 1], 10.0),
+        "shuffled, of in order": (shuffled / rate["stream, in order", 8], 0.8),
+        "8 blocks, of a DataLoader with 2 workers": (shuffled / rate["DataLoader, 2 workers", 8], 4.0),
+        "peak memory with a window of 1 shard, of all shards": (memory[0] / memory[1], 0.9),
+        "tokens that are no padding, instruct": (1 - shares["instruct"]["grouped"], 0.95),
+        "tokens that are no padding, mix": (1 - shares["mix"]["grouped"], 0.95),
+    }
+    ratios = {n: {"value": round(value, 3), "target": t, "met": value >= t} for n, (value, t) in checks.items()}
+    for name, line in ratios.items():
+        print(f"{name:52} {line['value']:>7} (target {line['target']}) {'met' if line['met'] else 'MISSED'}")
+    absent = [name for name in PEERS if not installed(name)]
     print(f"not installed, so not measured: {', '.join(absent) or 'none'}")
-    machine = {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "webdataset", "numpy")}
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    versions = ["torch", "numpy", "webdataset", *(name for name in PEERS if name not in absent)]
     result = {
         "bench": "stream",
-        "command": "python tests/benchmarks/bench_stream.py " + " ".join(sys.argv[1:]),
-        "machine": machine,
-        "versions": versions,
+        "ratios": ratios,
+        "environment": {
+            "command": " ".join(["python", "tests/benchmarks/bench_stream.py", *sys.argv[1:]]),
+            "cpus": os.cpu_count(),
+            "platform": platform.platform(),
+            "python": platform.python_version(),
+            "versions": {name: importlib.metadata.version(name) for name in versions},
+        },
         "samples": arguments.samples,
         "threads": arguments.threads,
-        "peak_rss_bytes": {"window 1": memory[0], "window of all shards": memory[1]},
-        "rows": rows,
-        "ratios": ratios,
+        "peak_rss_bytes": {"window of 1 shard": memory[0], "window of all shards": memory[1]},
+        "padding": shares,
+        "rows": [row.as_json() for row in rows],
         "not_installed": absent,
     }
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 

@@ -75,8 +75,8 @@ def page(speakers: list[Speaker]) -> Any:
 
         for event in (ask.click, question.submit):
             event(answer, [image, question, talks], outputs, concurrency_limit=1, concurrency_id="models")
-        new.click(forget, None, outputs)
-        image.change(forget, None, outputs)
+        for event in (new.click, image.change, *(chat.clear for chat in chats)):
+            event(forget, None, outputs)
     return blocks
 
 

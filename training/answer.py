@@ -183,14 +183,25 @@ def load_model(name: str, ranks: Ranks) -> tuple[Any, Any]:
 def generate(
     model: Any, processor: Any, questions: list[Record], image_bytes: Callable[[str], bytes], max_new_tokens: int
 ) -> list[str]:
-    """Greedy answers to one batch, padded on the left: the same as each by itself."""
+    """Greedy answers to one batch of questions.
+
+    Raises:
+        ValueError: if an image cannot be decoded, naming it and its question.
+    """
+    pictures = [None if q["image"] is None else _picture(q, image_bytes) for q in questions]
+    return reply(model, processor, [q["text"] for q in questions], pictures, max_new_tokens)
+
+
+def reply(model: Any, processor: Any, texts: Sequence[str], pictures: Sequence[Any], max_new_tokens: int) -> list[str]:
+    """Greedy answers to texts, each with one PIL picture or None; padded on the left, the same as each by itself."""
     import torch
 
     from training.conversation import prompt_for
 
-    pictures = [_picture(q, image_bytes) for q in questions if q["image"] is not None]
-    prompts = [prompt_for(q["text"] if q["image"] is None else f"<image>\n{q['text']}") for q in questions]
-    inputs = processor(images=pictures or None, text=prompts, return_tensors="pt", padding=True).to(model.device)
+    asked = zip(texts, pictures, strict=True)
+    prompts = [prompt_for(text if picture is None else f"<image>\n{text}") for text, picture in asked]
+    images = [picture for picture in pictures if picture is not None] or None
+    inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True).to(model.device)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     with torch.inference_mode():

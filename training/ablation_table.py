@@ -46,11 +46,11 @@ def build_table(config: AblationConfig, plan: Sequence[Run]) -> dict[str, Any]:
         "patches": json.loads((plan[0].folder / "finetune" / "summary.json").read_text())["vision_tokens_in"],
         "rows": rows,
         "encoding": _encoding(config, rows),
-        "stores": [_store(plan[0].folder / stage) for stage in ("pretrain", "finetune")],
+        "stores": [store_of(plan[0].folder / stage) for stage in ("pretrain", "finetune")],
     }
 
 
-def _store(stage: Path) -> dict[str, str]:
+def store_of(stage: Path) -> dict[str, str]:
     """What a stage was trained on, by the fingerprints of its store."""
     from pipeline.manifest import read_store
     from pipeline.storage import Storage

@@ -50,7 +50,7 @@ def answer_all(
     ranks = Ranks.of_environment()
     out.parent.mkdir(parents=True, exist_ok=True)
     if ranks.rank == 0:
-        _claim(out, {"model": model, "weights": weights_digest(model), "max_new_tokens": max_new_tokens})
+        _claim(out, {"weights": weights_digest(model) or model, "max_new_tokens": max_new_tokens})
     known = _known(out)
     mine = [q for q in asked[ranks.rank :: ranks.world] if not _is_answered(q, known)]
     if mine:
@@ -83,7 +83,7 @@ def _claim(out: Path, mine: Record) -> None:
 
 
 def weights_digest(model: str) -> str | None:
-    """A digest of a folder's weights by their sizes, beginnings and ends; None for a name on the Hub."""
+    """A digest of a folder's weights by their sizes, beginnings and ends, wherever it lies; None for a Hub id."""
     folder = Path(model)
     if not folder.is_dir():
         return None

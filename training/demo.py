@@ -115,6 +115,7 @@ class Demo:
         stores = [run / f"{stage}-store" for stage in stages]
         return {
             "accuracy": scores["accuracy"],
+            "interval": scores["interval"],
             "accuracy_shuffled_images": _read(shuffled)["accuracy"] if shuffled.exists() else None,
             "questions": scores["questions"],
             "categories": scores["categories"],
@@ -176,7 +177,9 @@ def _table(summary: dict[str, Any], run: Path) -> str:
         f"  stage 2 loss              {first['finetune']:.3f} -> {last['finetune']:.3f}",
     ]
     if summary["accuracy"] is not None:
-        lines.append(f"  accuracy, held out        {summary['accuracy']:.1%}  ({summary['questions']} questions)")
+        low, high = summary["interval"]
+        sure = f"{summary['questions']} questions, 95% interval {low:.1%} to {high:.1%}"
+        lines.append(f"  accuracy, held out        {summary['accuracy']:.1%}  ({sure})")
     else:
         lines.append(f"  questions answered        {summary['questions']}  (their truth is not in the file)")
     if summary["accuracy_shuffled_images"] is not None:

@@ -52,6 +52,8 @@ def _template(name: str) -> Any:
 
 def render(run: Path, images: Path, examples: int) -> str:
     """The page of a run, as one string of HTML that needs nothing beside itself."""
+    from training.ablation_table import store_of
+
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     page: str = _template("report.html").render(
         name=run.name,
@@ -60,6 +62,7 @@ def render(run: Path, images: Path, examples: int) -> str:
         seconds=_bars(summary["seconds"]),
         examples=_examples(run, images, examples),
         environment=_environment(),
+        stores=[store_of(run / stage) for stage in ("pretrain", "finetune")],
     )
     return page
 

@@ -52,10 +52,10 @@ def test_answers_of_another_model_are_not_mixed_in(model: Path, data: Path, tmp_
     out = tmp_path / "out"
     out.mkdir()
     (out / "gqa.jsonl").write_text("")
-    (out / "gqa.jsonl.run.json").write_text(json.dumps({"model": "other", "weights": "x", "max_new_tokens": 128}))
+    (out / "gqa.jsonl.run.json").write_text(json.dumps({"weights": "other", "max_new_tokens": 128}))
     done = evaluate(model, "--benchmark", "gqa", "--data", data, "--out", out, fails=True)
     assert "another run" in done.stderr
-    assert "model: 'other' there" in done.stderr
+    assert "weights: 'other' there" in done.stderr
 
 
 def test_predictions_are_scored_and_compared_without_torch(data: Path, tmp_path: Path) -> None:

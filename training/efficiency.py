@@ -191,9 +191,14 @@ def _load(
         torch.manual_seed(0)
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # 7B weights in float32 first would not fit many a machine
+        config = shape(arguments.config, arguments.layers)
+        parts: list[Any] = [config, config.text_config, config.vision_config]
+        for part in parts:
+            if part is not None:
+                part.dtype = dtype
         try:
             with device:
-                model = CompactVisionForConditionalGeneration(shape(arguments.config, arguments.layers))
+                model = CompactVisionForConditionalGeneration(config)
         finally:
             torch.set_default_dtype(before)
     if model.vision_tower is None:
@@ -295,7 +300,7 @@ def _row(
     median = {key: statistics.median(once[key] for once in seen) for key in seen[0]}
     ratio = statistics.median(a["prefill"] / b["prefill"] for a, b in zip(first, seen, strict=True))
     tflops = prefill_flops(model.llm.config, connector.tokens) / 1e12
-    return {"connector": name, "tokens": connector.tokens, **median, "x": ratio, "TFLOPs": tflops}
+    return {"arm": name, "tokens": connector.tokens, **median, "x": ratio, "TFLOPs": tflops}
 
 
 def _settings(arguments: argparse.Namespace) -> dict[str, Any]:

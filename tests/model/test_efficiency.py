@@ -91,6 +91,7 @@ def test_a_model_is_measured_side_by_side_with_more_and_fewer_tokens(
     result = json.loads(out.read_text())
     assert [row["tokens"] for row in result["rows"]] == [16, 8, 4]
     assert render(result) in output
+    assert [row["arm"] for row in result["rows"]] == ["mlp", "mbtf+stf k=2 E=2", "mbtf+stf k=2 E=1"]
     for row in result["rows"]:
         assert row["kv bytes"] == kv_cache_bytes(LlamaConfig(**_llm(tmp_path)), row["tokens"], 4)
         assert row["first token"] > 0
@@ -98,6 +99,19 @@ def test_a_model_is_measured_side_by_side_with_more_and_fewer_tokens(
         assert min(row["encode"], row["connector"], row["prefill"], row["per token"], row["tokens/s"], row["x"]) > 0
     assert result["rows"][0]["x"] == 1
     assert result["environment"]["dtype"] == "float32"
+
+
+def test_random_weights_of_a_shape_are_measured_in_the_dtype_that_is_asked_for(
+    make_model: Callable[..., CompactVisionForConditionalGeneration], tmp_path: Path, efficiency: Callable[..., str]
+) -> None:
+    make_model().config.save_pretrained(tmp_path)
+    sizes = ["--text-tokens", "3", "--new-tokens", "2", "--rounds", "1", "--device", "cpu", "--layers", "1"]
+    out = tmp_path / "out.json"
+    efficiency("--config", str(tmp_path), "--dtype", "bfloat16", *sizes, "--out", str(out))
+    result = json.loads(out.read_text())
+    assert result["environment"]["dtype"] == "bfloat16"
+    text = LlamaConfig(**{**json.loads((tmp_path / "config.json").read_text())["text_config"], "num_hidden_layers": 1})
+    assert [row["kv bytes"] for row in result["rows"]] == [kv_cache_bytes(text, n) for n in (16, 8, 4)]
 
 
 def _llm(folder: Path) -> dict:

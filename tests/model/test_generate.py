@@ -125,7 +125,6 @@ def test_loaded_in_bf16_on_a_device_map_with_either_attention(make_model, tmp_pa
     [
         ("auto", None),
         ("auto", {"cpu": "200KB"}),  # too little: weights stay on disk until they are needed
-        ({"vision_tower": "disk", "connector": "cpu", "llm": "cpu"}, None),
         ({"vision_tower": "cpu", "connector": "cpu", "llm": "disk"}, None),
     ],
 )

@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do command -v $$p >/de
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo ablate test cluster-test infra-check check format bench-stream clean help
+.PHONY: demo ablate test cluster-test infra-check check format bench-stream bench-build clean help
 
 help:            ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -31,6 +31,9 @@ infra-check:     ## the files of infra/, each with the tool of its own world (an
 	test -x .venv-infra/bin/python || $(PYTHON) -m venv .venv-infra
 	.venv-infra/bin/python -m pip install --quiet --disable-pip-version-check -r infra/requirements.txt
 	.venv-infra/bin/python infra/check.py
+
+bench-build: $(STAMP) ## how fast a store is built, beside its limits and peers (runs/bench/build.json; 8 minutes)
+	$(BIN)/python tests/benchmarks/bench_build.py
 
 check: $(STAMP)  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

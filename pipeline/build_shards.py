@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,7 +31,7 @@ from pipeline.config import BuildConfig, ConfigError, load_config
 if TYPE_CHECKING:
     from pipeline.dataset import Dataset
     from pipeline.plan import Work
-    from pipeline.schema import StoreSpec
+    from pipeline.schema import Failure, StoreSpec
     from pipeline.storage import Storage
 
 FAILURES_ALLOWED = 10  # whatever the rate: one bad image of twenty must not stop a trial run
@@ -92,7 +94,10 @@ def read_sources(config: BuildConfig) -> tuple[Dataset, StoreSpec]:
     from pipeline.schema import StoreSpec
 
     check_roots(config.image_roots)
+    gc.disable()  # millions of small objects that stay: looking through them again and again doubles the time
     dataset = read_dataset(config.data_files, config.seed, config.limit)
+    gc.freeze()
+    gc.enable()
     if not dataset.records:
         first = dataset.failures[0].reason if dataset.failures else "the files are empty"
         raise ValueError(f"data: no usable record in {', '.join(config.data_files)} ({first})")
@@ -114,13 +119,19 @@ def read_sources(config: BuildConfig) -> tuple[Dataset, StoreSpec]:
 
 
 def plan(config: BuildConfig, dataset: Dataset, spec: StoreSpec, arguments: argparse.Namespace) -> str:
-    """What `build` would do."""
+    """What `build` would do.
+
+    Raises:
+        ValueError: if the store belongs to another build.
+    """
     from pipeline.dataset import list_images
-    from pipeline.manifest import committed
-    from pipeline.plan import report
+    from pipeline.manifest import SPEC, check
+    from pipeline.plan import report, todo
     from pipeline.storage import Storage
 
-    left = spec.shards - len(committed(Storage(config.store)))
+    storage = Storage(config.store)
+    known = check(storage, spec) if storage.exists(SPEC) else None
+    left = todo(storage, known or spec, spec.columns)
     there = list_images(config.image_roots)
     missing = sum(record.image is not None and record.image not in there for record in dataset.records)
     prices = {name: getattr(arguments, name) for name in ("rate", "price", "step_time", "batch")}
@@ -133,27 +144,31 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
     Raises:
         ValueError: if the store belongs to another build, or too many samples fail.
     """
-    from pipeline.manifest import create_or_check, write_manifest
+    from pipeline.manifest import claimed, create_or_check, write_failures, write_manifest
     from pipeline.plan import todo
+    from pipeline.schema import claim_path
     from pipeline.storage import Storage
 
     start = time.perf_counter()
     storage = Storage(config.store)
     storage.sweep_scratch()
-    wanted = tuple(column.name for column in spec.columns)
+    columns = spec.columns
     spec = create_or_check(storage, spec)
-    work = todo(storage, spec, wanted)
+    work = todo(storage, spec, columns)
+    wanted = ", ".join(column.name for column in columns)
     said = f"{config.store}: {spec.samples} samples in {spec.shards} shards"
-    print(f"{said}, {len(work)} to do; columns {', '.join(wanted)} in {spec.codec}", flush=True)
+    print(f"{said}, {len(work)} to do; columns {wanted} in {spec.codec}", flush=True)
     try:
         # Base shards first: a column is only added to samples that are there.
         for part in ([w for w in work if w.base], [w for w in work if not w.base]):
             if part:
                 encode(config, dataset, spec, part, storage)
     except TooManyFailuresError:
-        _write_failures(storage, dataset)
+        write_failures(storage, dataset.failures)
         raise
     samples = write_manifest(storage, spec, dataset.failures)
+    for shard in claimed(storage):
+        storage.delete(claim_path(shard))
     storage.sweep_scratch()
     failures = len(dataset.failures) + spec.samples - samples
     print(f"done: {samples} samples, {failures} failures (failures.jsonl), {time.perf_counter() - start:.0f} s")
@@ -168,14 +183,23 @@ class TooManyFailuresError(ValueError):
 def encode(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Work], storage: Storage) -> None:
     """Let Ray Data spread the shards over a pool of workers: one row is one shard, no feature passes through Ray."""
     from pipeline.dataset import index_zips
+    from pipeline.manifest import claimed, known_failures
     from pipeline.plan import row_of, shard_records
 
-    zips = index_zips(config.image_roots)
-    rows = [row_of(item, shard_records(dataset.records, spec, item.shard), zips) for item in work]
-    progress = _Progress(spec, rows, max(FAILURES_ALLOWED, config.max_failures * spec.samples))
+    zips, job, others = index_zips(config.image_roots), uuid.uuid4().hex, claimed(storage)
+    # What another job works on comes last: it is there by then, unless that job was killed.
+    work = sorted(work, key=lambda item: item.shard in others)
+    rows = [
+        row_of(item, shard_records(dataset.records, spec, item.shard), zips, job, item.shard in others) for item in work
+    ]
+    known = [*dataset.failures, *known_failures(storage)]  # a rerun must not start counting anew
+    progress = _Progress(rows, known, max(FAILURES_ALLOWED, config.max_failures * spec.samples))
     with connected(config) as workers:
-        for outcome in schedule(config, spec, rows, min(workers, len(rows))):
-            progress(outcome)
+        while rows:
+            for outcome in schedule(config, spec, rows, min(workers, len(rows))):
+                progress(outcome)
+            rows = [{**row, "insist": True} for row in rows if row["shard"] in progress.postponed]
+            progress.postponed.clear()
     progress.close()
 
 
@@ -265,13 +289,16 @@ class _RayWorker:
 class _Progress:
     """Counts outcomes: a bar with rate and ETA, and the stop when too many samples fail."""
 
-    def __init__(self, spec: StoreSpec, rows: list[dict[str, Any]], failures_allowed: float) -> None:
+    def __init__(self, rows: list[dict[str, Any]], known: list[Failure], failures_allowed: float) -> None:
         from tqdm import tqdm
 
-        self.failures = 0
+        self.failures = len(known)
+        self.wasted = 0
+        self.postponed: set[int] = set()
         self.allowed = failures_allowed
         self.samples = {row["shard"]: len(row["records"]) for row in rows}
         self.bar = tqdm(total=sum(self.samples.values()), unit=" samples", mininterval=1.0, desc="encode")
+        self._check([f"{failure.source}: {failure.reason}" for failure in known[:1]])
 
     def __call__(self, outcome: dict[str, Any]) -> None:
         """Take note of a shard's outcome.
@@ -279,31 +306,31 @@ class _Progress:
         Raises:
             TooManyFailuresError: naming the first reasons.
         """
+        if outcome["postponed"]:
+            self.postponed.add(outcome["shard"])
+            return
         self.failures += outcome["failures"]
+        self.wasted += outcome["wasted"]
         self.bar.update(self.samples[outcome["shard"]])
         self.bar.set_postfix(failures=self.failures)
         for reason in outcome["reasons"]:
             self.bar.write(f"failed: {reason}")
+        self._check(outcome["reasons"])
+
+    def _check(self, reasons: list[str]) -> None:
         if self.failures > self.allowed:
             self.bar.close()
             raise TooManyFailuresError(
                 f"{self.failures} samples have failed, {self.allowed:.0f} are allowed (max_failures); the reasons are "
-                f"in failures.jsonl of the store, for example {outcome['reasons'][0]}. Mend the data and build a new "
-                "store, or raise max_failures and run again"
+                f"in failures.jsonl of the store, for example {reasons[0]}. Mend the data and build a new store, or "
+                "raise max_failures and run again"
             )
 
     def close(self) -> None:
         """End the bar."""
         self.bar.close()
-
-
-def _write_failures(storage: Storage, dataset: Dataset) -> None:
-    """What is known of failures when a job stops early."""
-    from pipeline.manifest import FAILURES, committed, read_commit
-
-    commits = [read_commit(storage, shard) for shard in sorted(committed(storage))]
-    known = [*dataset.failures, *(failure for commit in commits if commit for failure in commit.failures)]
-    storage.replace(FAILURES, "".join(failure.model_dump_json() + "\n" for failure in known).encode())
+        if self.wasted:
+            print(f"{self.wasted} shard(s) were built twice: another job works on the same store")
 
 
 if __name__ == "__main__":

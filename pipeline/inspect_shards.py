@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.manifest import FAILURES, committed, read_commit, read_manifest, read_store
+from pipeline.manifest import FAILURES, read_commits, read_manifest, read_store
 from pipeline.schema import SAMPLES, Column, Failure, Sample, StoreSpec, tar_path
 from pipeline.shard import read_sample
 from pipeline.storage import Storage
@@ -57,29 +57,33 @@ def render(storage: Storage, images: tuple[str, ...], samples: int) -> str:
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 
     spec = read_store(storage)
-    rows = read_manifest(storage).to_pylist()
-    chosen = rows[:: max(1, len(rows) // samples)][:samples] if samples else []
+    table = read_manifest(storage)
+    rows = table.take(
+        list(range(0, len(table), max(1, len(table) // samples)))[:samples] if samples else []
+    ).to_pylist()
+    pictures = _Pictures(storage, spec, images)
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]))
-    shown = [_sample(storage, spec, row, images) for row in chosen]
+    shown = [_sample(storage, spec, row, pictures) for row in rows]
     return environment.get_template("inspect.html").render(
         root=storage.root,
         spec=spec,
-        samples=len(rows),
-        images=sum(row["image"] is not None for row in rows),
-        conversations=sum(len(row["words"]) for row in rows),
-        columns=_columns(spec, rows, shown),
+        samples=len(table),
+        images=len(table) - table.column("image").null_count,
+        conversations=len(table.column("words").combine_chunks().flatten()),
+        columns=_columns(spec, table, shown),
         shards=_shards(storage),
         failures=_failures(storage),
         shown=shown,
     )
 
 
-def _columns(spec: StoreSpec, rows: list[dict[str, Any]], shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _columns(spec: StoreSpec, manifest: Any, shown: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Each column with its bytes and the mean length of its features over the samples shown."""
     table: list[dict[str, Any]] = []
     for column in spec.columns:
         norms = [m["norm"] for sample in shown for m in sample["maps"] if m["name"] == column.name]
-        size = sum(row.get(f"{column.name}.size") or 0 for row in rows)
+        name = f"{column.name}.size"
+        size = int(manifest.column(name).to_numpy().sum()) if name in manifest.column_names else 0
         norm = float(np.mean(norms)) if norms else 0.0
         table.append({"name": column.name, "tokens": column.tokens, "width": column.width, "bytes": size, "norm": norm})
     longest = max((entry["norm"] for entry in table), default=0.0) or 1.0
@@ -88,8 +92,7 @@ def _columns(spec: StoreSpec, rows: list[dict[str, Any]], shown: list[dict[str, 
 
 def _shards(storage: Storage) -> dict[str, Any]:
     """Bytes of every shard, as bars of equal width."""
-    commits = [read_commit(storage, shard) for shard in sorted(committed(storage))]
-    sizes = [sum(file.bytes for file in commit.files.values()) for commit in commits if commit]
+    sizes = [sum(file.bytes for file in commit.files.values()) for commit in read_commits(storage)]
     largest = max(sizes, default=1)
     return {"sizes": sizes, "largest": largest, "total": sum(sizes), "percents": [100 * s / largest for s in sizes]}
 
@@ -104,7 +107,7 @@ def _failures(storage: Storage) -> dict[str, Any]:
     }
 
 
-def _sample(storage: Storage, spec: StoreSpec, row: dict[str, Any], images: tuple[str, ...]) -> dict[str, Any]:
+def _sample(storage: Storage, spec: StoreSpec, row: dict[str, Any], pictures: _Pictures) -> dict[str, Any]:
     data = storage.read_range(tar_path(SAMPLES, row["shard"]), row[f"{SAMPLES}.offset"], row[f"{SAMPLES}.size"])
     sample = read_sample(data)
     maps = []
@@ -118,7 +121,7 @@ def _sample(storage: Storage, spec: StoreSpec, row: dict[str, Any], images: tupl
         "image": sample.image,
         "size": None if sample.image is None else f"{sample.width} x {sample.height}",
         "conversations": [json.loads(c.model_dump_json(by_alias=True)) for c in sample.conversations],
-        "picture": _picture(storage, spec, row, sample, images),
+        "picture": None if sample.image is None else pictures(sample, row["shard"]),
         "maps": maps,
     }
 
@@ -149,29 +152,42 @@ def _heat(values: npt.NDArray[np.float32]) -> str:
     return _data_url(image, "PNG")
 
 
-def _picture(
-    storage: Storage, spec: StoreSpec, row: dict[str, Any], sample: Sample, images: tuple[str, ...]
-) -> str | None:
-    """The source image, from the image folders or, if the store keeps it, from behind the record."""
-    from pipeline.dataset import ImageSource, index_zips
-    from pipeline.encoder import load_image
-    from pipeline.shard import members
+class _Pictures:
+    """The source images: from the image folders or, if the store keeps them, from behind the records."""
 
-    if sample.image is None:
-        return None
-    if images:
-        places = [index.get(sample.image) for index in index_zips(images)]
-        data = ImageSource(images).read(sample.image, places)
-    elif spec.stores_images:
-        with storage.open(tar_path(SAMPLES, row["shard"])) as file:
+    def __init__(self, storage: Storage, spec: StoreSpec, images: tuple[str, ...]) -> None:
+        from pipeline.dataset import ImageSource, index_zips
+
+        self.storage, self.spec = storage, spec
+        self.source = ImageSource(images) if images else None
+        self.zips = index_zips(images)
+
+    def __call__(self, sample: Sample, shard: int) -> str | None:
+        """A small copy as a data URL; None if the image is not to be had."""
+        from pipeline.encoder import load_image
+
+        assert sample.image is not None
+        try:
+            if self.source is not None:
+                data = self.source.read(sample.image, [index.get(sample.image) for index in self.zips])
+            elif self.spec.stores_images:
+                data = self._stored(sample, shard)
+            else:
+                return None
+            image = load_image(data)
+        except ValueError as error:
+            print(f"{sample.image}: {error}; shown without it", file=sys.stderr)
+            return None
+        image.thumbnail((480, 480))
+        return _data_url(image, "JPEG")
+
+    def _stored(self, sample: Sample, shard: int) -> bytes:
+        from pipeline.shard import members
+
+        with self.storage.open(tar_path(SAMPLES, shard)) as file:
             own = [m for m in members(file) if m[0].startswith(f"{sample.key}.") and not m[0].endswith(".json")]
             file.seek(own[0][1])
-            data = file.read(own[0][2])
-    else:
-        return None
-    image = load_image(data)
-    image.thumbnail((480, 480))
-    return _data_url(image, "JPEG")
+            return file.read(own[0][2])
 
 
 def _data_url(image: Any, kind: str) -> str:

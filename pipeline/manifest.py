@@ -7,15 +7,27 @@ import io
 import json
 import re
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from pipeline.schema import FORMAT_VERSION, SAMPLES, Column, ColumnFile, Commit, Failure, StoreSpec, commit_path
+from pipeline.schema import (
+    FORMAT_VERSION,
+    SAMPLES,
+    Column,
+    ColumnFile,
+    Commit,
+    Failure,
+    StoreSpec,
+    claim_path,
+    commit_path,
+)
 from pipeline.storage import Storage
 
+READERS = 16  # commit records read at a time: on S3 each is a round trip
 SPEC, MANIFEST, FAILURES = "store.json", "manifest.parquet", "failures.jsonl"
 
 _DIFFERENT = {  # what a difference in store.json means to the person who asked
@@ -71,6 +83,19 @@ def create_or_check(storage: Storage, spec: StoreSpec) -> StoreSpec:
     """
     if storage.publish_bytes(SPEC, spec.model_dump_json(indent=1).encode()):
         return spec
+    known = {column.name for column in check(storage, spec).columns}
+    for column in spec.columns:
+        if column.name not in known:
+            storage.publish_bytes(f"columns/{column.name}.json", column.model_dump_json().encode())
+    return read_store(storage)
+
+
+def check(storage: Storage, spec: StoreSpec) -> StoreSpec:
+    """The identity of the store that is there, after checking that a build of `spec` may go on with it.
+
+    Raises:
+        ValueError: naming every difference, but for columns that one of them lacks.
+    """
     found = read_store(storage)
     differing = []
     for name in StoreSpec.model_fields:
@@ -89,10 +114,7 @@ def create_or_check(storage: Storage, spec: StoreSpec) -> StoreSpec:
             f"{storage.root} is a store of another build; take another store=..., or the same settings:\n  - "
             + "\n  - ".join(differing)
         )
-    for column in spec.columns:
-        if column.name not in known:
-            storage.publish_bytes(f"columns/{column.name}.json", column.model_dump_json().encode())
-    return read_store(storage)
+    return found
 
 
 def _brief(value: Any) -> str:
@@ -137,6 +159,23 @@ def write_commit(storage: Storage, commit: Commit, added: str | None = None) -> 
     return storage.publish_bytes(commit_path(commit.shard, added), commit.model_dump_json().encode())
 
 
+def claim(storage: Storage, shard: int, job: str) -> bool:
+    """Let `job` work on a shard; False if another job does, or did until it was killed.
+
+    A claim saves double work, no more: correctness rests on files that are only ever created.
+    """
+    name = claim_path(shard)
+    try:
+        return storage.publish_bytes(name, job.encode()) or storage.read(name).decode() == job
+    except FileNotFoundError:  # a job has just ended, and removed what claims there were
+        return True
+
+
+def claimed(storage: Storage) -> set[int]:
+    """Numbers of the shards that some job works on, or was killed over."""
+    return {int(name.rpartition("/")[2]) for name in storage.list("claims")}
+
+
 def write_manifest(storage: Storage, spec: StoreSpec, failures: Iterable[Failure]) -> int:
     """Gather every commit into `manifest.parquet` and `failures.jsonl`; returns the number of samples.
 
@@ -146,10 +185,25 @@ def write_manifest(storage: Storage, spec: StoreSpec, failures: Iterable[Failure
     table = manifest_table(storage, spec)
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
-    faults = [*failures, *(failure for commit in _commits(storage, spec.shards, None) for failure in commit.failures)]
-    storage.replace(FAILURES, "".join(f.model_dump_json() + "\n" for f in faults).encode())
+    write_failures(storage, failures)
     storage.replace(MANIFEST, buffer.getvalue())
     return len(table)
+
+
+def write_failures(storage: Storage, failures: Iterable[Failure]) -> None:
+    """Write `failures.jsonl`: those of the source, then those of every shard that is there."""
+    lines = [failure.model_dump_json() + "\n" for failure in (*failures, *known_failures(storage))]
+    storage.replace(FAILURES, "".join(lines).encode())
+
+
+def known_failures(storage: Storage) -> list[Failure]:
+    """What could not be stored of the shards that are there, in their order."""
+    return [failure for commit in read_commits(storage) for failure in commit.failures]
+
+
+def read_commits(storage: Storage) -> list[Commit]:
+    """The commit records of the shards that are there, in their order."""
+    return [commit for commit in _read_commits(storage, sorted(committed(storage)), None) if commit is not None]
 
 
 def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
@@ -180,11 +234,16 @@ def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
 
 
 def _commits(storage: Storage, shards: int, added: str | None) -> list[Commit]:
-    found = [read_commit(storage, shard, added) for shard in range(shards)]
+    found = _read_commits(storage, range(shards), added)
     missing = [shard for shard, commit in enumerate(found) if commit is None]
     if missing:
         raise ValueError(f"{storage.root} lacks {len(missing)} of {shards} shards, the first is {missing[0]}")
     return [commit for commit in found if commit is not None]
+
+
+def _read_commits(storage: Storage, shards: Iterable[int], added: str | None) -> list[Commit | None]:
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(lambda shard: read_commit(storage, shard, added), shards))
 
 
 def read_manifest(storage: Storage) -> pa.Table:

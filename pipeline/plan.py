@@ -10,7 +10,7 @@ from pipeline.codec import payload_bytes
 from pipeline.config import BuildConfig
 from pipeline.dataset import Dataset, Record, ZipMember
 from pipeline.manifest import added_columns, committed
-from pipeline.schema import Codec, StoreSpec
+from pipeline.schema import Codec, Column, StoreSpec
 from pipeline.storage import Storage
 
 CODECS: tuple[Codec, ...] = ("bf16", "fp16", "fp8", "int8")
@@ -25,12 +25,13 @@ class Work:
     base: bool  # whether the samples and the base columns are among it
 
 
-def todo(storage: Storage, spec: StoreSpec, wanted: Sequence[str]) -> list[Work]:
-    """The shards that lack something of the `wanted` columns, in order."""
-    added = added_columns(storage)
-    base = tuple(column.name for column in spec.columns if column.name not in added)
+def todo(storage: Storage, spec: StoreSpec, wanted: Sequence[Column]) -> list[Work]:
+    """The shards of the store `spec` that lack something of the `wanted` columns, in order."""
+    known = {column.name for column in spec.columns}
+    later = {*added_columns(storage), *(column.name for column in wanted if column.name not in known)}
+    base = tuple(column.name for column in spec.columns if column.name not in later)
     done = committed(storage)
-    done_added = {name: committed(storage, name) for name in added if name in wanted}
+    done_added = {column.name: committed(storage, column.name) for column in wanted if column.name in later}
     work = []
     for shard in range(spec.shards):
         extra = tuple(name for name, shards in done_added.items() if shard not in shards)
@@ -47,9 +48,16 @@ def shard_records(records: list[Record], spec: StoreSpec, shard: int) -> list[tu
     return [(f"{first + i:09d}", record) for i, record in enumerate(records[first : first + spec.shard_size])]
 
 
-def row_of(work: Work, records: list[tuple[str, Record]], zips: list[dict[str, ZipMember]]) -> dict[str, Any]:
-    """What a worker needs to know, as plain data: a few hundred bytes a sample, never an image."""
+def row_of(
+    work: Work, records: list[tuple[str, Record]], zips: list[dict[str, ZipMember]], job: str, insist: bool
+) -> dict[str, Any]:
+    """What a worker needs to know, as plain data: a few hundred bytes a sample, never an image.
+
+    `insist`: build the shard even if a job other than `job` has claimed it.
+    """
     return {
+        "job": job,
+        "insist": insist,
         "shard": work.shard,
         "columns": list(work.columns),
         "base": work.base,
@@ -80,7 +88,7 @@ def break_even(batch: float, image_bytes: float, step_s: float, encode_rate: flo
 
 
 def report(
-    config: BuildConfig, spec: StoreSpec, dataset: Dataset, left: int, missing: int, prices: dict[str, float]
+    config: BuildConfig, spec: StoreSpec, dataset: Dataset, left: list[Work], missing: int, prices: dict[str, float]
 ) -> str:
     """What a build would do and cost, for a person: printed by `--plan`."""
     images = sum(record.image is not None for record in dataset.records)
@@ -88,13 +96,15 @@ def report(
     per_image = {codec: sum(payload_bytes(column, codec) for column in spec.columns) for codec in CODECS}
     total = images * per_image[spec.codec]
     rate, price, step = prices["rate"], prices["price"], prices["step_time"]
-    batch, image_bytes = prices["batch"], per_image[spec.codec]
+    batch, image_bytes, of_one = prices["batch"], per_image[spec.codec], rate / (config.workers or 1)
+    images_left, bytes_left = _left(spec, dataset, left)
     lines = [
         f"store          {config.store}",
         f"images         {images:,} (not found: {missing:,}), text-only records {len(dataset.records) - images:,}",
         f"conversations  {conversations:,}; {dataset.merged:,} joined an image already seen, "
         f"{dataset.duplicates:,} duplicates left out, {len(dataset.failures):,} records unusable",
-        f"shards         {spec.shards:,} of {spec.shard_size} samples; {spec.shards - left:,} there, {left:,} to do",
+        f"shards         {spec.shards:,} of {spec.shard_size} samples; "
+        f"{spec.shards - len({item.shard for item in left}):,} there, {len({item.shard for item in left}):,} to do",
         "",
         f"{'column':<10}{'tokens':>8}{'width':>8}" + "".join(f"{codec + ' GB':>12}" for codec in CODECS),
     ]
@@ -105,12 +115,25 @@ def report(
         f"{'all':<26}" + "".join(f"{images * per_image[codec] / 1e9:>12,.2f}" for codec in CODECS),
         "",
         f"this store     {total / 1e12:,.3f} TB in {spec.codec}, {per_image[spec.codec] / 1e6:.3f} MB per image",
-        f"time           {images / rate / 3600:,.2f} h at {rate:g} images/s (--rate)",
+        f"left           {bytes_left / 1e12:,.3f} TB of {images_left:,} images",
+        f"time           {images_left / rate / 3600:,.2f} h for what is left, at {rate:g} images/s (--rate)",
         f"rent           {total / 1e9 * price:,.2f} $ a month at {price:g} $ per GB (--price)",
         "",
         f"training       {read_rate(batch, image_bytes, step) / 1e9:,.3f} GB/s per GPU for {batch:g} images a step of "
         f"{step:g} s (--batch, --step-time)",
-        f"break-even     encoding on the fly adds {batch / rate:,.3f} s a step where a GPU encodes {rate:g} images/s "
-        f"(--rate); reading is faster above {break_even(batch, image_bytes, step, rate) / 1e9:,.3f} GB/s per GPU",
+        f"break-even     encoding on the fly adds {batch / of_one:,.3f} s a step where a GPU encodes {of_one:g} images/s "
+        f"(--rate); reading is faster above {break_even(batch, image_bytes, step, of_one) / 1e9:,.3f} GB/s per GPU",
     ]
     return "\n".join(lines)
+
+
+def _left(spec: StoreSpec, dataset: Dataset, left: list[Work]) -> tuple[int, int]:
+    """Images to encode (once more for columns that are added), and the bytes that they make."""
+    size = {column.name: payload_bytes(column, spec.codec) for column in spec.columns}
+    images = total = 0
+    for item in left:
+        records = shard_records(dataset.records, spec, item.shard)
+        here = sum(record.image is not None for _, record in records)
+        images += here
+        total += here * sum(size.get(name, 0) for name in item.columns)
+    return images, total

@@ -7,6 +7,7 @@ A store is a directory or an S3 prefix::
     block03/00000.tar ...    <key>.block03.<codec>: one tar per column
     commits/00000.json       Commit: a shard exists when, and only when, this exists
     columns/block16.json     a column that was added later (Column); its commits lie in commits/block16/
+    claims/00000             the job that works on this shard just now; gone when the build has ended
     manifest.parquet         every commit in one table, written last
     failures.jsonl           every Failure, written with it
 
@@ -152,6 +153,11 @@ def shard_name(shard: int) -> str:
 def tar_path(column: str, shard: int) -> str:
     """Where a column's tar of a shard lies below the store's root."""
     return f"{column}/{shard_name(shard)}.tar"
+
+
+def claim_path(shard: int) -> str:
+    """Where a job says that it works on a shard."""
+    return f"claims/{shard_name(shard)}"
 
 
 def commit_path(shard: int, added: str | None = None) -> str:

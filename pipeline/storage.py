@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SCRATCH = ".scratch"  # of a local store: files on their way in, on the same file system as their final place
+SCRATCH_LASTS = 2 * 86400  # s; whether a process of another machine lives cannot be asked
 ATTEMPTS = 6  # of a request, beside s3fs's own quick retries; pauses of 1, 2, 4, 8 and 16 s, jittered
 
 
@@ -129,6 +130,10 @@ class Storage:
             self._retried(lambda fs, key: fs.put_file(str(source), key, mode="create"), name)
         except FileExistsError:
             return False
+        if self.size(name) != source.stat().st_size:
+            raise OSError(
+                errno.EIO, f"{self._key(name)} arrived with {self.size(name)} bytes of {source.stat().st_size}"
+            )
         return True
 
     def publish_bytes(self, name: str, data: bytes) -> bool:
@@ -179,13 +184,14 @@ class Storage:
                 folder.parent.rmdir()
 
     def sweep_scratch(self) -> None:
-        """Remove what killed processes of this machine left in the scratch folder of a local store."""
+        """Remove what killed processes left in the scratch folder of a local store; other machines' after two days."""
         if self._local is None or not (self._local / SCRATCH).is_dir():
             return
         for folder in (self._local / SCRATCH).iterdir():
             host, _, rest = folder.name.partition(".")
             pid = rest.partition(".")[0]
-            if host == os.uname().nodename.partition(".")[0] and pid.isdigit() and not _alive(int(pid)):
+            here = host == os.uname().nodename.partition(".")[0] and pid.isdigit()
+            if not _alive(int(pid)) if here else folder.stat().st_mtime < time.time() - SCRATCH_LASTS:
                 shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):
             (self._local / SCRATCH).rmdir()
@@ -225,7 +231,7 @@ class Storage:
                 use_listings_cache=False,
                 skip_instance_cache=True,
                 default_block_size=16 * 2**20,
-                config_kwargs={"connect_timeout": 10, "read_timeout": 60, "retries": {"max_attempts": 4}},
+                config_kwargs={"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 4}},
             )
         return self._s3
 

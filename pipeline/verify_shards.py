@@ -98,9 +98,10 @@ def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]
         expected |= {commit_path(shard, extra), *(tar_path(name, shard) for name in names)}
         whole = commits.get((shard, None))
         problems += [
-            Problem(commit_path(shard, extra), what, shard, extra) for what in _faults(commit, whole, spec, names)
+            Problem(commit_path(shard, extra), what, shard, extra)
+            for what in _faults(commit, shard, whole, spec, names)
         ]
-        jobs += [(commit, name, extra) for name in names if name in commit.files]
+        jobs += [(commit, name, extra) for name in names if name in commit.files and commit.shard == shard]
     expected |= {problem.path for problem in problems}
     problems += [Problem(path, "foreign file: no commit record knows it") for path in there if path not in expected]
     problems += [Problem(path, "missing") for path in (FAILURES, MANIFEST) if path not in there]
@@ -134,10 +135,12 @@ def _read_commits(
     return problems, commits
 
 
-def _faults(commit: Commit, base: Commit | None, spec: StoreSpec, names: tuple[str, ...]) -> Iterator[str]:
+def _faults(commit: Commit, shard: int, base: Commit | None, spec: StoreSpec, names: tuple[str, ...]) -> Iterator[str]:
     """What a commit record says that cannot be."""
     from pipeline.codec import payload_bytes
 
+    if commit.shard != shard:
+        yield f"is the record of shard {commit.shard}"
     first = commit.shard * spec.shard_size
     span = range(first, min(first + spec.shard_size, spec.samples))
     keys = sorted({*commit.keys, *(failure.key for failure in commit.failures)})
@@ -232,8 +235,8 @@ def compare_with_live_clip(
             f"--encoder {encoder} is not the CLIP of this store, whose weights are {spec.encoder.revision}"
         )
     table = read_manifest(storage)
-    rows = [row for row in table.to_pylist() if row["image"] is not None]
-    rows = rows[:: max(1, len(rows) // sample)][:sample]
+    table = table.filter(table.column("image").is_valid())
+    rows = table.take(list(range(0, len(table), max(1, len(table) // sample)))[:sample]).to_pylist()
     columns = tuple(column for column in spec.columns if f"{column.name}.offset" in table.column_names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     live = Encoder(encoder, None, columns, spec.compute, device)

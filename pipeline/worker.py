@@ -23,8 +23,19 @@ from pipeline.codec import encode
 from pipeline.config import BuildConfig
 from pipeline.dataset import ImageSource
 from pipeline.encoder import Encoder, Pixels, load_image, preprocess
-from pipeline.manifest import read_commit, write_commit
-from pipeline.schema import SAMPLES, Column, ColumnFile, Commit, Conversation, Failure, Sample, StoreSpec, tar_path
+from pipeline.manifest import claim, read_commit, write_commit
+from pipeline.schema import (
+    SAMPLES,
+    Column,
+    ColumnFile,
+    Commit,
+    Conversation,
+    Failure,
+    Sample,
+    StoreSpec,
+    claim_path,
+    tar_path,
+)
 from pipeline.shard import TarWriter, members, sample_json, sha256_of
 from pipeline.storage import Storage
 
@@ -71,15 +82,22 @@ class ShardWorker:
         self._encoders: dict[tuple[str, ...], Encoder] = {}
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Build the shard of `row`, if nobody has yet; says what came of it."""
+        """Build the shard of `row`, if nobody has yet; says what came of it.
+
+        A shard on which another job works is postponed, unless the row insists.
+        """
         start = time.perf_counter()
         shard, base, names = int(row["shard"]), bool(row["base"]), tuple(row["columns"])
         outcome = {"shard": shard, "images": 0, "samples": 0, "bytes": 0, "failures": 0, "reasons": [], "made": False}
+        outcome |= {"wasted": False, "postponed": False, "seconds": 0.0}
         if self._is_there(shard, base, names):
-            return {**outcome, "seconds": 0.0}
+            return outcome
+        if not claim(self.storage, shard, row["job"]) and not row["insist"]:
+            return {**outcome, "postponed": True}
         with self.storage.scratch() as folder, torch.inference_mode():
             commit = self._build(row, folder, names)
             made = self._publish(commit, folder, base)
+        self.storage.delete(claim_path(shard))
         outcome |= {
             "images": sum(image is not None for image in commit.images),
             "samples": len(commit.keys),
@@ -87,6 +105,7 @@ class ShardWorker:
             "failures": len(commit.failures),
             "reasons": [f"{failure.source}: {failure.reason}" for failure in commit.failures[:3]],
             "made": made,
+            "wasted": not made,
         }
         return {**outcome, "seconds": time.perf_counter() - start}
 

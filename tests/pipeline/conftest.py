@@ -2,16 +2,158 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
+import shutil
+import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import boto3
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+RAY_ENVIRONMENT = {
+    "PYTHONPATH": str(ROOT),
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # 15 starves beside other tests
+    "HF_HUB_OFFLINE": "1",
+    # A dead or frozen node is noticed within about 3 s, not 20.
+    "RAY_health_check_initial_delay_ms": "0",
+    "RAY_health_check_period_ms": "500",
+    "RAY_health_check_timeout_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+}
+
+
+class Cluster:
+    """Ray nodes on this machine, each started as an operator does, with `ray start`."""
+
+    def __init__(self, environment: dict[str, str]) -> None:
+        self.environment = {**RAY_ENVIRONMENT, **environment}
+        self.folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # short: sockets' paths are limited
+        self.nodes: list[subprocess.Popen[bytes]] = []
+        self.address = ""
+        self.started = 0
+
+    def add(self, cpus: int) -> subprocess.Popen[bytes]:
+        """Start a node, the head if it is the first, and wait until it has joined."""
+        self.started += 1
+        log = self.folder / f"{self.started}.log"
+        command = ["setpriv", "--pdeathsig", "SIGTERM"] if shutil.which("setpriv") else []  # if the tests are killed
+        command += [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--num-cpus={cpus}"]
+        command += ["--object-store-memory=80000000", "--disable-usage-stats", "--include-log-monitor=false"]
+        if self.address:
+            command += [f"--address={self.address}"]
+        else:
+            command += ["--head", f"--port={_free_port()}", f"--ray-client-server-port={_free_port()}"]
+            command += [f"--temp-dir={self.folder / 'ray'}", "--include-dashboard=false"]
+        with log.open("wb") as out:
+            environment = {**os.environ, **self.environment}
+            node = subprocess.Popen(command, env=environment, stdout=out, stderr=out, start_new_session=True)
+        self.nodes.append(node)
+        deadline = time.monotonic() + 90
+        while "Ray runtime started" not in log.read_text():
+            assert node.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        if not self.address:
+            found = re.search(r"ray start --address='([^']+)'", log.read_text())
+            assert found is not None, log.read_text()
+            self.address = found[1]
+        return node
+
+    def processes(self, node: subprocess.Popen[bytes]) -> list[psutil.Process]:
+        """Every process of a node: raylet, agents and workers."""
+        try:
+            top = psutil.Process(node.pid)
+            return [top, *top.children(recursive=True)]
+        except psutil.NoSuchProcess:
+            return []
+
+    def send(self, node: subprocess.Popen[bytes], number: signal.Signals) -> None:
+        """A signal to every process of a node at once, as when the machine itself stops."""
+        for process in self.processes(node):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
+
+    def kill(self, node: subprocess.Popen[bytes]) -> None:
+        """SIGKILL to a whole node, for good."""
+        self.send(node, signal.SIGKILL)
+        node.wait()
+        self.nodes.remove(node)
+
+    def actors(self) -> list[psutil.Process]:
+        """The encoding actors of all nodes that run."""
+        everyone = [process for node in self.nodes if node.poll() is None for process in self.processes(node)]
+        return [process for process in everyone if _title(process).startswith("ray::MapWorker")]
+
+    def close(self) -> None:
+        """End every node."""
+        for node in self.nodes:
+            self.send(node, signal.SIGKILL)
+            node.wait()
+        self.nodes = []
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def new_cluster() -> type[Cluster]:
+    """new_cluster(environment): a Ray cluster of the test's own, still without nodes."""
+    return Cluster
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[str]:
+    """A Ray of one node with two CPUs, which the tests share."""
+    shared = Cluster({})
+    try:
+        shared.add(cpus=2)
+        yield shared.address
+    finally:
+        shared.close()
+
+
+@pytest.fixture(scope="session")
+def s3() -> Iterator[dict[str, str]]:
+    """An S3 server on a socket, as the environment that leads clients to it; it has a bucket `chaos`."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    environment = {
+        "AWS_ACCESS_KEY_ID": "testing",
+        "AWS_SECRET_ACCESS_KEY": "testing",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    environment["AWS_ENDPOINT_URL"] = "http://{}:{}".format(*server.get_host_and_port())
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="chaos")
+        yield environment
+    server.stop()
 
 
 @pytest.fixture(scope="session")
@@ -51,7 +193,7 @@ def settings(clip: Path, scenes: Path) -> Callable[..., list[str]]:
             "compute": "float32",
             "shard_size": 16,
             "batch_size": 8,
-            "workers": 2,
+            "workers": 1,
             **more,
         }
         return [f"{name}={value}" for name, value in chosen.items()]
@@ -60,11 +202,11 @@ def settings(clip: Path, scenes: Path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture(scope="session")
-def run() -> Callable[..., str]:
+def run(ray_address: str) -> Callable[..., str]:
     """run(script, *arguments, fails=False, env={}): its output, after checking its exit code."""
 
     def call(*command: str, fails: bool = False, env: dict[str, str] | None = None) -> str:
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})}
+        environment = {**os.environ, **RAY_ENVIRONMENT, "RAY_ADDRESS": ray_address, **(env or {})}
         done = subprocess.run(
             [sys.executable, *command],
             check=False,
@@ -87,7 +229,7 @@ def store(
 ) -> Path:
     """The small build, undisturbed."""
     folder = tmp_path_factory.mktemp("stores") / "undisturbed"
-    run("pipeline/build_shards.py", *settings(folder))
+    run("pipeline/build_shards.py", *settings(folder, workers=2))
     return folder
 
 

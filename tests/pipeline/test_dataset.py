@@ -1,0 +1,195 @@
+"""Every LLaVA source becomes one record per image with all its conversations, in an order that never changes."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+from pipeline.dataset import ImageSource, index_zips, list_images, read_dataset
+
+Write = Callable[..., str]
+
+
+def record(name: str | None, answer: str = "a cat", **more: Any) -> dict[str, Any]:
+    turns = [{"from": "human", "value": "What is this?\n<image>"}, {"from": "gpt", "value": answer}]
+    return {"id": answer, "conversations": turns, **({} if name is None else {"image": name}), **more}
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    """write(records, name): a JSON file of them, as a string."""
+
+    def of(records: object, name: str = "data.json") -> str:
+        (tmp_path / name).write_text(records if isinstance(records, str) else json.dumps(records))
+        return str(tmp_path / name)
+
+    return of
+
+
+def images(dataset: Any) -> list[str | None]:
+    return [record.image for record in dataset.records]
+
+
+def test_conversations_of_one_image_are_one_record_across_files(write: Write) -> None:
+    one = write([record("a.jpg", "one"), record("b.jpg", "two")], "one.json")
+    two = write([record("a.jpg", "three"), record("./a.jpg", "four"), record("a.jpg", "one")], "two.json")
+    dataset = read_dataset((one, two), seed=0, limit=None)
+    assert sorted(images(dataset), key=str) == ["a.jpg", "b.jpg"]
+    answers = {r.image: [c["turns"][1]["value"] for c in r.conversations] for r in dataset.records}
+    assert answers == {"a.jpg": ["one", "three", "four"], "b.jpg": ["two"]}
+    assert (dataset.conversations, dataset.merged, dataset.duplicates) == (4, 2, 1)
+
+
+def test_text_only_records_are_kept_each_by_itself(write: Write) -> None:
+    dataset = read_dataset((write([record(None, "x"), record("a.jpg"), record(None, "y")]),), seed=0, limit=None)
+    assert sorted(images(dataset), key=str) == [None, None, "a.jpg"]
+
+
+def test_json_lines_give_what_json_gives(write: Write) -> None:
+    records = [record(f"{i}.jpg", f"answer {i}") for i in range(20)]
+    lines = "\n".join(json.dumps(r) for r in records) + "\n"
+    as_list = read_dataset((write(records),), seed=3, limit=None)
+    as_lines = read_dataset((write("\ufeff" + lines, "data.jsonl"),), seed=3, limit=None)
+    assert as_list.digest == as_lines.digest
+    assert as_list.records == as_lines.records
+
+
+def test_the_order_depends_on_the_seed_alone_and_never_changes(write: Write) -> None:
+    data = write([record(f"{i}.jpg", f"answer {i}") for i in range(10)])
+    order = images(read_dataset((data,), seed=0, limit=None))
+    assert order == [f"{i}.jpg" for i in (7, 4, 3, 9, 0, 5, 1, 2, 8, 6)]
+    assert images(read_dataset((data,), seed=1, limit=None)) != order
+    assert images(read_dataset((data,), seed=0, limit=4)) == order[:4]
+
+
+def test_the_digest_is_that_of_the_records_not_of_seed_or_limit(write: Write) -> None:
+    records = [record(f"{i}.jpg", f"answer {i}") for i in range(10)]
+    digest = read_dataset((write(records),), seed=0, limit=None).digest
+    assert read_dataset((write(records, "same.json"),), seed=5, limit=3).digest == digest
+    changed = write([*records[:-1], record("9.jpg", "another answer")], "changed.json")
+    assert read_dataset((changed,), seed=0, limit=None).digest != digest
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (record("../../etc/passwd"), "leaves the image folder"),
+        (record("/etc/passwd"), "leaves the image folder"),
+        (record("s3://other/image.jpg"), "leaves the image folder"),
+        (record("a\\..\\b.jpg"), "leaves the image folder"),
+        (record(7), "image is 7"),  # type: ignore[arg-type]
+        ({"image": "a.jpg"}, "no conversations"),
+        ({"image": "a.jpg", "conversations": [{"from": "dog", "value": "wau"}]}, "conversations"),
+        ({"image": "a.jpg", "conversations": [{"from": "human", "value": None}]}, "conversations"),
+        (["not", "a", "mapping"], "a record is a mapping"),
+    ],
+)
+def test_a_bad_record_is_a_failure_with_its_place_and_reason(write: Write, bad: Any, reason: str) -> None:
+    dataset = read_dataset((write([record("good.jpg"), bad]),), seed=0, limit=None)
+    assert images(dataset) == ["good.jpg"]
+    assert [failure.source for failure in dataset.failures] == ["data.json#1"]
+    assert reason in dataset.failures[0].reason
+
+
+def test_a_broken_line_costs_that_line_only(write: Write) -> None:
+    lines = json.dumps(record("a.jpg")) + "\n{broken\n" + json.dumps(record("b.jpg")) + "\n"
+    dataset = read_dataset((write(lines, "data.jsonl"),), seed=0, limit=None)
+    assert sorted(images(dataset), key=str) == ["a.jpg", "b.jpg"]
+    assert dataset.failures[0].source == "data.jsonl:2"
+
+
+@pytest.mark.parametrize(("text", "said"), [("[{]", "is not JSON"), ("no JSON at all", "neither a JSON list")])
+def test_a_file_that_is_not_llava_data_is_named(write: Write, text: str, said: str) -> None:
+    with pytest.raises(ValueError, match=rf"data\.json.*{said}"):
+        read_dataset((write(text),), seed=0, limit=None)
+
+
+def test_a_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"nowhere\.json does not exist"):
+        read_dataset((str(tmp_path / "nowhere.json"),), seed=0, limit=None)
+
+
+def test_images_are_found_in_the_first_root_that_has_them(tmp_path: Path) -> None:
+    for root, names in (("one", ("a.jpg", "both.jpg")), ("two/coco/train2017", ("b.jpg",)), ("two", ("both.jpg",))):
+        (tmp_path / root).mkdir(parents=True, exist_ok=True)
+        for name in names:
+            (tmp_path / root / name).write_bytes(f"{root}/{name}".encode())
+    source = ImageSource((str(tmp_path / "one"), str(tmp_path / "two")))
+    assert source.read("a.jpg") == b"one/a.jpg"
+    assert source.read("coco/train2017/b.jpg") == b"two/coco/train2017/b.jpg"
+    assert source.read("both.jpg") == b"one/both.jpg"
+    for missing in ("c.jpg", "coco", "a.jpg/below"):
+        with pytest.raises(ValueError, match="missing image"):
+            source.read(missing)
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_images_are_read_from_inside_a_zip(tmp_path: Path, s3: dict[str, str], method: int, where: str) -> None:
+    with zipfile.ZipFile(tmp_path / "images.zip", "w", method) as archive:
+        for number in range(3):
+            archive.writestr(f"coco/{number}.jpg", f"image {number} ".encode() * 100)
+    root = str(tmp_path / "images.zip")
+    if where == "s3":
+        boto3.client("s3").upload_file(root, "chaos", f"{method}/images.zip")
+        root = f"s3://chaos/{method}/images.zip"
+    index = index_zips((root,))
+    source = ImageSource((root,))
+    for number in range(3):
+        place = index[0][f"coco/{number}.jpg"]
+        assert source.read(f"coco/{number}.jpg", [place]) == f"image {number} ".encode() * 100
+    with pytest.raises(ValueError, match="missing image"):
+        source.read("coco/3.jpg", [None])
+    assert list_images((root,)) == {f"coco/{number}.jpg": 800 for number in range(3)}
+
+
+def test_a_damaged_member_of_a_zip_is_a_fault(tmp_path: Path) -> None:
+    path = tmp_path / "images.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.jpg", b"x" * 100)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"x" * 100) + 50] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="wrong checksum"):
+        ImageSource((str(path),)).read("a.jpg", [index_zips((str(path),))[0]["a.jpg"]])
+
+
+def test_an_archive_that_is_none_is_named(tmp_path: Path) -> None:
+    (tmp_path / "images.zip").write_bytes(b"not a zip")
+    with pytest.raises(ValueError, match=r"images\.zip is not a zip archive"):
+        index_zips((str(tmp_path / "images.zip"),))
+
+
+def test_a_mix_of_sources_builds_one_store(run: Any, settings: Any, scenes: Path, tmp_path: Path) -> None:
+    """Two JSON files, a folder with subfolders, a zip and text-only records, as LLaVA-1.5's mix is."""
+    names = [r["image"] for r in json.loads((scenes / "chat.json").read_text())][:12]
+    for name in names[:6]:
+        (tmp_path / "data/coco").mkdir(parents=True, exist_ok=True)
+        shutil.copy(scenes / "images" / name, tmp_path / "data/coco" / name)
+    with zipfile.ZipFile(tmp_path / "gqa.zip", "w") as archive:
+        for name in names[6:]:
+            archive.write(scenes / "images" / name, f"gqa/{name}")
+    one = [record(f"coco/{n}", n) for n in names[:6]] + [record(None, "text")]
+    two = "".join(json.dumps(record(f"gqa/{n}", n)) + "\n" for n in names[6:])
+    (tmp_path / "one.json").write_text(json.dumps(one))
+    (tmp_path / "two.jsonl").write_text(two)
+    data, roots = f"[{tmp_path}/one.json, {tmp_path}/two.jsonl]", f"[{tmp_path}/data, {tmp_path}/gqa.zip]"
+    said = run("pipeline/build_shards.py", *settings(tmp_path / "store", data=data, images=roots))
+    assert "done: 13 samples, 0 failures" in said
+
+
+def test_folders_within_a_zip_are_not_listed_as_images(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("folder/", b"")
+        archive.writestr("folder/a.jpg", b"1234")
+    (tmp_path / "a.ZIP").write_bytes(buffer.getvalue())
+    assert list_images((str(tmp_path / "a.ZIP"),)) == {"folder/a.jpg": 4}

@@ -1,0 +1,234 @@
+"""Whatever is wrong with a store is found and named, and what is repaired is built again."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.manifest import read_store
+from pipeline.schema import commit_path
+from pipeline.shard import sha256_of
+from pipeline.storage import Storage
+from pipeline.verify_shards import repair, verify
+
+VERIFY = "pipeline/verify_shards.py"
+
+
+@pytest.fixture
+def copy(store: Path, tmp_path: Path) -> Path:
+    """A sound store, to be damaged."""
+    shutil.copytree(store, tmp_path / "store")
+    return tmp_path / "store"
+
+
+def problems(folder: Path) -> list[str]:
+    storage = Storage(folder)
+    return [str(problem) for problem in verify(storage, read_store(storage))]
+
+
+def flip_a_byte(folder: Path) -> None:
+    path = folder / "block02/00001.tar"
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut_a_tar(folder: Path) -> None:
+    path = folder / "block04/00001.tar"
+    path.write_bytes(path.read_bytes()[:2000])
+
+
+def remove_a_tar(folder: Path) -> None:
+    (folder / "block04/00002.tar").unlink()
+
+
+def add_a_foreign_file(folder: Path) -> None:
+    (folder / "block04/00099.tar").write_bytes(b"whatever")
+
+
+def add_a_foreign_folder(folder: Path) -> None:
+    (folder / "block03").mkdir()
+    (folder / "block03/00000.tar").write_bytes(b"whatever")
+
+
+def cut_a_commit(folder: Path) -> None:
+    path = folder / "commits/00003.json"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def remove_a_commit(folder: Path) -> None:
+    (folder / "commits/00000.json").unlink()
+
+
+def copy_a_commit(folder: Path) -> None:
+    shutil.copyfile(folder / "commits/00000.json", folder / "commits/00001.json")
+
+
+def add_a_member(folder: Path) -> None:
+    path = folder / "block02/00000.tar"
+    with tarfile.open(path, "a") as tar:
+        info = tarfile.TarInfo("000000099.block02.bf16")
+        info.size = 4
+        tar.addfile(info, io.BytesIO(b"1234"))
+    recommit(folder, 0, lambda commit: seal(folder, commit, "block02"))
+
+
+def drop_a_key(folder: Path) -> None:
+    def drop(commit: dict[str, Any]) -> None:
+        for name in ("keys", "images", "words"):
+            commit[name] = commit[name][:-1]
+        for file in commit["files"].values():
+            file["offsets"], file["sizes"] = file["offsets"][:-1], file["sizes"][:-1]
+
+    recommit(folder, 2, drop)
+
+
+def swap_two_images(folder: Path) -> None:
+    def swap(commit: dict[str, Any]) -> None:
+        commit["images"][:2] = reversed(commit["images"][:2])
+
+    recommit(folder, 2, swap)
+
+
+def change_the_manifest(folder: Path) -> None:
+    table = pq.read_table(folder / "manifest.parquet")
+    pq.write_table(table.slice(0, len(table) - 1), folder / "manifest.parquet")
+
+
+def remove_the_manifest(folder: Path) -> None:
+    (folder / "manifest.parquet").unlink()
+
+
+def recommit(folder: Path, shard: int, change: Callable[[dict[str, Any]], None]) -> None:
+    path = folder / commit_path(shard)
+    commit = json.loads(path.read_text())
+    change(commit)
+    path.write_text(json.dumps(commit))
+
+
+def seal(folder: Path, commit: dict[str, Any], name: str) -> None:
+    """Make the commit record say of a changed tar what it is now."""
+    path = folder / name / f"{commit['shard']:05d}.tar"
+    commit["files"][name] |= {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+
+
+DAMAGES = {
+    flip_a_byte: ("block02/00001.tar", "checksum"),
+    cut_a_tar: ("block04/00001.tar", "2000 bytes long"),
+    remove_a_tar: ("block04/00002.tar", "missing"),
+    add_a_foreign_file: ("block04/00099.tar", "foreign file"),
+    add_a_foreign_folder: ("block03/00000.tar", "foreign file"),
+    cut_a_commit: ("commits/00003.json", "damaged"),
+    remove_a_commit: ("commits/00000.json", "missing: the shard is not built"),
+    copy_a_commit: ("commits/00001.json", "is the record of shard 0"),
+    add_a_member: ("block02/00000.tar", "members are not those"),
+    drop_a_key: ("commits/00002.json", "15 samples and 0 failures, for 16 records"),
+    swap_two_images: ("samples/00002.tar", "is the record of"),
+    change_the_manifest: ("manifest.parquet", "does not say what the commit records say"),
+    remove_the_manifest: ("manifest.parquet", "missing"),
+}
+
+
+def test_a_sound_store_has_no_problems(store: Path) -> None:
+    assert problems(store) == []
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_each_damage_is_found_and_named(copy: Path, damage: Callable[[Path], None]) -> None:
+    damage(copy)
+    path, what = DAMAGES[damage]
+    found = problems(copy)
+    assert any(problem.startswith(f"{path}: ") and what in problem for problem in found), found
+
+
+def test_repair_and_another_build_heal_all_of_it(
+    copy: Path, store: Path, settings: Any, run: Any, contents: Any
+) -> None:
+    for damage in (flip_a_byte, remove_a_tar, cut_a_commit, remove_the_manifest):
+        damage(copy)
+    output = run(VERIFY, str(copy), "--repair", fails=True)
+    for path in ("block02/00001.tar: checksum", "block04/00002.tar: missing", "commits/00003.json: damaged"):
+        assert path in output
+    assert "removed 3 commit record(s)" in output
+    assert "Traceback" not in output
+    run("pipeline/build_shards.py", *settings(copy))
+    assert contents(copy) == contents(store)
+    assert "all right" in run(VERIFY, str(copy))
+
+
+def test_repair_leaves_foreign_files_to_people(copy: Path) -> None:
+    add_a_foreign_file(copy)
+    storage = Storage(copy)
+    said = repair(storage, verify(storage, read_store(storage)))
+    assert "left alone, remove by hand: block04/00099.tar" in said
+    assert (copy / "block04/00099.tar").exists()
+    assert (copy / "commits/00000.json").exists()
+
+
+def test_a_column_added_later_is_verified_and_repaired_by_itself(
+    copy: Path, settings: Any, run: Any, contents: Any
+) -> None:
+    run("pipeline/build_shards.py", *settings(copy, blocks="[2,3,4]"))
+    whole = contents(copy)
+    assert problems(copy) == []
+    (copy / "block03/00001.tar").unlink()
+    assert "block03/00001.tar: missing" in run(VERIFY, str(copy), "--repair", fails=True)
+    assert (copy / "commits/00001.json").exists()
+    assert not (copy / "commits/block03/00001.json").exists()
+    run("pipeline/build_shards.py", *settings(copy, blocks="[2,3,4]"))
+    assert contents(copy) == whole
+
+
+def test_deep_finds_features_of_another_image(copy: Path, scenes: Path, run: Any) -> None:
+    path = copy / "block04/00000.tar"
+    with tarfile.open(path) as tar:
+        first, second = tar.getmembers()[:2]
+    data = bytearray(path.read_bytes())
+    one, two = (slice(m.offset_data, m.offset_data + m.size) for m in (first, second))
+    data[one], data[two] = data[two], data[one]
+    path.write_bytes(data)
+    recommit(copy, 0, lambda commit: seal(copy, commit, "block04"))
+    assert problems(copy) == [], "checksums alone cannot see it"
+    deep = ["--deep", "--images", str(scenes / "images"), "--sample", "60"]
+    output = run(VERIFY, str(copy), *deep, fails=True)
+    assert output.count("off live CLIP") == 2
+    assert "000000000" in output
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_sound_store_passes_deep(store: Path, scenes: Path, run: Any, s3: dict[str, str], where: str) -> None:
+    root = str(store)
+    if where == "s3":
+        client = boto3.client("s3")
+        for path in store.rglob("*.*"):
+            client.upload_file(str(path), "chaos", f"verified/{path.relative_to(store)}")
+        root = "s3://chaos/verified"
+    output = run(VERIFY, root, "--deep", "--images", str(scenes / "images"), "--sample", "12")
+    assert "deep: 12 images encoded again, 2 columns" in output
+    assert "60 samples in 4 shards, 2 columns: all right" in output
+
+
+def test_deep_refuses_another_clip(store: Path, scenes: Path, run: Any, clip: Path, tmp_path: Path) -> None:
+    shutil.copytree(clip, tmp_path / "clip")
+    weights = bytearray((tmp_path / "clip/model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (tmp_path / "clip/model.safetensors").write_bytes(weights)
+    deep = ["--deep", "--images", str(scenes / "images"), "--encoder", str(tmp_path / "clip")]
+    output = run(VERIFY, str(store), *deep, fails=True)
+    assert "is not the CLIP of this store" in output
+    assert "Traceback" not in output
+
+
+def test_what_is_no_store_is_named(tmp_path: Path, run: Any) -> None:
+    output = run(VERIFY, str(tmp_path), fails=True)
+    assert "is not a feature store" in output
+    assert "Traceback" not in output

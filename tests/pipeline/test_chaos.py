@@ -1,0 +1,391 @@
+"""What a store looks like after everything went wrong: actors, nodes and drivers killed, S3 that fails, frozen workers.
+
+Moments are random, from seeds. Every build here must end with the bytes of one that nobody disturbed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import boto3
+import pytest
+from aiohttp import web
+
+ROOT = Path(__file__).resolve().parents[2]
+BUILD, VERIFY = "pipeline/build_shards.py", "pipeline/verify_shards.py"
+IMAGES, SHARD_SIZE = 304, 8
+SHARDS = IMAGES // SHARD_SIZE
+CHECKSUMS = (
+    "content-md5",
+    "x-amz-trailer",
+    "x-amz-checksum-crc32",
+    "x-amz-checksum-crc64nvme",
+    "x-amz-checksum-sha256",
+)
+SHARES = {
+    "500": 0.04,
+    "503": 0.04,
+    "reset": 0.02,
+    "lost answer": 0.02,
+    "truncated": 0.04,
+    "damaged": 0.04,
+    "hang": 0.003,
+}
+ERRORS = {"500": (500, "InternalError"), "503": (503, "SlowDown")}
+OF_A_HOP = ("host", "content-length", "transfer-encoding", "connection", "expect")  # headers that are not passed on
+WORKER = """
+import json, sys
+from pipeline.build_shards import read_sources
+from pipeline.config import BuildConfig, load_config
+from pipeline.manifest import create_or_check, write_manifest
+from pipeline.plan import row_of, shard_records, todo
+from pipeline.storage import Storage
+from pipeline.worker import ShardWorker
+
+config = load_config(BuildConfig, None, sys.argv[2:])
+dataset, spec = read_sources(config)
+storage, worker = Storage(config.store), ShardWorker(config, spec)
+create_or_check(storage, spec)
+print("ready", flush=True)
+for item in todo(storage, spec, spec.columns)[: None if sys.argv[1] == "all" else 1]:
+    row = row_of(item, shard_records(dataset.records, spec, item.shard), [{}], sys.argv[1], False)
+    print(json.dumps(worker(row)))
+if sys.argv[1] == "all":
+    write_manifest(storage, spec, dataset.failures)
+    storage.sweep_scratch()
+"""
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+class FaultyS3:
+    """A proxy before an S3 server, on a socket: fails a share of the requests as services do, passes on the others."""
+
+    def __init__(self, upstream: str, seed: int) -> None:
+        self.upstream = upstream
+        self.random = random.Random(seed)
+        self.faults: collections.Counter[str] = collections.Counter()
+        self.failing = False
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        port = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result(30)
+        self.url = f"http://127.0.0.1:{port}"
+
+    async def _start(self) -> int:
+        self.session = aiohttp.ClientSession(auto_decompress=False)
+        application = web.Application(client_max_size=2**30)
+        application.router.add_route("*", "/{path:.*}", self.handle)
+        self.runner = web.AppRunner(application, access_log=None)
+        await self.runner.setup()
+        site = web.TCPSite(self.runner, "127.0.0.1", 0)
+        await site.start()
+        return int(self.runner.addresses[0][1])
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """One request: what became of it is counted in `faults`."""
+        body = await request.read()
+        kinds = [*SHARES, "none"]
+        weights = [*SHARES.values(), 1 - sum(SHARES.values())]
+        kind = self.random.choices(kinds, weights)[0] if self.failing else "none"
+        self.faults[kind] += 1
+        if kind in ERRORS:
+            return self._error(*ERRORS[kind])
+        if kind == "damaged" and request.method == "PUT" and body:
+            if any(
+                name.lower() in CHECKSUMS for name in request.headers
+            ):  # what arrived is not what was sent: S3 sees it
+                return self._error(400, "BadDigest")
+            body = bytes([body[0] ^ 1]) + body[1:]
+        if kind == "hang":
+            await asyncio.sleep(300)
+        if kind in ("reset", "hang"):
+            return self._cut(request)
+        headers = {name: value for name, value in request.headers.items() if name.lower() not in OF_A_HOP}
+        url = aiohttp.client.URL(self.upstream + request.raw_path, encoded=True)
+        async with self.session.request(request.method, url, headers=headers, data=body or None) as answer:
+            data = await answer.read()
+        if kind == "lost answer":
+            return self._cut(request)
+        headers = {name: value for name, value in answer.headers.items() if name.lower() not in OF_A_HOP}
+        length = answer.headers.get("Content-Length", str(len(data)))
+        response = web.StreamResponse(status=answer.status, headers={**headers, "Content-Length": length})
+        await response.prepare(request)
+        if kind == "truncated" and data:
+            await response.write(data[: len(data) // 2])
+            return self._cut(request)
+        if request.method != "HEAD":
+            await response.write(data)
+        return response
+
+    def _error(self, status: int, code: str) -> web.Response:
+        text = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>a fault</Message></Error>'
+        return web.Response(status=status, text=text, content_type="application/xml")
+
+    def _cut(self, request: web.Request) -> web.Response:
+        if request.transport is not None:
+            request.transport.abort()
+        return web.Response()
+
+    def close(self) -> None:
+        """End the server and its thread."""
+
+        async def stop() -> None:
+            await self.session.close()
+            await self.runner.cleanup()
+
+        asyncio.run_coroutine_threadsafe(stop(), self.loop).result(30)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """304 drawn images with captions, and a CLIP that takes some 10 ms for each."""
+    import torch
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    from pipeline.demo_data import draw
+
+    folder = tmp_path_factory.mktemp("chaos")
+    draw(folder / "scenes", images=IMAGES, heldout=4, image_size=48)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 4}
+    CLIPVisionModel(CLIPVisionConfig(**shape, image_size=112, patch_size=14)).save_pretrained(folder / "clip")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def options(data: Path) -> Callable[..., list[str]]:
+    """options(store, key=value, ...): arguments of the build."""
+
+    def of(store: Path | str, **more: object) -> list[str]:
+        chosen = {
+            "data": data / "scenes/chat.json",
+            "images": data / "scenes/images",
+            "store": store,
+            "encoder": data / "clip",
+            "blocks": "[4,12]",
+            "compute": "float32",
+            "shard_size": SHARD_SIZE,
+            "batch_size": 4,
+            "workers": 2,
+            **more,
+        }
+        return [f"{name}={value}" for name, value in chosen.items()]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def undisturbed(data: Path, options: Callable[..., list[str]]) -> Path:
+    """The build by one worker in one process, without Ray."""
+    return build_here(options(data / "undisturbed"))
+
+
+def build_here(arguments: list[str]) -> Path:
+    """What the job does, one shard after the other."""
+    command = [sys.executable, "-c", WORKER, "all", *arguments]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return Path(next(setting for setting in arguments if setting.startswith("store=")).removeprefix("store="))
+
+
+@pytest.fixture(scope="module")
+def faulty_s3(s3: dict[str, str]) -> Iterator[FaultyS3]:
+    """The proxy; it does not fail until a test says so."""
+    proxy = FaultyS3(s3["AWS_ENDPOINT_URL"], seed=3)
+    yield proxy
+    proxy.close()
+
+
+@pytest.fixture(scope="module")
+def cluster(new_cluster: Callable[..., Any], s3: dict[str, str], faulty_s3: FaultyS3) -> Iterator[Any]:
+    """A head without CPUs and two nodes of one CPU each; S3, for its actors, is the faulty one."""
+    own = new_cluster({**s3, "AWS_ENDPOINT_URL": faulty_s3.url})
+    try:
+        for cpus in (0, 1, 1):
+            own.add(cpus)
+        yield own
+    finally:
+        own.close()
+
+
+def start(cluster: Any, arguments: list[str], log: Path) -> subprocess.Popen[bytes]:
+    """The job, in the background."""
+    with log.open("ab") as out:
+        environment = {**os.environ, **cluster.environment, "RAY_ADDRESS": cluster.address}
+        command = [sys.executable, BUILD, *arguments]
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=out)
+
+
+def wait_for_commits(job: subprocess.Popen[bytes], count: Callable[[], int], wanted: int) -> None:
+    deadline = time.monotonic() + 120
+    while count() < wanted:
+        assert job.poll() is None and time.monotonic() < deadline, f"{count()} commits, waiting for {wanted}"
+        time.sleep(0.01)
+
+
+def finish(cluster: Any, arguments: list[str], log: Path) -> str:
+    """Run the same command until it ends well, as its messages say."""
+    for _ in range(4):
+        if start(cluster, arguments, log).wait(timeout=200) == 0:
+            return log.read_text()
+    raise AssertionError(log.read_text()[-6000:])
+
+
+def assert_every_image_once(store: Path, data: Path) -> None:
+    commits = [json.loads(path.read_text()) for path in sorted((store / "commits").glob("*.json"))]
+    stored = sorted(image for commit in commits for image in commit["images"])
+    assert stored == sorted(record["image"] for record in json.loads((data / "scenes/chat.json").read_text()))
+    assert len(stored) == len(set(stored)) == IMAGES
+
+
+def copy_from_s3(s3: dict[str, str], prefix: str, target: Path) -> Path:
+    """Every object below a prefix of the bucket `chaos`, past the proxy."""
+    client = boto3.client("s3", endpoint_url=s3["AWS_ENDPOINT_URL"])
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket="chaos", Prefix=f"{prefix}/"):
+        for entry in page.get("Contents", []):
+            path = target / entry["Key"].removeprefix(f"{prefix}/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(client.get_object(Bucket="chaos", Key=entry["Key"])["Body"].read())
+    return target
+
+
+def test_two_nodes_give_the_bytes_of_one(
+    cluster: Any, options: Any, undisturbed: Path, contents: Any, tmp_path: Path
+) -> None:
+    job = start(cluster, options(tmp_path / "store"), tmp_path / "log")
+    nodes: set[int] = set()
+    while job.poll() is None:
+        nodes |= {actor.ppid() for actor in cluster.actors()}
+        time.sleep(0.1)
+    assert job.returncode == 0, (tmp_path / "log").read_text()[-4000:]
+    assert len(nodes) == 2
+    assert contents(tmp_path / "store") == contents(undisturbed)
+
+
+@pytest.mark.parametrize("seed", [0])
+def test_an_actor_a_node_and_the_driver_killed_leave_the_bytes_of_an_undisturbed_build(
+    cluster: Any, options: Any, undisturbed: Path, data: Path, contents: Any, run: Any, tmp_path: Path, seed: int
+) -> None:
+    dice = random.Random(seed)
+    store, log = tmp_path / "store", tmp_path / "log"
+    moments = sorted(dice.sample(range(2, SHARDS - 8), 3))
+    job = start(cluster, options(store), log)
+    for moment, victim in zip(moments, ("actor", "node", "driver"), strict=True):
+        wait_for_commits(job, lambda: len(list((store / "commits").glob("*.json"))), moment)
+        time.sleep(dice.uniform(0, 0.3))
+        assert job.poll() is None, "the job ended before it was disturbed"
+        if victim == "actor":
+            dice.choice(cluster.actors()).kill()
+        elif victim == "node":
+            cluster.kill(dice.choice(cluster.nodes[1:]))
+        else:
+            job.kill()
+            job.wait()
+    cluster.add(cpus=1)
+    finish(cluster, options(store), log)
+    assert_every_image_once(store, data)
+    assert contents(store) == contents(undisturbed)
+    assert "all right" in run(VERIFY, str(store))
+
+
+def test_s3_that_fails_and_a_killed_driver_leave_the_bytes_of_an_undisturbed_build(
+    cluster: Any,
+    faulty_s3: FaultyS3,
+    s3: dict[str, str],
+    options: Any,
+    undisturbed: Path,
+    data: Path,
+    contents: Any,
+    run: Any,
+    tmp_path: Path,
+) -> None:
+    client = boto3.client("s3")
+    for path in (data / "scenes").rglob("*.*"):
+        client.upload_file(str(path), "chaos", f"source/{path.relative_to(data / 'scenes')}")
+    source = {"data": "s3://chaos/source/chat.json", "images": "s3://chaos/source/images"}
+    arguments, log = options("s3://chaos/store", **source), tmp_path / "log"
+
+    def commits() -> int:
+        return int(client.list_objects_v2(Bucket="chaos", Prefix="store/commits/")["KeyCount"])
+
+    faulty_s3.failing = True
+    job = start(cluster, arguments, log)
+    wait_for_commits(job, commits, random.Random(5).randrange(3, SHARDS - 8))
+    job.kill()
+    job.wait()
+    finish(cluster, arguments, log)
+    verified = run(VERIFY, "s3://chaos/store", env={"AWS_ENDPOINT_URL": faulty_s3.url})
+    faulty_s3.failing = False
+    assert "all right" in verified
+    missed = {kind for kind in SHARES if faulty_s3.faults[kind] == 0}
+    assert missed <= {"hang"}, faulty_s3.faults
+    copy = copy_from_s3(s3, "store", tmp_path / "copy")
+    assert_every_image_once(copy, data)
+    assert contents(copy) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("where", ["local", "s3"])
+def test_a_worker_frozen_while_it_publishes_changes_nothing_when_it_wakes_after_the_end(
+    cluster: Any, s3: dict[str, str], options: Any, contents: Any, tmp_path: Path, where: str
+) -> None:
+    store = "s3://chaos/frozen" if where == "s3" else str(tmp_path / "frozen")
+    arguments = options(store, limit=3 * SHARD_SIZE, workers=1)
+    client = boto3.client("s3", endpoint_url=s3["AWS_ENDPOINT_URL"])
+
+    def there() -> dict[str, object]:
+        """Every published file, with what changes when it is written again."""
+        if where == "local":
+            files = [path for path in (tmp_path / "frozen").glob("*/*") if path.suffix in (".tar", ".json")]
+            return {str(path): (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
+        found = client.list_objects_v2(Bucket="chaos", Prefix="frozen/").get("Contents", [])
+        return {entry["Key"]: (entry["LastModified"], entry["ETag"]) for entry in found}
+
+    environment = {**os.environ, **cluster.environment, "AWS_ENDPOINT_URL": s3["AWS_ENDPOINT_URL"]}
+    worker = subprocess.Popen(
+        [sys.executable, "-c", WORKER, "frozen", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert worker.stdout is not None
+    assert worker.stdout.readline() == "ready\n"
+    while not any("samples" in name for name in there()):
+        assert worker.poll() is None
+    worker.send_signal(signal.SIGSTOP)
+    finish(cluster, arguments, tmp_path / "log")
+    before = there()
+    worker.send_signal(signal.SIGCONT)
+    rest, _ = worker.communicate(timeout=60)
+    assert worker.returncode == 0
+    assert json.loads(rest)["shard"] == 0
+    assert {name: value for name, value in there().items() if name in before} == before
+    target = copy_from_s3(s3, "frozen", tmp_path / "copy") if where == "s3" else tmp_path / "frozen"
+    assert contents(target) == contents(build_here(options(tmp_path / "alone", limit=3 * SHARD_SIZE)))
+
+
+def test_two_jobs_at_once_build_one_store_and_share_the_work(
+    cluster: Any, options: Any, undisturbed: Path, contents: Any, tmp_path: Path
+) -> None:
+    store, logs = tmp_path / "store", [tmp_path / "log0", tmp_path / "log1"]
+    jobs = [start(cluster, options(store, workers=1), log) for log in logs]
+    assert [job.wait(timeout=200) for job in jobs] == [0, 0], "".join(log.read_text()[-3000:] for log in logs)
+    assert contents(store) == contents(undisturbed)
+    twice = [int(found) for log in logs for found in re.findall(r"(\d+) shard\(s\) were built twice", log.read_text())]
+    assert sum(twice) <= len(jobs)

@@ -1,7 +1,11 @@
-"""From a configuration and a store to the model that is trained: load the parts, check that they fit, freeze."""
+"""From a configuration and a store to the model that is trained: load the parts, check that they fit, freeze.
+
+And back at the end: from weights, wherever the ranks kept them, to one whole model.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from pipeline.schema import StoreSpec
 from training.config import TrainConfig
 from training.connectors import Connector, ConnectorConfig, build_connector
 from training.export import load_connector
+from training.lora import add_lora, merge_lora
 from training.model import CompactVisionForConditionalGeneration
 from training.tokenizer import Tokenizer
 
@@ -19,11 +24,12 @@ from training.tokenizer import Tokenizer
 def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
     """The model of one stage, without a vision tower: it is fed the store's columns.
 
-    Parts that learn have fp32 master weights, frozen ones `config.model.frozen_dtype`. The connector's initial weights
-    depend on `config.seed` alone, so every rank starts from the same.
+    Weights that learn are fp32, frozen ones `config.model.frozen_dtype`. The initial weights of
+    connector and adapters depend on `config.seed` alone, so every rank starts from the same.
 
     Raises:
-        ValueError: if the connector does not fit the store or the language model, or `connector_from` another one.
+        ValueError: if the connector does not fit the store or the language model, or `connector_from` another one,
+            or LoRA is wanted without peft.
         OSError: if the language model cannot be read.
     """
     frozen: torch.dtype = getattr(torch, config.model.frozen_dtype)
@@ -32,7 +38,7 @@ def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
     llm = LlamaForCausalLM.from_pretrained(
         config.model.llm,
         revision=config.model.revision,
-        dtype=torch.float32 if "llm" in config.train else frozen,
+        dtype=torch.float32 if _learns_whole(config) else frozen,
     )
     if config.model.connector_from is not None:
         load_connector(connector, Path(config.model.connector_from))
@@ -40,10 +46,46 @@ def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
         connector.to(frozen)
     model = CompactVisionForConditionalGeneration.from_parts(llm, connector, aspect=store.aspect)
     model.connector.requires_grad_("connector" in config.train)
-    model.llm.requires_grad_("llm" in config.train)
+    model.llm.requires_grad_(_learns_whole(config))
+    if config.model.lora is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            add_lora(model.llm, config.model.lora)
+    model.loss_chunks = config.model.loss_chunks
+    if config.model.compile_connector:
+        model.connector.compile()  # type: ignore[no-untyped-call]
     if config.model.activation_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()  # type: ignore[no-any-return]
+
+
+def _learns_whole(config: TrainConfig) -> bool:
+    return "llm" in config.train and config.model.lora is None
+
+
+def is_exported(config: TrainConfig, name: str) -> bool:
+    """Whether the weight `name` is needed when the stage ends: stage 1 leaves the language model where it was."""
+    return "llm" in config.train or not name.startswith("llm.")
+
+
+def whole_model(
+    config: TrainConfig, model: CompactVisionForConditionalGeneration, weights: Mapping[str, torch.Tensor]
+) -> CompactVisionForConditionalGeneration:
+    """A model of `model`'s shape with the exported `weights` alone, adapters merged; the rest has no contents."""
+    with torch.device("meta"):
+        llm = LlamaForCausalLM(model.llm.config)
+        if config.model.lora is not None:
+            add_lora(llm, config.model.lora)
+        whole = CompactVisionForConditionalGeneration.from_parts(
+            llm, build_connector(model.connector.config), aspect=model.config.aspect
+        )
+    llm.name_or_path, llm.generation_config = model.llm.name_or_path, model.llm.generation_config
+    missing, unknown = whole.load_state_dict(weights, strict=False, assign=True)
+    missing = [name for name in missing if is_exported(config, name)]
+    assert not missing and not unknown, f"missing {missing}, unknown {unknown}"
+    if config.model.lora is not None:
+        merge_lora(llm)
+    return whole
 
 
 def _llama_config(config: TrainConfig) -> Any:

@@ -1,9 +1,13 @@
-"""What a run says while it runs: one line of metrics per step, on screen and in `log.jsonl`."""
+"""What a run says while it runs: one line of metrics per step, on screen and in `log.jsonl`; and what stops it."""
 
 from __future__ import annotations
 
 import json
+import resource
+import statistics
 import time
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,85 +17,150 @@ from composer.loggers import Logger
 from composer.loggers.logger_destination import LoggerDestination
 from composer.utils import dist
 
+from training.batch import IGNORE
+from training.engine import engine_norm, gradient_norm
+from training.mfu import peak_flops
 from training.stream import Stream
 
 
 class StepLog(LoggerDestination):  # type: ignore[misc]
-    """Writes one JSON object per optimizer step to `path` (rank 0) and prints it as one line.
+    """Writes one JSON object per optimizer step to `path` (rank 0), prints it as one line, sends it to other loggers.
 
-    Keys: step, loss (mean over supervised tokens of the global batch), lr, grad_norm (L2, before any clipping),
-    samples_per_s, tokens_per_s (all ranks), data_wait (share of the step this rank waited for data), step_s, eta_s,
-    memory_gb (peak, GPU only).
+    Keys: step, loss (mean over supervised tokens of the global batch), lr (of the first parameter group; lr_llm of the
+    second), grad_norm (L2, before any clipping), samples_per_s, tokens_per_s (all ranks), data_wait (share of the step
+    this rank waited for data), step_s, eta_s, memory_gb (peak; of the process where there is no GPU), mfu (of this
+    rank; on a known GPU).
+
+    Args:
+        clip: L2 norm to which the gradient is clipped, by this callback, as it is measured.
+        flops: of a batch with these lengths, so many images and supervised tokens.
     """
 
-    def __init__(self, path: Path, stream: Stream, total_steps: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        stream: Stream,
+        total_steps: int,
+        clip: float | None,
+        flops: Callable[[list[int], int, int], float],
+    ) -> None:
         self.path = path
         self.stream = stream
         self.total_steps = total_steps
-        self._loss = float("nan")
+        self.clip = clip
+        self.flops = flops
+        self.peak = peak_flops()
         self._line: dict[str, float] = {}
         self._step_start = 0.0
         self._tokens = 0
+        self._work = 0.0
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drop the lines of steps that a resumed run is about to repeat."""
         done = state.timestamp.batch.value
         if dist.get_global_rank() == 0 and self.path.exists():
-            lines = [json.loads(line) for line in self.path.read_text(encoding="utf-8").splitlines() if line]
-            kept = [line for line in lines if line["step"] <= done]
+            lines = [_parsed(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
+            kept = [line for line in lines if line is not None and line["step"] <= done]
             self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._step_start = time.perf_counter()
 
-    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        """Keep the loss that Composer reports: it is already reduced over microbatches and ranks."""
-        if "loss/train/total" in metrics:
-            self._loss = float(metrics["loss/train/total"])
-
     def batch_start(self, state: State, logger: Logger) -> None:
-        """Note the learning rate that this step will use, before the schedule moves on."""
-        self._line = {"lr": state.schedulers[0].get_last_lr()[0]}
+        """Note the learning rates that this step will use, before the schedule moves on."""
+        rates = state.schedulers[0].get_last_lr()
+        self._line = {"lr": rates[0]} | ({"lr_llm": rates[1]} if len(rates) > 1 and rates[1] != rates[0] else {})
         self._tokens = state.timestamp.token.value
+        if self.peak is not None:
+            batch = state.batch
+            lengths = batch["attention_mask"].sum(dim=1).tolist()
+            supervised = int((batch["labels"][:, 1:] != IGNORE).sum())
+            self._work = self.flops(lengths, len(batch["image_rows"]), supervised)
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Measure the gradient while it exists."""
-        gradients = [p.grad for p in state.model.parameters() if p.grad is not None]
-        self._line["grad_norm"] = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        """Measure the gradient, and clip it, while it exists."""
+        self._line["grad_norm"] = gradient_norm(state, self.clip)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Write the line of this step."""
         seconds = time.perf_counter() - self._step_start
         self._step_start = time.perf_counter()
         step = state.timestamp.batch.value
-        samples = state.timestamp.sample_in_epoch.value and self.stream.global_batch_size
         line: dict[str, float] = {
             "step": step,
-            "loss": self._loss,
+            "loss": state.total_loss_dict["loss/train/total"],
             **self._line,
-            "samples_per_s": samples / seconds,
+            "samples_per_s": self.stream.global_batch_size / seconds,
             "tokens_per_s": (state.timestamp.token.value - self._tokens) / seconds,
             "data_wait": min(1.0, self.stream.data_wait / seconds),
             "step_s": seconds,
             "eta_s": (self.total_steps - step) * seconds,
+            "memory_gb": _peak_memory() / 1e9,
         }
-        if torch.cuda.is_available():
-            line["memory_gb"] = torch.cuda.max_memory_allocated() / 1e9
+        measured = engine_norm(state)
+        if measured is not None:
+            line["grad_norm"] = measured
+        if self.peak is not None:
+            line["mfu"] = self._work / seconds / self.peak
+        logger.log_metrics({f"step/{name}": value for name, value in line.items() if name != "step"})
         if dist.get_global_rank() == 0:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(_one_line(line, self.total_steps), flush=True)
 
 
+def _parsed(line: str) -> dict[str, float] | None:
+    """The object of a line; None for one that a killed process left unfinished."""
+    try:
+        parsed: dict[str, float] = json.loads(line)
+    except ValueError:
+        return None
+    return parsed
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _one_line(line: dict[str, float], total: int) -> str:
     text = (
         f"step {line['step']:.0f}/{total}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  |g| {line['grad_norm']:.3f}  "
         f"{line['samples_per_s']:.1f} samples/s  {line['tokens_per_s']:.0f} tokens/s  "
-        f"data wait {line['data_wait']:.1%}  ETA {line['eta_s']:.0f} s"
+        f"data wait {line['data_wait']:.1%}  {line['memory_gb']:.1f} GB"
     )
-    return text + (f"  {line['memory_gb']:.1f} GB" if "memory_gb" in line else "")
+    text += f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
+    return f"{text}  ETA {line['eta_s']:.0f} s"
 
 
-class StopOnNonFiniteLoss(Callback):  # type: ignore[misc]
-    """Ends a run whose loss is NaN or infinite, naming the examples of the batch that caused it."""
+def boards(names: tuple[str, ...], run: Path, project: str) -> list[LoggerDestination]:
+    """Composer's loggers of these names; addresses and keys come from the environment."""
+    made: list[LoggerDestination] = []
+    for name in names:
+        if name == "tensorboard":
+            from composer.loggers import TensorboardLogger
+
+            made.append(TensorboardLogger(log_dir=str(run / "tensorboard"), flush_interval=10))
+        elif name == "wandb":
+            from composer.loggers import WandBLogger
+
+            made.append(WandBLogger(project=project, name=run.name))
+        else:
+            from composer.loggers import MLFlowLogger
+
+            made.append(MLFlowLogger(experiment_name=project, run_name=run.name, log_system_metrics=False))
+    return made
+
+
+class StopOnBadLoss(Callback):  # type: ignore[misc]
+    """Ends a run whose loss is NaN or infinite, or jumps, naming the examples of the batch that caused it.
+
+    Args:
+        spike: a step's loss may be at most so many times the median of the last 100; None for any.
+    """
+
+    def __init__(self, spike: float | None) -> None:
+        self.spike = spike
+        self._recent: deque[float] = deque(maxlen=100)
 
     def after_loss(self, state: State, logger: Logger) -> None:
         """Check the microbatch's loss before it reaches the weights.
@@ -105,4 +174,21 @@ class StopOnNonFiniteLoss(Callback):  # type: ignore[misc]
                 f"loss is {state.loss.item()} at step {state.timestamp.batch.value}; "
                 f"the microbatch held the examples {', '.join(state.batch['keys'])}. "
                 "Lower optimizer.lr, or look at them."
+            )
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Check the step's loss, before a checkpoint of the weights that made it, or that it made, is written.
+
+        Raises:
+            FloatingPointError: with the keys of the whole global batch.
+        """
+        loss = state.total_loss_dict["loss/train/total"]
+        usual = statistics.median(self._recent) if len(self._recent) >= 10 else float("inf")
+        self._recent.append(loss)
+        if self.spike is not None and loss > self.spike * usual:
+            keys: list[Any] = [key for part in dist.all_gather_object(state.batch["keys"]) for key in part]
+            raise FloatingPointError(
+                f"loss {loss:.4g} at step {state.timestamp.batch.value} is more than {self.spike:g} times the usual "
+                f"{usual:.4g}; the batch held the examples {', '.join(keys)}. The last checkpoint is from before it: "
+                "look at them, lower optimizer.lr, or raise stop_on_spike, in another run"
             )

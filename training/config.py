@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from pipeline.config import Settings
 
 Part = Literal["connector", "llm"]
+Parallelism = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
+Board = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class ConnectorSettings(Settings):
@@ -27,6 +29,14 @@ class ConnectorSettings(Settings):
     pool: Literal["before", "after"] = Field(default="before", description="avgpool: before or after the MLP")
 
 
+class LoraSettings(Settings):
+    """Low-rank adapters on the LLM's linear layers instead of all its weights, as LLaVA-1.5 has them (lr 2e-4)."""
+
+    rank: int = Field(default=128, gt=0)
+    alpha: float = Field(default=256, gt=0)
+    dropout: float = Field(default=0.05, ge=0, lt=1)
+
+
 class ModelSettings(Settings):
     """The language model and what stands before it."""
 
@@ -36,7 +46,12 @@ class ModelSettings(Settings):
     connector: ConnectorSettings = ConnectorSettings()
     connector_from: str | None = Field(default=None, description="folder with stage 1's connector.safetensors")
     frozen_dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="dtype of frozen weights")
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = Field(default=False, description="compute the LLM's activations twice, keep none")
+    loss_chunks: int = Field(
+        default=1, gt=0, description="logits of so many parts of the supervised tokens, one after another; 1 keeps them"
+    )
+    compile_connector: bool = Field(default=False, description="torch.compile the connector")
+    lora: LoraSettings | None = Field(default=None, description="{} for LLaVA-1.5's; merged into the exported model")
 
 
 class DataSettings(Settings):
@@ -62,6 +77,8 @@ class OptimizerSettings(Settings):
     """Adam and its schedule (section 4.1.3)."""
 
     lr: float = Field(gt=0)
+    connector_lr: float | None = Field(default=None, gt=0, description="of the connector, instead of lr")
+    llm_lr: float | None = Field(default=None, gt=0, description="of the LLM, instead of lr")
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
@@ -75,6 +92,12 @@ class CheckpointSettings(Settings):
     interval: str = Field(default="500ba", pattern=r"^\d+(ba|ep)$", description="e.g. 500ba (steps) or 1ep (epochs)")
     keep: int = Field(default=2, description="newest checkpoints to keep; -1 keeps all")
     autoresume: bool = True
+    remote: str | None = Field(
+        default=None, pattern=r"^s3://[^/]+/.", description="s3://bucket/prefix that checkpoints are copied to"
+    )
+    remote_patience_s: float = Field(
+        default=3600, gt=0, description="how long to wait at the end of a run for a bucket that fails"
+    )
 
 
 class TrainConfig(Settings):
@@ -93,7 +116,14 @@ class TrainConfig(Settings):
         default="global", description="mean over supervised tokens of the global batch, or mean of microbatch means"
     )
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
-    parallelism: Literal["ddp"] = "ddp"
+    parallelism: Parallelism = Field(
+        default="ddp", description="whole copies of the model, Composer's FSDP, or DeepSpeed's ZeRO"
+    )
+    boards: tuple[Board, ...] = Field(default=("tensorboard",), description="where else each step's metrics go")
+    project: str = Field(default="compact-vision-tokens", description="the runs' common name on wandb and mlflow")
+    stop_on_spike: float | None = Field(
+        default=None, gt=1, description="stop if a loss is so many times the median of the last 100; naming the batch"
+    )
     checkpoint: CheckpointSettings = CheckpointSettings()
     seed: int = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
@@ -102,6 +132,21 @@ class TrainConfig(Settings):
     def _consistent(self) -> TrainConfig:
         if self.data.template == "plain" and "llm" in self.train:
             raise ValueError("data.template: plain is for stage 1, where train is [connector]; use v1 to train the llm")
+        for part in ("connector", "llm"):
+            if getattr(self.optimizer, f"{part}_lr") is not None and part not in self.train:
+                raise ValueError(f"optimizer.{part}_lr has no effect: train is {list(self.train)}; leave it out")
+        if self.model.lora is not None and "llm" not in self.train:
+            raise ValueError(f"model.lora adapts the llm, but train is {list(self.train)}; add llm, or leave lora out")
+        if self.model.lora is not None and self.parallelism == "fsdp" and self.model.frozen_dtype != "float32":
+            raise ValueError(
+                "model.lora with parallelism fsdp: FSDP shards the weights of a layer together, in one dtype, and "
+                "adapters are float32; say model.frozen_dtype=float32, or parallelism=zero2"
+            )
+        if self.model.compile_connector and self.parallelism == "zero3":
+            raise ValueError(
+                "model.compile_connector with parallelism zero3: ZeRO-3 gathers weights in Python hooks that "
+                "torch.compile cannot keep; use zero2 or fsdp, or leave it out"
+            )
         return self
 
     def per_rank(self, world_size: int) -> int:

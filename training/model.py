@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
@@ -99,8 +100,10 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         vision_tower: CLIPVisionModel, or None where only cached columns are used.
         connector: makes vision tokens of the columns it needs.
         llm: LlamaForCausalLM.
+        loss_chunks: in how many parts a training loss is computed.
     """
 
+    loss_chunks = 1
     config_class = CompactVisionConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
@@ -296,17 +299,28 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
     def _loss(self, hidden: Tensor, labels: Tensor, vision: Tensor | None) -> Tensor:
         """Mean cross-entropy in fp32; logits are computed at supervised positions alone, whose memory they bound.
 
+        With `loss_chunks` above 1 they are computed in so many parts, none of which is kept: the backward pass
+        computes each again, for 2 FLOPs per weight of the head and supervised token.
+
         Without supervised tokens it is 0, and without images 0 is added to it, both with a graph: every parameter
         that learns then has a gradient on every rank, which DDP waits for.
         """
         following = labels[:, 1:].to(hidden.device)
         supervised = following != IGNORED
-        logits = self.llm.lm_head(hidden[:, :-1][supervised]).float()
-        targets = following[supervised]
-        loss = F.cross_entropy(logits, targets) if len(targets) else logits.sum() * 0
+        hidden, targets = hidden[:, :-1][supervised], following[supervised]
+        parts = zip(hidden.tensor_split(self.loss_chunks), targets.tensor_split(self.loss_chunks), strict=True)
+        if self.loss_chunks == 1:
+            sums = [self._cross_entropy(*part) for part in parts]
+        else:  # as many on every rank, however few tokens it has: a sharded head is gathered once for each
+            sums = [checkpoint(self._cross_entropy, *part, use_reentrant=False) for part in parts]
+        loss = torch.stack(sums).sum() / max(1, len(targets))
         if vision is not None and vision.shape[0] == 0:
             loss = loss + vision.sum() * 0
         return loss
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Sum over (tokens, width) and (tokens,)."""
+        return F.cross_entropy(self.llm.lm_head(hidden).float(), targets, reduction="sum")
 
     def prepare_inputs_for_generation(
         self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any

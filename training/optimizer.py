@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
 from training.config import OptimizerSettings
+from training.model import CompactVisionForConditionalGeneration
 
 
-def build_optimizer(model: torch.nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Adam over the parameters that require a gradient; without weight decay AdamW is Adam."""
-    learning = [p for p in model.parameters() if p.requires_grad]
+def build_optimizer(model: CompactVisionForConditionalGeneration, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """Adam over the parameters that require a gradient; without weight decay AdamW is Adam.
+
+    One group for the connector, then one for the LLM, if they learn: each may have a rate of its own.
+    """
+    rates = {"connector": settings.connector_lr, "llm": settings.llm_lr}
+    groups: list[dict[str, Any]] = []
+    for part, rate in rates.items():
+        learning = [p for p in getattr(model, part).parameters() if p.requires_grad]
+        if learning:
+            groups.append({"params": learning, "lr": rate or settings.lr})
     return torch.optim.AdamW(
-        learning,
+        groups,
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,

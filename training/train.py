@@ -12,8 +12,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
+# Run from here, or from a YAML file here, Python looks in this folder first, where `deepspeed` is this project's file.
+if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root
 
 from pipeline.config import ConfigError, load_config
 from training.config import TrainConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from composer.core import State
 
     from pipeline.schema import StoreSpec
+    from training.checkpoint import Checkpoints, StopRequest
     from training.model import CompactVisionForConditionalGeneration
     from training.stream import Stream
     from training.tokenizer import Tokenizer
@@ -47,11 +49,15 @@ def train(config: TrainConfig, check_only: bool = False) -> None:
     """One stage: store -> stream -> model -> Composer -> exported weights and `summary.json` in `config.run`.
 
     Raises:
-        ValueError: if the store, the model and the configuration do not fit each other, before anything is trained.
+        SystemExit: with a message if store, model and configuration do not fit each other, before anything is trained;
+            with 128 + the signal's number if a scheduler stopped it: after the step under way and a checkpoint.
     """
     import torch
     from composer.utils import dist, get_device
 
+    from training.checkpoint import StopRequest
+
+    stop = StopRequest()
     device = get_device(None if config.device == "auto" else config.device)
     dist.initialize_dist(device, timeout=1800)
     _tell_nodes_apart()
@@ -66,12 +72,18 @@ def train(config: TrainConfig, check_only: bool = False) -> None:
         print(describe(config, store, model, stream, steps, dist.get_world_size()), flush=True)
     if check_only:
         return
-    trainer = build_trainer(config, store, model, stream, steps)
+    try:
+        trainer, checkpoints = build_trainer(config, store, model, stream, steps, stop)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
     trainer.fit()
-    if dist.get_global_rank() == 0:
-        finish(config, store, tokenizer, model, steps)
+    if not checkpoints.stopped:
+        finish(config, store, tokenizer, model, trainer, steps)
     dist.barrier()
     trainer.close()
+    if checkpoints.stopped:
+        print(f"stopped   by signal {checkpoints.stopped} after a checkpoint; the same command goes on", flush=True)
+        sys.exit(128 + checkpoints.stopped)
 
 
 def assemble(
@@ -134,24 +146,30 @@ def assemble(
 
 
 def build_trainer(
-    config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration, stream: Stream, steps: int
-) -> Trainer:
+    config: TrainConfig,
+    store: StoreSpec,
+    model: CompactVisionForConditionalGeneration,
+    stream: Stream,
+    steps: int,
+    stop: StopRequest,
+) -> tuple[Trainer, Checkpoints]:
     """Composer's Trainer over the stream: loss weighting, schedule, checkpoints, one line per step."""
     import torch
-    from composer import Trainer
-    from composer.algorithms import GradientClipping
     from composer.core import DataSpec
+    from composer.utils import dist
     from torch.utils.data import DataLoader
 
-    from training.callbacks import StepLog, StopOnNonFiniteLoss
+    from training.callbacks import StepLog, StopOnBadLoss, boards
+    from training.checkpoint import Checkpoints, find
     from training.composer_model import TrainableModel, token_counts
+    from training.engine import engine_of, make_trainer, microbatch_size
+    from training.mfu import StepFlops
     from training.optimizer import build_optimizer, cosine_with_warmup
     from training.stream import split
 
     columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
-    run = Path(config.run)
-    clip = config.optimizer.clip_grad_norm
+    run, frozen = Path(config.run), _frozen_keys(config, model)
     # Composer asks a real DataLoader for its dataset's state; batches come ready-made, so it must not touch them.
     loader = DataLoader(stream, batch_size=None, num_workers=0, collate_fn=_unchanged)
     data = DataSpec(
@@ -160,31 +178,31 @@ def build_trainer(
         get_num_samples_in_batch=lambda batch: len(batch["keys"]),
         get_num_tokens_in_batch=token_counts,
     )
-    return Trainer(
+    engine = engine_of(config, dist.get_world_size())
+    checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, engine, stop, frozen)
+    latest = find(run / "checkpoints", config.checkpoint, engine)
+    log = StepLog(run / "log.jsonl", stream, steps, config.optimizer.clip_grad_norm, StepFlops(model, config.train))
+    trainer = make_trainer(
+        config,
+        frozen,
         model=TrainableModel(model, columns, store.codec, dtype),
         train_dataloader=data,
         optimizers=build_optimizer(model, config.optimizer),
         schedulers=_schedule(steps, config, cosine_with_warmup),
         max_duration=f"{steps}ba",
-        precision=config.precision,
-        device_train_microbatch_size=_microbatch_size(config),
+        device_train_microbatch_size=microbatch_size(config, dist.get_world_size()),
         accumulate_train_batch_on_tokens=config.loss == "global",
-        algorithms=[] if clip is None else [GradientClipping(clipping_type="norm", clipping_threshold=clip)],
-        callbacks=[StopOnNonFiniteLoss()],
-        loggers=[StepLog(run / "log.jsonl", stream, steps)],
+        callbacks=[StopOnBadLoss(config.stop_on_spike), checkpoints],
+        loggers=[*boards(config.boards, run, config.project), log],
         device=None if config.device == "auto" else config.device,
         seed=config.seed,
         run_name="train",
-        save_folder=str(run / "checkpoints"),
-        save_interval=config.checkpoint.interval,
-        save_num_checkpoints_to_keep=config.checkpoint.keep,
-        save_ignore_keys=_frozen_keys(config),
-        load_strict_model_weights="llm" in config.train,
-        save_overwrite=True,
-        autoresume=config.checkpoint.autoresume,
+        load_path=None if latest is None else str(latest),
+        load_strict_model_weights=not frozen,
         progress_bar=False,
         dist_timeout=1800,
     )
+    return trainer, checkpoints
 
 
 def _tell_nodes_apart() -> None:
@@ -213,19 +231,13 @@ def _has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def _microbatch_size(config: TrainConfig) -> int | str:
-    """Composer finds the largest microbatch that fits a GPU; a CPU takes the batch of its rank whole."""
-    from composer.utils import dist
-
-    per_rank = config.per_rank(dist.get_world_size())
-    if config.microbatch_size == "auto":
-        return "auto" if _has_gpu() and config.device != "cpu" else per_rank
-    return min(config.microbatch_size, per_rank)
-
-
-def _frozen_keys(config: TrainConfig) -> list[str]:
-    """Stage 1 checkpoints leave out the frozen LLM: it is read from where it came from again."""
-    return [] if "llm" in config.train else ["state/model/model.llm.*"]
+def _frozen_keys(config: TrainConfig, model: CompactVisionForConditionalGeneration) -> list[str]:
+    """Checkpoints leave out frozen weights, which are read from where they came from again."""
+    if config.parallelism.startswith("zero"):
+        return []  # the engine's shards leave them out, Composer's file has no weights
+    if all(p.requires_grad for p in model.llm.parameters()) and "connector" in config.train:
+        return []
+    return [f"state/model/model.{name}" for name, p in model.named_parameters() if not p.requires_grad]
 
 
 def _claim_run_folder(config: TrainConfig, write: bool) -> None:
@@ -280,15 +292,27 @@ def finish(
     store: StoreSpec,
     tokenizer: Tokenizer,
     model: CompactVisionForConditionalGeneration,
+    trainer: Trainer,
     steps: int,
 ) -> None:
-    """Write what the next stage needs, then `summary.json`: its presence says that the stage is complete."""
+    """Write what the next stage needs, then `summary.json`: its presence says that the stage is complete.
+
+    A collective, as the ranks may hold parts of the weights; rank 0 writes.
+    """
+    from composer.utils import dist
+
+    from training.assemble import is_exported, whole_model
+    from training.engine import whole_weights
     from training.export import export_connector, export_model
 
+    weights = whole_weights(trainer.state, lambda name: is_exported(config, name))
+    if dist.get_global_rank() != 0:
+        return
     run = Path(config.run)
-    export_connector(model, run / "connector")
+    whole = whole_model(config, model, weights)
+    export_connector(whole, run / "connector")
     if "llm" in config.train:
-        export_model(model, tokenizer, store, run / "model", run=run)
+        export_model(whole, tokenizer, store, run / "model", run=run)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     summary = {
         "steps": steps,

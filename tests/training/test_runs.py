@@ -1,0 +1,172 @@
+"""Options of a stage: which parts learn, LoRA, rates, ranks and microbatches, precision, what stops a run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pipeline.config import ConfigError, load_config
+from training.config import TrainConfig
+
+LORA = {"model.lora": {"rank": 8, "alpha": 16, "dropout": 0.0}, "optimizer.llm_lr": 4e-3}
+MEMORY = {"model.loss_chunks": 3, "model.activation_checkpointing": True}
+BF16 = {"precision": "amp_bf16", "model.frozen_dtype": "bfloat16"}
+
+# name: (stage, ranks, settings)
+RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "plain": (2, 2, {"boards": ["tensorboard"]}),
+    "one-rank": (2, 1, {"microbatch_size": "auto", "parallelism": "fsdp"}),
+    "odd-parts": (2, 2, {"microbatch_size": 3}),
+    "chunks-zero3": (2, 2, {**MEMORY, "parallelism": "zero3"}),
+    "chunks-fsdp": (2, 2, {**MEMORY, "parallelism": "fsdp"}),
+    "zero1": (2, 2, {"parallelism": "zero1"}),
+    "llm-only": (2, 2, {"train": ["llm"], "parallelism": "fsdp"}),
+    "lora-ddp": (2, 2, LORA),
+    "lora-fsdp": (2, 2, {**LORA, "parallelism": "fsdp"}),
+    "lora-zero3": (2, 2, {**LORA, "parallelism": "zero3"}),
+    "bf16-ddp": (1, 2, BF16),
+    "bf16-fsdp": (1, 2, {**BF16, "parallelism": "fsdp"}),
+    "bf16-zero2": (1, 2, {**BF16, "parallelism": "zero2"}),
+    "spike": (2, 2, {"stop_on_spike": 1.002, "optimizer.lr": 1e-9}),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., Any], run_jobs: Callable[..., Any]) -> Path:
+    """A folder for each of RUNS, 16 steps long, and for a stopped and restarted run for each signal."""
+    folder = tmp_path_factory.mktemp("runs")
+    jobs = []
+    for name, (stage, ranks, changes) in RUNS.items():
+        config = settings(folder / name, stage, {"steps": 16, "checkpoint.interval": "100ba", **changes})
+        jobs.append({"config": config, "ranks": ranks})
+    codes = dict(zip(RUNS, run_jobs(folder, jobs), strict=True))
+    for name, code in codes.items():
+        assert (name == "spike") is any(code), f"{name}: {code}\n{(folder / name / 'output').read_text()[-4000:]}"
+    return folder
+
+
+@pytest.fixture(scope="module")
+def losses(runs: Path, read_log: Callable[..., Any]) -> Callable[[str], list[float]]:
+    return lambda name: [line["loss"] for line in read_log(runs / name)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one-rank", "odd-parts", "chunks-zero3", "chunks-fsdp", "zero1"])
+def test_the_loss_depends_neither_on_ranks_nor_on_microbatches_nor_on_what_saves_memory(
+    losses: Callable[[str], list[float]], name: str
+) -> None:
+    assert losses(name) == pytest.approx(losses("plain"), rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_llm_may_learn_alone(runs: Path, losses: Callable[[str], list[float]], settings: Any) -> None:
+    from pipeline.manifest import read_store
+    from pipeline.storage import Storage
+    from training.assemble import build_model
+
+    assert losses("llm-only")[-1] < losses("llm-only")[0]
+    config = TrainConfig.model_validate(settings(runs / "llm-only", 2))
+    before = build_model(config, read_store(Storage(config.data.store))).connector.state_dict()
+    after = load_file(runs / "llm-only" / "connector" / "connector.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(after[name], weight) for name, weight in before.items())
+
+
+@pytest.mark.slow
+def test_lora_learns_alike_on_every_engine_and_is_merged_at_the_end(
+    runs: Path, parts: Path, losses: Callable[[str], list[float]]
+) -> None:
+    assert losses("lora-ddp")[-1] < losses("lora-ddp")[0]
+    exported = {name: load_file(runs / name / "model" / "model.safetensors") for name in RUNS if "lora" in name}
+    for engine in ("fsdp", "zero3"):
+        assert losses(f"lora-{engine}") == pytest.approx(losses("lora-ddp"), rel=1e-5)
+        for name, weight in exported["lora-ddp"].items():
+            torch.testing.assert_close(exported[f"lora-{engine}"][name], weight, rtol=0, atol=1e-4)
+    trained = load_file(runs / "lora-ddp" / "all.safetensors")
+    base = load_file(parts / "llm" / "model.safetensors")
+    layer = "model.layers.1.mlp.up_proj"
+    a, b = (trained[f"llm.{layer}.lora_{kind}.default.weight"] for kind in "AB")
+    assert float(b.abs().max()) > 0
+    torch.testing.assert_close(exported["lora-ddp"][f"llm.{layer}.weight"], base[f"{layer}.weight"] + 16 / 8 * b @ a)
+    assert torch.equal(trained[f"llm.{layer}.base_layer.weight"], base[f"{layer}.weight"])  # frozen
+    assert torch.equal(exported["lora-ddp"]["llm.lm_head.weight"], base["lm_head.weight"])
+    assert not any("lora" in name for name in exported["lora-ddp"])
+
+
+@pytest.mark.slow
+def test_each_part_has_its_own_rate(runs: Path, read_log: Callable[..., Any]) -> None:
+    for line in read_log(runs / "lora-ddp")[1:]:
+        assert line["lr_llm"] == pytest.approx(2 * line["lr"])
+    assert "lr_llm" not in read_log(runs / "plain")[-1]
+
+
+@pytest.mark.slow
+def test_engines_agree_in_bf16_up_to_its_rounding(losses: Callable[[str], list[float]]) -> None:
+    for engine in ("fsdp", "zero2"):
+        assert losses(f"bf16-{engine}") == pytest.approx(losses("bf16-ddp"), rel=5e-3)
+
+
+@pytest.mark.slow
+def test_every_step_says_what_it_did_here_and_on_tensorboard(runs: Path, read_log: Callable[..., Any]) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    lines = read_log(runs / "plain")
+    names = {"loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "data_wait", "step_s", "eta_s", "memory_gb"}
+    assert all(line.keys() == names | {"step"} for line in lines)
+    (events,) = (runs / "plain" / "tensorboard").rglob("*tfevents*")
+    board = EventAccumulator(str(events)).Reload()
+    assert [event.value for event in board.Scalars("step/loss")] == pytest.approx([line["loss"] for line in lines])
+
+
+@pytest.mark.slow
+def test_a_jump_of_the_loss_stops_the_run_and_names_the_batch(runs: Path) -> None:
+    said = (runs / "spike" / "output").read_text()
+    assert "FloatingPointError: loss" in said
+    assert "is more than 1.002 times the usual" in said
+    message = said[said.index("is more than") :].split("The last checkpoint")[0]
+    assert message.count("#0") == 8  # the keys of the global batch
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        (["optimizer.llm_lr=1e-5"], "optimizer.llm_lr has no effect"),
+        (["model.lora={}"], "model.lora adapts the llm"),
+        (["train=[connector,llm]", "data.template=v1", "model.lora={}", "parallelism=fsdp"], "FSDP shards the weights"),
+        (["model.compile_connector=true", "parallelism=zero3"], "ZeRO-3 gathers weights in Python hooks"),
+        (["parallelism=zero4"], "'zero3'"),
+        (["checkpoint.remote=bucket"], "checkpoint.remote"),
+        (["boards=[tensorbord]"], "boards"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_its_reason(changes: list[str], reason: str) -> None:
+    yaml = Path(__file__).resolve().parents[2] / "training" / "pretrain.yaml"
+    with pytest.raises(ConfigError, match=reason):
+        load_config(TrainConfig, yaml, changes)
+
+
+def test_composer_algorithms_are_refused_under_zero() -> None:
+    from composer.algorithms import GradientClipping
+
+    from training.deepspeed import ZeroTrainer
+
+    with pytest.raises(ValueError, match="the engine keeps its own"):
+        ZeroTrainer(stage=2, bf16=False, clip_grad_norm=None, algorithms=[GradientClipping("norm", 1.0)])
+
+
+def test_the_schedule_is_the_reference_trainers(shared: Path) -> None:
+    import json
+
+    from training.optimizer import cosine_with_warmup
+
+    for case in json.loads((shared / "parity" / "learning_rates.json").read_text()):
+        assert math.ceil(case["total_steps"] * 0.03) == case["warmup_steps"]
+        for step, rate in case["lr"].items():
+            found = case["base_lr"] * cosine_with_warmup(int(step), case["total_steps"], 0.03)
+            assert found == pytest.approx(rate, rel=1e-9, abs=1e-18)

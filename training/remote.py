@@ -1,0 +1,119 @@
+"""A bucket that checkpoints are copied to, through Composer's object store, beside training and whatever it answers."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from composer.utils import S3ObjectStore, parse_uri
+
+log = logging.getLogger(__name__)
+
+LONGEST_PAUSE_S = 60.0  # between two attempts while the bucket fails
+
+
+class Remote:
+    """Copies files of checkpoint folders to `<url>/<folder name>/`, one folder after another, in a thread.
+
+    An upload that fails is tried again for as long as the process lives; when a newer checkpoint comes meanwhile, the
+    older one is dropped. Keys and endpoint come from the environment, as everywhere.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        _, bucket, prefix = parse_uri(self.url)
+        self._store = S3ObjectStore(bucket, prefix, client_config={"retries": {"mode": "standard", "max_attempts": 3}})
+        self._prefix = PurePosixPath(prefix)
+        self._waiting: tuple[Path, list[str]] | None = None
+        self._current: Path | None = None
+        self._error: Exception | None = None
+        self._change = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def idle(self) -> bool:
+        """Whether everything that `upload` was given is there, or was overtaken by something newer."""
+        with self._change:
+            return self._waiting is None and self._current is None
+
+    def needs(self, folder: Path) -> bool:
+        """Whether files of `folder` are still to be copied."""
+        with self._change:
+            return folder == self._current or (self._waiting is not None and folder == self._waiting[0])
+
+    def upload(self, folder: Path, names: list[str]) -> None:
+        """Copy these files of `folder`, soon."""
+        with self._change:
+            self._waiting = (folder, names)
+            self._change.notify_all()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name="checkpoint upload", daemon=True)
+                self._thread.start()
+
+    def wait(self, patience_s: float) -> None:
+        """Until all is copied.
+
+        Raises:
+            OSError: if it is not after `patience_s` seconds, with the last reason.
+        """
+        with self._change:
+            if not self._change.wait_for(lambda: self._waiting is None and self._current is None, patience_s):
+                raise OSError(f"{self.url} did not take the last checkpoint within {patience_s:g} s: {self._error}")
+
+    def _work(self) -> None:
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._waiting is not None)
+                assert self._waiting is not None
+                (self._current, names), self._waiting = self._waiting, None
+            self._copy(self._current, names)
+            with self._change:
+                self._current = None
+                self._change.notify_all()
+
+    def _copy(self, folder: Path, names: list[str]) -> None:
+        pause = 1.0
+        for name in names:
+            while True:
+                try:
+                    self._store.upload_object(f"{folder.name}/{name}", str(folder / name))
+                    break
+                except Exception as error:  # boto3 raises several families; none of them may end training
+                    self._error = error
+                    log.warning("%s/%s/%s is not uploaded yet: %s", self.url, folder.name, name, error)
+                if self._overtaken():
+                    return
+                time.sleep(pause)
+                pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    def _overtaken(self) -> bool:
+        with self._change:
+            return self._waiting is not None
+
+    def marked(self, mark: str) -> list[str]:
+        """Names of the folders that have the file `mark`.
+
+        Raises:
+            OSError: if the bucket cannot be read.
+        """
+        keys: list[str] = self._tried(self._store.list_objects)
+        paths = [PurePosixPath(key).relative_to(self._prefix) for key in keys]
+        return [path.parts[0] for path in paths if len(path.parts) == 2 and path.name == mark]
+
+    def download(self, name: str, files: list[str], target: Path) -> None:
+        """Fetch files of the folder `name`.
+
+        Raises:
+            OSError: if one cannot be fetched.
+        """
+        for file in files:
+            self._tried(self._store.download_object, f"{name}/{file}", str(target / file), overwrite=True)
+
+    def _tried(self, call: Any, *arguments: Any, **options: Any) -> Any:
+        try:
+            return call(*arguments, **options)
+        except Exception as error:
+            raise OSError(f"{self.url}: {error}") from error

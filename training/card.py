@@ -151,15 +151,14 @@ def _scores(files: Sequence[Path]) -> list[str]:
 
 
 def _score_text(scores: Mapping[str, Any]) -> str:
-    """A benchmark's headline with its 95% interval, or every number of a file of questions, between 0 and 1."""
-    if scores.get("interval"):
-        low, high = scores["interval"]
-        counts = f"{scores['answered']} of {scores['questions']} questions"
-        return f"{scores['headline']} {scores['score']:.2f} [{low:.2f}, {high:.2f}], {counts}"
-    numbers = {key: value for key, value in _flat(scores).items() if isinstance(value, int | float)}
-    if not numbers:
-        raise ValueError("no number in it")
-    return ", ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+    """The score of a benchmark or of a file of questions, with its 95% interval, its count, and its categories."""
+    name, value = (scores["headline"], scores["score"]) if "headline" in scores else ("accuracy", scores["accuracy"])
+    if value is None:
+        return f"{scores['questions']} questions, whose truth is not known"
+    interval = scores.get("interval")
+    text = f"{name} {value:.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
+    parts = [f"{category} {part['accuracy']:.4g}" for category, part in scores.get("categories", {}).items()]
+    return ", ".join([text, f"{scores['questions']} questions", *parts])
 
 
 def _table(rows: Mapping[str, str]) -> str:

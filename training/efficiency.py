@@ -57,7 +57,9 @@ def main() -> None:
     parser.add_argument("--text-tokens", type=int, default=64, help="of the prompt (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, help="decoded after it (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="prompts at once (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="medians over so many, after 2 (default: %(default)s)")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="medians over so many, after a warm-up (default: %(default)s)"
+    )
     parser.add_argument("--out", type=Path, help="write the figures there too, as JSON")
     arguments = parser.parse_args()
     if arguments.model and (arguments.config or arguments.flops):
@@ -147,7 +149,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
         connectors.append(model.connector if own else build_connector(config).to(device, dtype))
     figures: list[list[dict[str, float]]] = [[] for _ in connectors]
     with torch.inference_mode():
-        for number in range(-2, arguments.rounds):
+        for number in range(-2 if device.type == "cuda" else -1, arguments.rounds):  # a GPU needs longer to warm up
             for connector, seen in zip(connectors, figures, strict=True):
                 once = _measure(model, connector, arguments)
                 if number >= 0:

@@ -121,7 +121,8 @@ def test_the_card_holds_the_runs_numbers(run: Path, store: Path) -> None:
 @pytest.mark.parametrize("end", ["finished", "killed"])
 def test_a_run_comes_out_from_its_end_or_from_a_checkpoint_with_scores(run: Path, tmp_path: Path, end: str) -> None:
     scores = tmp_path / "heldout.scores.json"
-    scores.write_text(json.dumps({"questions": 8, "scored": 8, "accuracy": 0.625}))
+    known = {"questions": 8, "accuracy": 0.625, "interval": [0.5, 0.75], "categories": {"color": {"accuracy": 0.5}}}
+    scores.write_text(json.dumps(known))
     benchmark = {"questions": 20, "answered": 19, "headline": "f1", "score": 81.234, "interval": [70.5, 90.25]}
     (tmp_path / "pope.scores.json").write_text(json.dumps({**benchmark, "scores": {"f1": {"score": 81.234}}}))
     checkpoint = None if end == "finished" else run / "checkpoints" / "latest-rank0.pt"
@@ -131,8 +132,8 @@ def test_a_run_comes_out_from_its_end_or_from_a_checkpoint_with_scores(run: Path
     dtype = torch.bfloat16 if checkpoint is None else torch.float32
     assert all(torch.equal(after[name], before[name].to(dtype)) for name in before)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| heldout | questions 8, scored 8, accuracy 0.625 |" in card
-    assert "| pope | f1 81.23 [70.50, 90.25], 19 of 20 questions |" in card
+    assert "| heldout | accuracy 0.625 [0.5, 0.75], 8 questions, color 0.5 |" in card
+    assert "| pope | f1 81.23 [70.5, 90.25], 20 questions |" in card
     assert CompactVisionProcessor.from_pretrained(tmp_path / "out").image_tokens == 4
 
 

@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 # The VQA evaluation's contractions: each is recognised with any one of its apostrophes left out.
@@ -35,6 +36,7 @@ _COMMAS_IN_NUMBER = re.compile(r"(?<=\d),+(?=\d)")
 _COMMA_IN_NUMBER = re.compile(r"\d,\d")
 
 
+@lru_cache(maxsize=100_000)  # people give the same answers over and over
 def evalai(text: str) -> str:
     """The EvalAI answer normaliser: what LLaVA-1.5 applies to answers for VQAv2, VizWiz and TextVQA."""
     words = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
@@ -80,13 +82,18 @@ def vqa_eval(answer: str, people: Sequence[Mapping[str, Any]]) -> float:
         record["answer"] = record["answer"].replace("\n", " ").replace("\t", " ").strip()
     if len({record["answer"] for record in records}) > 1:
         for record in records:
-            record["answer"] = _words(_punctuation(record["answer"], _COMMA_IN_NUMBER))
-        given = _words(_punctuation(given, _COMMA_IN_NUMBER))
+            record["answer"] = _vqa_eval_text(record["answer"])
+        given = _vqa_eval_text(given)
     scores = []
     for left_out in records:
         same = sum(other["answer"] == given for other in records if other != left_out)
         scores.append(min(1.0, same / 3))
     return float(sum(scores) / len(scores))
+
+
+@lru_cache(maxsize=100_000)
+def _vqa_eval_text(text: str) -> str:
+    return _words(_punctuation(text, _COMMA_IN_NUMBER))
 
 
 def gqa_answer(text: str) -> str:
@@ -122,12 +129,15 @@ def mme_answer(text: str) -> str:
 def option_letter(text: str, options: Mapping[str, str]) -> str | None:
     """The option an MMBench answer names, by the rules its server applies before it asks a language model.
 
-    One letter of the options standing by itself, or else the text of one option alone; None if neither is so.
+    One letter of the options standing by itself, or else the text of one option alone; None if neither is so, or if
+    only Z stands by itself: none of the options.
     """
     words = set(re.sub(r"[.()\[\],:;!*#{}]", " ", text).split())
     letters = [letter for letter in options if letter in words]
-    if letters:
-        return letters[0] if len(letters) == 1 else None
+    if len(letters) == 1:
+        return letters[0]
+    if not letters and "Z" in words:
+        return None
     named = [letter for letter, option in options.items() if option.lower() in text.lower()]
     return named[0] if len(named) == 1 else None
 

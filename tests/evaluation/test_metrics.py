@@ -173,6 +173,8 @@ def test_mme_adds_accuracy_and_accuracy_plus_of_each_category() -> None:
         ("B. a red car", "B"),
         ("a red car", "B"),
         ("A or B", None),
+        ("A or B: a tree", "C"),
+        ("Z, a tree", None),
         ("car", None),
         ("D", None),
         ("", None),

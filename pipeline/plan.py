@@ -121,8 +121,9 @@ def report(
         "",
         f"training       {read_rate(batch, image_bytes, step) / 1e9:,.3f} GB/s per GPU for {batch:g} images a step of "
         f"{step:g} s (--batch, --step-time)",
-        f"break-even     encoding on the fly adds {batch / of_one:,.3f} s a step where a GPU encodes {of_one:g} images/s "
-        f"(--rate); reading is faster above {break_even(batch, image_bytes, step, of_one) / 1e9:,.3f} GB/s per GPU",
+        f"break-even     encoding on the fly adds {batch / of_one:,.3f} s a step where a GPU encodes {of_one:g} "
+        f"images/s (--rate); reading is faster above {break_even(batch, image_bytes, step, of_one) / 1e9:,.3f} GB/s "
+        "per GPU",
     ]
     return "\n".join(lines)
 

@@ -245,7 +245,8 @@ def find(folder: Path, settings: CheckpointSettings, engine: str) -> Path | None
 
 
 def _newest(folder: Path, remote: Remote | None) -> tuple[str, Mark] | None:
-    here = {path.name: mark for path in _folders(folder) if (mark := read_mark(path)) and not _missing(path, mark)}
+    whole = newest_on_disk(folder)
+    here = {} if whole is None else {whole[0].name: whole[1]}
     there = [] if remote is None else _marked(remote, bool(here))
     names = sorted(name for name in {*here, *there} if _FOLDER.fullmatch(name))
     if not names:
@@ -260,6 +261,15 @@ def _newest(folder: Path, remote: Remote | None) -> tuple[str, Mark] | None:
     if mark is None:
         raise OSError(f"{remote.url}/{name}/{MARK} is damaged; remove it to go on from an older checkpoint")
     return name, mark
+
+
+def newest_on_disk(folder: Path) -> tuple[Path, Mark] | None:
+    """The newest whole checkpoint of a folder of checkpoints, and what its mark says."""
+    for path in reversed(_folders(folder)):
+        mark = read_mark(path)
+        if mark is not None and not _missing(path, mark):
+            return path, mark
+    return None
 
 
 def _marked(remote: Remote, can_do_without: bool) -> list[str]:

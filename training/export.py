@@ -88,6 +88,7 @@ def _trained(
 ) -> CompactVisionForConditionalGeneration:
     """The model at the end of a run, or at a checkpoint."""
     from training.assemble import build_model
+    from training.lora import merge_lora
     from training.model import CompactVisionForConditionalGeneration
 
     finished = (run / "summary.json").is_file() and checkpoint is None
@@ -102,15 +103,30 @@ def _trained(
     if finished:
         load_connector(model, run / "connector")
         return model
-    path = checkpoint or run / "checkpoints" / "latest-rank0.pt"
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: {run} has neither finished nor saved a checkpoint yet")
-    state = _weights_of(path)
+    path = checkpoint or _newest_checkpoint(run)
+    state = _weights_of(path / "composer.pt" if path.is_dir() else path)
+    learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     missing, unused = model.load_state_dict(state, strict=False)
-    lost = [name for name in missing if name.partition(".")[0] in config.train]
+    lost = sorted(learning.intersection(missing))
     if lost or unused:
         raise ValueError(f"{path} is of another model: missing {lost or 'nothing'}, not used {unused or 'nothing'}")
+    if config.model.lora is not None:
+        merge_lora(model.llm)
     return model
+
+
+def _newest_checkpoint(run: Path) -> Path:
+    from training.checkpoint import newest_on_disk
+
+    found = newest_on_disk(run / "checkpoints")
+    if found is None:
+        raise ValueError(f"{run} has neither finished nor saved a checkpoint yet")
+    folder, mark = found
+    if mark.engine != "ddp":
+        raise ValueError(
+            f"{folder} holds the shards of {mark.ranks} {mark.engine} ranks; let the run go on to its end: it exports"
+        )
+    return folder
 
 
 def _weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:

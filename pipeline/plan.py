@@ -97,6 +97,7 @@ def report(
     total = images * per_image[spec.codec]
     rate, price, step = prices["rate"], prices["price"], prices["step_time"]
     batch, image_bytes, of_one = prices["batch"], per_image[spec.codec], rate / (config.workers or 1)
+    even = break_even(batch, image_bytes, step, of_one)
     images_left, bytes_left = _left(spec, dataset, left)
     lines = [
         f"store          {config.store}",
@@ -122,8 +123,7 @@ def report(
         f"training       {read_rate(batch, image_bytes, step) / 1e9:,.3f} GB/s per GPU for {batch:g} images a step of "
         f"{step:g} s (--batch, --step-time)",
         f"break-even     encoding on the fly adds {batch / of_one:,.3f} s a step where a GPU encodes {of_one:g} "
-        f"images/s (--rate); reading is faster above {break_even(batch, image_bytes, step, of_one) / 1e9:,.3f} GB/s "
-        "per GPU",
+        f"images/s (--rate); reading is faster above {even / 1e9:,.3f} GB/s per GPU",
     ]
     return "\n".join(lines)
 

@@ -201,6 +201,7 @@ class Storage:
 
     def _retried(self, call: Callable[[Any, str], T], name: str) -> T:
         """Run `call(filesystem, key)`, again after a pause if the service was at fault."""
+        from aiohttp import ClientError
         from botocore.exceptions import BotoCoreError, NoCredentialsError
 
         key = self._key(name)
@@ -213,7 +214,7 @@ class Storage:
                 raise type(error)(error.errno, f"{error.strerror or error}: {key}") from error
             except NoCredentialsError as error:
                 raise PermissionError(errno.EACCES, f"no S3 credentials in the environment, for {key}") from error
-            except (OSError, BotoCoreError) as error:
+            except (OSError, BotoCoreError, ClientError) as error:  # ClientError: an answer that ends too early
                 number = getattr(error, "errno", None) or errno.EIO
                 if number == errno.EINVAL and "precondition" in str(error).lower():
                     raise FileExistsError(name) from error  # how some servers word a failed If-None-Match

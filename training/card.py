@@ -86,13 +86,13 @@ def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
     patches, tokens = connector.config.grid**2, connector.tokens
     deepest = max(int(column[-2:]) for column in connector.columns)
     parts = [encoder_flops(vision, deepest), connector_flops(connector.config), prefill_flops(text, tokens)]
-    encoder, fusion, prefill = (f"{flops / 1e12:.4g}" for flops in parts)
+    encoder, fusion, prefill = map(_flops_text, parts)
     kept, instead = (kv_cache_bytes(text, count, model.llm.dtype.itemsize) / 2**20 for count in (tokens, patches))
     return {
         "vision tokens per image": f"{tokens} of {patches} patch tokens",
-        "prefill of the vision tokens": f"{prefill} TFLOPs, instead of "
-        f"{prefill_flops(text, patches) / 1e12:.4g} for all patch tokens (language model alone, no head)",
-        "one image in all": f"{sum(parts) / 1e12:.4g} TFLOPs: vision encoder {encoder}, connector {fusion}, "
+        "prefill of the vision tokens": f"{prefill}, instead of "
+        f"{_flops_text(prefill_flops(text, patches))} for all patch tokens (language model alone, no head)",
+        "one image in all": f"{_flops_text(sum(parts))}: vision encoder {encoder}, connector {fusion}, "
         f"prefill {prefill}",
         "KV cache of an image": f"{kept:.4g} MiB, instead of {instead:.4g}",
         "connector": f"`{json.dumps(asdict(connector.config))}`",
@@ -101,6 +101,11 @@ def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
         f"vision encoder {_count(model.vision_tower):,}",
         "language model": model.llm.name_or_path or "as converted",
     }
+
+
+def _flops_text(flops: int) -> str:
+    scale, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "G")) if flops >= s / 10), (1e6, "M"))
+    return f"{flops / scale:.4g} {unit}FLOPs"
 
 
 def _count(module: torch.nn.Module | None) -> int:

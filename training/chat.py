@@ -61,7 +61,7 @@ def start(arguments: argparse.Namespace) -> None:
     if arguments.web:
         from training.chat_web import serve
 
-        serve([Speaker.load(name, arguments) for name in names], arguments.port)
+        serve(lambda: [Speaker.load(name, arguments) for name in names], arguments.port)
         return
     image = open_image(arguments.image)
     talk = Talk(Speaker.load(arguments.model, arguments), image)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,8 +18,8 @@ none slows the others down."""
 CSS = ".facts p {font-variant-numeric: tabular-nums; opacity: .75} footer {display: none !important}"
 
 
-def serve(speakers: list[Speaker], port: int) -> None:
-    """Serve the page on this machine until Ctrl-C.
+def serve(load: Callable[[], list[Speaker]], port: int) -> None:
+    """Serve the page on this machine until Ctrl-C; the models are loaded once gradio is known to be there.
 
     Raises:
         ValueError: if gradio is not installed. OSError: if the port is taken.
@@ -30,7 +30,7 @@ def serve(speakers: list[Speaker], port: int) -> None:
     except ImportError as error:
         raise ValueError(HINT) from error
     # Fonts of the machine itself: gradio's own come from another server.
-    page(speakers).launch(
+    page(load()).launch(
         server_name="127.0.0.1",
         server_port=port,
         share=False,

@@ -119,6 +119,13 @@ def test_mistakes_on_the_command_line_are_said(
     assert re.search(said, f"{ended.value}{capsys.readouterr().err}")
 
 
+def test_the_page_without_gradio_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(folder), "--web", "--device", "cpu"])
+    with pytest.raises(SystemExit, match=r"error: --web needs gradio: pip install 'compact-vision-tokens\[web\]'"):
+        main()
+
+
 class Terminal:
     """A program in a pseudo-terminal, typed at and read as a person would."""
 

@@ -112,15 +112,22 @@ def _known(out: Path) -> dict[tuple[Any, Any], Record]:
 
 def _read(path: Path) -> list[Record]:
     """Answers of one file; half a line at its end, left by a crash, is not one."""
-    *lines, last = path.read_text(encoding="utf-8").split("\n")
+    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if last:
         print(f"note: {path} ends in half a line; that question is asked again", file=sys.stderr)
-    return [json.loads(line) for line in lines]
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            records.append({**record, "question_id": record["question_id"], "image": record["image"]})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number} is not an answer ({error}); delete that line, or the file") from error
+    return records
 
 
 def _is_answered(question: Record, known: dict[tuple[Any, Any], Record]) -> bool:
     record = known.get((question["question_id"], question["image"]))
-    return record is not None and record["prompt"] == question["text"]
+    return record is not None and record.get("prompt") == question["text"]
 
 
 def _answer_mine(

@@ -52,7 +52,7 @@ def main() -> None:
                 print(averages(arguments.out), file=sys.stderr)
         else:
             evaluate_questions(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from openpyxl import Workbook, load_workbook
 
 from training.benchmarks import BENCHMARKS, Benchmark, open_benchmark
@@ -334,3 +336,31 @@ def test_names_and_splits_are_checked(data: Path) -> None:
         open_benchmark("viswiz", data)
     with pytest.raises(ValueError, match=r"no split 'dev'.*val, test-dev, test"):
         open_benchmark("vqav2", data, "dev")
+
+
+def test_files_of_another_layout_are_named(tmp_path: Path) -> None:
+    (tmp_path / "testdev_balanced_questions.json").write_text('{"201": {"imageId": "n1"}}')
+    with pytest.raises(ValueError, match=r"files of gqa .* not in the official layout: KeyError 'question'"):
+        open_benchmark("gqa", tmp_path)
+    (tmp_path / "testdev_balanced_questions.json").write_text("[1")
+    with pytest.raises(ValueError, match=r"testdev_balanced_questions.json is not JSON"):
+        open_benchmark("gqa", tmp_path)
+
+
+SAID = ("A", "B", "C", " A\n", "up", "Yes", "no.", "The answer is B.", "猫", "left\u2028", "")
+
+
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+@pytest.mark.parametrize("name", ["gqa", "scienceqa", "mmbench", "vqav2", "mme"])
+def test_the_order_of_predictions_does_not_matter(data: Path, tmp_path: Path, name: str, draw: Any) -> None:
+    benchmark = opened(data, name)
+    ids = [question.id for question in benchmark.questions]
+    rows = [{"question_id": id, "text": draw.draw(st.sampled_from(SAID))} for id in ids]
+    shuffled = draw.draw(st.permutations(rows))
+    spaced = [{**row, "text": f" {row['text']} \n"} for row in rows]
+    counts = [
+        {key: scored.counts() for key, scored in benchmark.score(read(benchmark, tmp_path, each).answers).items()}
+        for each in (rows, shuffled, spaced)
+    ]
+    assert counts[0] == counts[1] == counts[2]

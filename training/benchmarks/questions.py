@@ -65,7 +65,13 @@ class Benchmark:
         self.folder = below[0] if below else folder
         self._missing: list[str] = []
         self.image_folder = self.folder
-        self.questions = self.read()
+        try:
+            self.questions = self.read()
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(
+                f"the files of {self.name} {self.split} in {self.folder} are not in the official layout: "
+                f"{type(error).__name__} {error}"
+            ) from error
         self._by_id = {question.id: question for question in self.questions}
         self.kept = frozenset(self._by_id)
 

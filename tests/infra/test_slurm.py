@@ -109,11 +109,11 @@ def reach(slurm: Cluster, run: Path, step: int) -> None:
     )
 
 
-def start_now(slurm: Cluster, job: str) -> None:
-    """SLURM lets a requeued job wait for two minutes; the test does not."""
-    slurm.wait_for_job(job, "PENDING", 120)
+def start_again(slurm: Cluster, job: str) -> None:
+    """Wait until a job has been requeued. SLURM may let it wait for two minutes; the test does not."""
+    slurm.wait_until(f"job {job} is requeued", lambda: slurm.job(job)["Restarts"] == "1", 240)
     soon = "StartTime=now+3"  # not at once: the nodes have just revoked its credential
-    slurm.run("scontrol", "update", f"JobId={job}", soon)
+    slurm.run("scontrol", "update", f"JobId={job}", soon, check=False)  # it may run already
 
 
 def test_two_stores_two_stages_and_the_evaluation_run_one_after_another(slurm: Cluster, chain: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_job_whose_host_dies_ends_with_the_same_losses(slurm: Cluster, chain: 
     reach(slurm, run, 12)
     hosts = slurm.run("scontrol", "show", "hostnames", slurm.job(job)["NodeList"]).split()
     slurm.kill_host(hosts[which])
-    start_now(slurm, job)
+    start_again(slurm, job)
     done = slurm.wait_for_job(job, "COMPLETED")
     assert int(done["Restarts"]) == 1
     assert hosts[which] not in slurm.run("scontrol", "show", "hostnames", done["NodeList"]).split()
@@ -150,7 +150,7 @@ def test_a_job_told_to_stop_goes_back_into_the_queue_and_on(slurm: Cluster, chai
     job, run = submit(slurm, chain, "told-to-stop")
     reach(slurm, run, 12)
     slurm.run("scancel", "--batch", "--signal=USR1", job)  # as `--signal=B:USR1@300` does before the time limit
-    start_now(slurm, job)
+    start_again(slurm, job)
     assert int(slurm.wait_for_job(job, "COMPLETED")["Restarts"]) == 1
     assert "told to stop; back into the queue" in (slurm.folder / "told-to-stop.log").read_text()
     assert losses(run) == losses(chain / "finetune")
@@ -176,7 +176,14 @@ def hosts(slurm: Cluster, tmp_path: Path) -> Callable[..., None]:
         exported = exported.replace(NUMBER, "$SLURM_NODEID") + "unset ${!SLURM_*}\n"
         (tmp_path / f"{name}.sh").write_text(f"cd {tmp_path}\n{exported}{script}\n")
         srun = f"srun --cpus-per-task=2 --kill-on-bad-exit=1 bash {tmp_path}/{name}.sh"
-        sbatch = ["sbatch", "--parsable", "--nodes=2", "--ntasks=2", f"--output={slurm.folder}/{name}.log"]
+        sbatch = [
+            "sbatch",
+            "--parsable",
+            "--nodes=2",
+            "--ntasks=2",
+            "--exclusive",
+            f"--output={slurm.folder}/{name}.log",
+        ]
         slurm.wait_for_job(slurm.run(*sbatch, "--wrap", srun).strip(), "COMPLETED", 400)
 
     return run

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import BuildConfig, load_config
+from training.ablate import AblationConfig
 from training.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -57,5 +58,7 @@ def test_every_command_names_files_and_settings_that_exist(words: list[str]) -> 
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text(encoding="utf-8")
     elif "pipeline/build_shards.py" in words:
         load_config(BuildConfig, None, settings_of(words))
+    elif "training/ablate.py" in words:
+        load_config(AblationConfig, str(ROOT / ours[-1]), settings_of(words))
     elif ours and ours[-1].endswith(".yaml"):
         load_config(TrainConfig, str(ROOT / ours[-1]), settings_of(words))

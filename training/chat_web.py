@@ -68,7 +68,7 @@ def page(speakers: list[Speaker]) -> Any:
         outputs = [question, talks, *chats, *facts]
 
         def answer(path: str | None, text: str, known: list[Talk]) -> Iterator[list[Any]]:
-            yield from _answer(speakers, path, text, known)
+            yield from answers(speakers, path, text, known)
 
         def forget() -> list[Any]:
             return ["", [], *[[] for _ in speakers], *["" for _ in speakers]]
@@ -85,8 +85,15 @@ def _short(speaker: Speaker) -> str:
     return "/".join(Path(speaker.name).parts[-2:])
 
 
-def _answer(speakers: list[Speaker], path: str | None, text: str, known: list[Talk]) -> Iterator[list[Any]]:
-    """Each model's answer in turn; every yield is what the page shows now."""
+def answers(speakers: list[Speaker], path: str | None, text: str, known: list[Talk]) -> Iterator[list[Any]]:
+    """Each model's answer in turn, while it grows.
+
+    Every yield is what the page shows now: the question's box, the conversations (`known` are those so far), each
+    model's messages, each model's figures.
+
+    Raises:
+        gradio.Error: if there is no image, or a question or an image that cannot be used.
+    """
     import gradio as gr
 
     from training.chat import Talk, open_image

@@ -1,5 +1,6 @@
 """Chat: answers that stream, in a real terminal and in a real browser."""
 
+import itertools
 import os
 import pty
 import re
@@ -124,6 +125,28 @@ def test_the_page_without_gradio_says_what_to_install(folder: Path, monkeypatch:
     monkeypatch.setattr(sys, "argv", ["chat.py", str(folder), "--web", "--device", "cpu"])
     with pytest.raises(SystemExit, match=r"error: --web needs gradio: pip install 'compact-vision-tokens\[web\]'"):
         main()
+
+
+def test_on_the_page_answers_grow_one_model_after_the_other(talk: Talk, picture: Path) -> None:
+    gr = pytest.importorskip("gradio", reason="the page needs gradio: pip install 'compact-vision-tokens[web]'")
+    from training.chat_web import answers
+
+    talk.speaker.max_new_tokens = 20
+    speakers = [talk.speaker, talk.speaker]
+    shown = list(answers(speakers, str(picture), "What is this?", []))
+    expected = "".join(talk.ask("What is this?")).strip()
+    first, second = ([state[2 + side][-1:] for state in shown] for side in (0, 1))
+    grown = [state[0]["content"] for state in first if state]
+    assert grown[-1] == expected
+    assert len({len(text) for text in grown}) > 2
+    assert all(long.startswith(short.strip()) for short, long in itertools.pairwise(grown))
+    begun = next(number for number, state in enumerate(second) if state)
+    assert first[begun][0]["content"] == expected
+    assert shown[begun][4].startswith("4 vision tokens of 16, first token after")
+    assert second[-1][0]["content"] == expected
+    for path, question, said in ((None, "What?", "Choose an image"), (str(picture), "<image>", "some text without")):
+        with pytest.raises(gr.Error, match=said):
+            list(answers(speakers, path, question, []))
 
 
 class Terminal:

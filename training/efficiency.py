@@ -150,6 +150,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     figures: list[list[dict[str, float]]] = [[] for _ in connectors]
     with torch.inference_mode():
         for number in range(-2 if device.type == "cuda" else -1, arguments.rounds):  # a GPU needs longer to warm up
+            print("warm-up" if number < 0 else f"round {number + 1}/{arguments.rounds}", file=sys.stderr, flush=True)
             for connector, seen in zip(connectors, figures, strict=True):
                 once = _measure(model, connector, arguments)
                 if number >= 0:

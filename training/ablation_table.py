@@ -176,12 +176,13 @@ def as_text(table: dict[str, Any]) -> str:
     """The table in Markdown."""
     names = list(table["rows"][0]["scores"])
     shown = [name for name in (*names, "avg") if any(name in row["published"] for row in table["rows"])]
-    head = ["arm", "tokens", "parameters", "TFLOPs (vision prefill)", "TFLOPs (all)", "loss 1", "loss 2", *names]
+    scale, unit = flops_unit(table["rows"])
+    head = ["arm", "tokens", "parameters", f"{unit} (vision prefill)", f"{unit} (all)", "loss 1", "loss 2", *names]
     head += ["seconds", "published TFLOPs", *[f"published {name}" for name in dict.fromkeys(shown)]]
     lines = [f"# {table['title']}", "", _row(head), _row(["---"] * len(head))]
     for row in table["rows"]:
         cells = [row["arm"], str(row["tokens"]), f"{row['parameters']:,}"]
-        cells += [f"{row[key] / 1e12:.4g}" for key in ("prefill_flops", "total_flops")]
+        cells += [f"{row[key] / scale:.4g}" for key in ("prefill_flops", "total_flops")]
         cells += [f"{row[key]:.3f}" for key in ("loss_pretrain", "loss_finetune")]
         cells += [score_text(row["scores"][name]) for name in names]
         cells += [f"{row['seconds_train']:.0f}", str(row["published"].get("tflops", ""))]
@@ -192,6 +193,11 @@ def as_text(table: dict[str, Any]) -> str:
     if table["encoding"]:
         lines.append(encoding_text(table["encoding"]))
     return "\n".join(lines) + "\n"
+
+
+def flops_unit(rows: Sequence[dict[str, Any]]) -> tuple[float, str]:
+    """What FLOPs are shown in: TFLOPs as in the paper, MFLOPs for tiny models."""
+    return (1e12, "TFLOPs") if max(row["total_flops"] for row in rows) > 1e11 else (1e6, "MFLOPs")
 
 
 def encoding_text(encoding: dict[str, Any]) -> str:

@@ -175,12 +175,12 @@ def _environment() -> dict[str, str]:
 
 def ablation_page(folder: Path, images: Path | None, examples: int) -> str:
     """The page of an ablation, from its table.json; `images` brings examples of its own questions."""
-    from training.ablation_table import LAST, TEXT_TOKENS
+    from training.ablation_table import LAST, TEXT_TOKENS, flops_unit
 
     table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
     rows = table["rows"]
     names = [name for name in rows[0]["scores"] if rows[0]["scores"][name]["score"] is not None]
-    scale, unit = (1e12, "T") if max(row["total_flops"] for row in rows) > 1e11 else (1e6, "M")
+    scale, unit = flops_unit(rows)
     published = [key for key in rows[0]["published"] if any(key in row["published"] for row in rows)]
     page: str = _template("ablation.html").render(
         table=table,

@@ -88,6 +88,26 @@ def whole_model(
     return whole
 
 
+def empty_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
+    """The model of `build_model`, checked as it is, but for the LLM's weights: they have shapes and no contents.
+
+    Raises:
+        ValueError, OSError: as `build_model`.
+    """
+    text = _llama_config(config)
+    connector = _connector(config, store, text.hidden_size)
+    if config.model.connector_from is not None:
+        load_connector(connector, Path(config.model.connector_from))
+    with torch.device("meta"):
+        llm = LlamaForCausalLM(text)
+        model = CompactVisionForConditionalGeneration.from_parts(llm, connector, aspect=store.aspect)
+        model.connector.requires_grad_("connector" in config.train)
+        model.llm.requires_grad_(_learns_whole(config))
+        if config.model.lora is not None:
+            add_lora(model.llm, config.model.lora)
+    return model
+
+
 def _llama_config(config: TrainConfig) -> Any:
     text = AutoConfig.from_pretrained(config.model.llm, revision=config.model.revision)
     if text.model_type != "llama":

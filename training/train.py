@@ -71,6 +71,11 @@ def train(config: TrainConfig, check_only: bool = False) -> None:
     if dist.get_global_rank() == 0:
         print(describe(config, store, model, stream, steps, dist.get_world_size()), flush=True)
     if check_only:
+        if dist.get_global_rank() == 0:
+            from training.optimizer import build_optimizer
+            from training.preview import preview
+
+            print(preview(config, model, build_optimizer(model, config.optimizer), tokenizer, stream), flush=True)
         return
     try:
         trainer, checkpoints = build_trainer(config, store, model, stream, steps, stop)

@@ -5,8 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import multiprocessing
+import os
+import socket
+import sys
 import tarfile
 from collections.abc import Callable, Iterator
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import numpy as np
@@ -36,10 +41,11 @@ def write_tar(path: Path, members: dict[str, bytes]) -> dict[str, tuple[int, int
 
 
 def _features(column: str, key: str) -> bytes:
-    """Bytes that no other column and no other sample has."""
+    """Numbers in bf16 that no other column and no other sample has."""
     tokens = 1 if column.startswith("cls") else TOKENS
     seed = hashlib.sha256(f"{column}/{key}".encode()).digest()
-    return np.random.default_rng(list(seed)).bytes(tokens * WIDTH * 2)
+    numbers = np.random.default_rng(list(seed)).standard_normal(tokens * WIDTH).astype("<f4")
+    return (numbers.view("<u4") >> 16).astype("<u2").tobytes()
 
 
 def _make_store(folder: Path, shards: list[int], text_every: int = 0, columns: tuple[str, ...] = COLUMNS) -> Path:
@@ -131,3 +137,36 @@ def s3() -> Iterator[None]:
         patch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*server.get_host_and_port()))
         yield
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def fork() -> ForkServerContext:
+    """Starts processes from one that has imported torch and Composer already."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["composer", "training.stream"])
+    return context
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    def find() -> int:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            return int(free.getsockname()[1])
+
+    return find
+
+
+def _become_rank(rank: int, ranks: int, port: int, output: Path) -> None:
+    with output.open("a") as file:
+        os.dup2(file.fileno(), sys.stdout.fileno())
+        os.dup2(file.fileno(), sys.stderr.fileno())
+    launcher = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": 0}
+    os.environ.update({name: str(value) for name, value in (launcher | {"MASTER_PORT": port}).items()})
+    os.environ.update({"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": ""})
+
+
+@pytest.fixture(scope="session")
+def become_rank() -> Callable[[int, int, int, Path], None]:
+    """become_rank(rank, ranks, port, output): in a new process, what Composer's launcher would have set."""
+    return _become_rank

@@ -6,13 +6,11 @@ Ranks are forked from a process that has imported Composer already, with the var
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import socket
-import sys
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
@@ -20,18 +18,14 @@ import pytest
 from training.stream import Batch, Example, Stream, split
 
 BATCHES = 5  # per epoch
-FORK = multiprocessing.get_context("forkserver")
-FORK.set_forkserver_preload(["composer", "training.stream"])
+Become = Callable[[int, int, int, Path], None]
 
 
-def run_rank(rank: int, ranks: int, port: int, store: Path, run: Path, kill_at: int, interval: str) -> None:
+def run_rank(
+    become_rank: Become, rank: int, ranks: int, port: int, store: Path, run: Path, kill_at: int, interval: str
+) -> None:
     """One process of a Composer run over `store`; at step `kill_at` it is killed."""
-    with (run / "output").open("a") as output:
-        os.dup2(output.fileno(), sys.stdout.fileno())
-        os.dup2(output.fileno(), sys.stderr.fileno())
-    launcher = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "NODE_RANK": 0}
-    os.environ.update({name: str(value) for name, value in (launcher | {"MASTER_PORT": port}).items()})
-    os.environ.update({"MASTER_ADDR": "127.0.0.1", "CUDA_VISIBLE_DEVICES": "", "PYTHONUNBUFFERED": "1"})
+    become_rank(rank, ranks, port, run / "output")
 
     import torch
     from composer import Callback, DataSpec, Trainer
@@ -92,22 +86,29 @@ def store(make_store: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     return make_store(tmp_path_factory.mktemp("store"), [9, 4, 8])
 
 
-def train(store: Path, run: Path, ranks: int, kill_at: int = -1, interval: str = "1ba") -> int:
-    """0, or the exit code of a process that failed; what they say goes to `run`/output."""
-    run.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [
-        FORK.Process(target=run_rank, args=(rank, ranks, port, store, run, kill_at, interval)) for rank in range(ranks)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(200)
-        process.kill()  # one that hangs
-        process.join()
-    return next((code for process in processes if (code := process.exitcode)), 0)
+Train = Callable[..., int]
+
+
+@pytest.fixture(scope="module")
+def train(fork: ForkServerContext, free_port: Callable[[], int], become_rank: Become, store: Path) -> Train:
+    """train(run, ranks, kill_at, interval): 0, or the exit code of a process that failed; output goes to `run`."""
+
+    def start(run: Path, ranks: int, kill_at: int = -1, interval: str = "1ba") -> int:
+        run.mkdir(exist_ok=True)
+        port = free_port()
+        processes = [
+            fork.Process(target=run_rank, args=(become_rank, rank, ranks, port, store, run, kill_at, interval))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(200)
+            process.kill()  # one that hangs
+            process.join()
+        return next((code for process in processes if (code := process.exitcode)), 0)
+
+    return start
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -116,33 +117,33 @@ def losses(run: Path) -> dict[int, float]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+def undisturbed(train: Train, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
     run = tmp_path_factory.mktemp("undisturbed")
-    assert train(store, run, 2) == 0, (run / "output").read_text()[-3000:]
+    assert train(run, 2) == 0, (run / "output").read_text()[-3000:]
     assert len(losses(run)) == 3 * BATCHES
     return losses(run)
 
 
 @pytest.mark.slow
 def test_a_run_killed_in_mid_epoch_has_the_losses_of_an_undisturbed_one(
-    store: Path, undisturbed: dict[int, float], tmp_path: Path
+    train: Train, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     two, one = tmp_path / "two", tmp_path / "one"
-    assert train(store, two, 2, kill_at=BATCHES + 2) == -signal.SIGKILL
+    assert train(two, 2, kill_at=BATCHES + 2) == -signal.SIGKILL
     assert max(losses(two)) == BATCHES + 1
     shutil.copytree(two, one)
-    assert train(store, two, 2) == 0, (two / "output").read_text()[-3000:]
+    assert train(two, 2) == 0, (two / "output").read_text()[-3000:]
     assert losses(two) == undisturbed  # to the last bit
-    assert train(store, one, 1) == 0, (one / "output").read_text()[-3000:]
+    assert train(one, 1) == 0, (one / "output").read_text()[-3000:]
     assert losses(one) == pytest.approx(undisturbed, rel=1e-5)  # sums in another order
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("interval", ["1ba", "1ep"])
 def test_a_run_killed_between_two_epochs_goes_on_with_the_next(
-    store: Path, undisturbed: dict[int, float], tmp_path: Path, interval: str
+    train: Train, undisturbed: dict[int, float], tmp_path: Path, interval: str
 ) -> None:
-    assert train(store, tmp_path, 1, kill_at=2 * BATCHES, interval=interval) == -signal.SIGKILL
-    assert train(store, tmp_path, 1, interval=interval) == 0, (tmp_path / "output").read_text()[-3000:]
+    assert train(tmp_path, 1, kill_at=2 * BATCHES, interval=interval) == -signal.SIGKILL
+    assert train(tmp_path, 1, interval=interval) == 0, (tmp_path / "output").read_text()[-3000:]
     assert losses(tmp_path) == pytest.approx(undisturbed, rel=1e-5)
     assert (tmp_path / "log").read_text().count("\n") == 3 * BATCHES  # no step was taken twice

@@ -1,0 +1,267 @@
+"""Before a run: the doctor's lines on a good setting and on bad ones, alone and between ranks; what --check shows."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from training import doctor
+from training.config import TrainConfig
+from training.demo_models import train_tokenizer
+from training.memory import ModelShape, estimate
+
+LLM = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A language model of a few thousand weights, with a tokenizer of its own."""
+    folder = tmp_path_factory.mktemp("llm")
+    LlamaForCausalLM(LlamaConfig(vocab_size=1024, pad_token_id=0, **LLM)).save_pretrained(folder)
+    (folder / "tokenizer.model").write_bytes(train_tokenizer({"caption": "w w w a b"}, []))
+    return folder
+
+
+@pytest.fixture
+def good(store: Path, llm: Path, tmp_path: Path) -> list[str]:
+    """A configuration of a run on the small store, as arguments."""
+    settings = {
+        "run": str(tmp_path / "run"),
+        "train": ["connector"],
+        "model": {"llm": str(llm), "connector": {"blocks": [3]}},
+        "data": {"store": str(store), "template": "v1", "max_length": 512},
+        "optimizer": {"lr": 1e-3, "warmup_ratio": 0.1},
+        "global_batch_size": 8,
+        "microbatch_size": 4,
+        "epochs": 3,
+        "precision": "fp32",
+        "device": "cpu",
+    }
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(settings))
+    return [str(tmp_path / "config.yaml")]
+
+
+@pytest.fixture
+def examine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs the doctor; gives its exit code and what it said."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+    def run(*arguments: str) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["doctor.py", *arguments])
+        code = doctor.main()
+        return code, capsys.readouterr().out
+
+    return run
+
+
+def lines(output: str, check: str) -> list[str]:
+    return [line for line in output.splitlines() if line[6:].startswith(check)]
+
+
+def test_a_good_configuration_has_no_failure(good: list[str], examine: Callable, tmp_path: Path) -> None:
+    code, output = examine(*good)
+    assert code == 0, output
+    assert "0 warn, 0 fail" in output.splitlines()[-1]
+    assert "8 examples / 1 rank(s) = 8 each, in 2 microbatch(es) of 4" in lines(output, "batch")[0]
+    assert "columns block03" in lines(output, "store")[0]
+    assert not (tmp_path / "run").exists()
+    assert not list(tmp_path.glob(".doctor-*"))
+
+
+def test_without_a_configuration_the_machine_is_looked_at(examine: Callable) -> None:
+    code, output = examine()
+    assert code == 0
+    assert {line[6:20].strip() for line in output.splitlines()[:-1]} == {"versions", "gpus", "links", "shared memory"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "check", "words"),
+    [
+        (["data.stor=x"], "configuration", "did you mean 'store'?"),
+        (["data.store=/nowhere"], "store", "is not a feature store"),
+        (["model.connector.blocks=[3,6]"], "model", "needs block06; there is only block03, cls23"),
+        (["model.llm=/nowhere/llm"], "model", "/nowhere/llm"),
+        (["model.connector_from=/nowhere"], "model", "/nowhere holds no connector.safetensors"),
+        (["data.max_length=4096"], "model", "more than the 2048 positions"),
+        (["--ranks", "3"], "batch", "8 is not divisible by 3 ranks"),
+        (["global_batch_size=512"], "batch", "fewer than one batch of 512; lower global_batch_size"),
+        (["run=/proc/nowhere/run"], "disk", "cannot write to /proc"),
+        (["device=gpu"], "gpus", "or say device=cpu"),
+    ],
+)
+def test_what_cannot_work_fails_with_what_to_do(
+    good: list[str], examine: Callable, settings: list[str], check: str, words: str
+) -> None:
+    code, output = examine(*good, *settings)
+    assert code == 1
+    (failure,) = [line for line in output.splitlines() if line.startswith("fail")] or [output]
+    assert failure[6:].startswith(check)
+    assert words in output
+    assert "Traceback" not in output
+
+
+def test_a_model_that_no_memory_holds_fails(good: list[str], examine: Callable, llm: Path, tmp_path: Path) -> None:
+    huge = LlamaConfig(hidden_size=4096, intermediate_size=2**20, num_hidden_layers=40, num_attention_heads=32)
+    huge.save_pretrained(tmp_path / "huge")
+    (tmp_path / "huge" / "tokenizer.model").write_bytes((llm / "tokenizer.model").read_bytes())
+    code, output = examine(*good, f"model.llm={tmp_path / 'huge'}", "train=[connector,llm]")
+    assert code == 1
+    assert lines(output, "memory")[0].startswith("fail")
+    assert lines(output, "disk")[0].startswith("fail")
+    assert "lower microbatch_size" in output
+
+
+def test_a_damaged_store_fails(good: list[str], examine: Callable, make_store: Callable, tmp_path: Path) -> None:
+    store = make_store(tmp_path / "store", [9, 4])
+    (store / "block03" / "00000.tar").write_bytes(b"")
+    code, output = examine(*good, f"data.store={store}")
+    assert code == 1
+    assert "block03 of 000000000 is cut off; run pipeline/verify_shards.py" in output
+
+
+def test_settings_without_a_configuration_are_refused(examine: Callable, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        examine("data.store=x")
+    assert "need a CONFIG before them" in capsys.readouterr().err
+
+
+def run_doctor(
+    become_rank: Callable[[int, int, int, Path], None], rank: int, port: int, output: Path, arguments: list[str]
+) -> None:
+    become_rank(rank, 2, port, output)
+    sys.argv = ["doctor.py", *arguments]
+    sys.exit(doctor.main())
+
+
+def test_two_ranks_sum_over_their_link(
+    good: list[str],
+    fork: ForkServerContext,
+    free_port: Callable[[], int],
+    become_rank: Callable[[int, int, int, Path], None],
+    tmp_path: Path,
+) -> None:
+    port = free_port()
+    outputs = [tmp_path / f"output-{rank}" for rank in range(2)]
+    ranks = [fork.Process(target=run_doctor, args=(become_rank, rank, port, outputs[rank], good)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(120)
+        rank.kill()  # one that hangs
+        rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0]
+    output = outputs[0].read_text()
+    assert "between 2 ranks by gloo" in lines(output, "links")[0]
+    assert "8 examples / 2 rank(s) = 4 each" in lines(output, "batch")[0]
+    assert "batch" not in outputs[1].read_text()
+
+
+def test_a_rank_that_does_not_come_is_missed(
+    monkeypatch: pytest.MonkeyPatch, examine: Callable, free_port: Callable[[], int]
+) -> None:
+    monkeypatch.setattr(doctor, "WAIT_S", 2)
+    launcher = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, str(value))
+    code, output = examine()
+    assert code == 1
+    assert "rank 0 of 2 did not reach the others at 127.0.0.1:" in lines(output, "links")[0]
+
+
+def test_a_failure_on_another_rank_is_told_and_equal_lines_once() -> None:
+    same = doctor.Finding("ok", "shared memory", "8 GB")
+    mine, theirs = doctor.Finding("ok", "versions", "torch 2.7.0"), doctor.Finding("ok", "versions", "torch 2.6.0")
+    broken = doctor.Finding("fail", "gpus", "none found")
+    merged = doctor.together([[mine, same], [theirs, same, broken]])
+    assert [(f.level, f.check, f.text) for f in merged[2:]] == [
+        ("fail", "versions", "rank 1 differs from rank 0: torch 2.6.0"),
+        ("fail", "gpus", "rank 1: none found"),
+    ]
+
+
+SHAPE = ModelShape(learning=1000, frozen=500, layer=100, layers=10, hidden=8, mlp=16, vocabulary=100)
+
+
+def config_of(good: list[str], **changes: object) -> TrainConfig:
+    settings = yaml.safe_load(Path(good[0]).read_text()) | changes
+    return TrainConfig.model_validate(settings)
+
+
+def test_the_estimate_of_ddp_is_what_adam_allocates(good: list[str], llm: Path) -> None:
+    import torch
+
+    model = LlamaForCausalLM.from_pretrained(llm, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(input_ids=torch.ones((1, 4), dtype=torch.long)).logits.sum().backward()
+    optimizer.step()
+    weights = sum(p.nbytes for p in model.parameters())
+    gradients = sum(p.grad.nbytes for p in model.parameters())
+    moments = sum(s[name].nbytes for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
+    shape = ModelShape(**{**SHAPE.__dict__, "learning": model.num_parameters(), "frozen": 0})
+    found = estimate(config_of(good), shape, ranks=1, examples=1, text_tokens=1)
+    assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, moments)
+
+
+@pytest.mark.parametrize(
+    ("engine", "expected"),  # bytes of weights, gradients, optimizer; 1000 weights learn, 500 bf16 ones are frozen
+    [
+        ("ddp", (4000 + 2000 + 1000, 8000, 8000)),
+        ("fsdp", ((4000 + 1000) / 4 + 400, 1000, 2000)),
+        ("zero1", (3000, 2000, 3000)),
+        ("zero2", (3000, 500, 3000)),
+        ("zero3", (3000 / 4 + 400, 500, 3000)),
+    ],
+)
+def test_each_engine_shards_its_part(good: list[str], engine: str, expected: tuple[float, ...]) -> None:
+    config = config_of(good, precision="amp_bf16").model_copy(update={"parallelism": engine})
+    found = estimate(config, SHAPE, ranks=4, examples=1, text_tokens=1)
+    assert (found.weights, found.gradients, found.optimizer) == expected
+
+
+def test_activation_checkpointing_needs_less(good: list[str]) -> None:
+    whole = config_of(good)
+    saved = whole.model_copy(update={"model": whole.model.model_copy(update={"activation_checkpointing": True})})
+    more, less = (estimate(c, SHAPE, 1, 4, 10).activations for c in (whole, saved))
+    assert less < more / 2
+
+
+def test_check_shows_groups_and_an_example_with_its_labels(
+    good: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from training.train import main
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *good, "--check"])
+    main()
+    output = capsys.readouterr().out
+    assert "global_batch_size: 8" in output
+    assert "lr 1.00e-03  weight decay 0" in output
+    assert "tensors of connector.mbtf, connector.stf" in output
+    assert "USER: [1 vision tokens]" in output
+    assert "ASSISTANT:⟦a b</s>⟧" in output
+    assert not Path(config_of(good).run).exists()
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ("data.stor=x", "did you mean 'store'?"),
+        ("data.store=/nowhere", "is not a feature store"),
+        ("model.connector.blocks=[3,6]", "needs block06"),
+        ("global_batch_size=512", "fewer examples than one global batch of 512"),
+        ("data.max_length=4096", "more than the 2048 positions"),
+    ],
+)
+def test_check_names_what_is_wrong(good: list[str], monkeypatch: pytest.MonkeyPatch, setting: str, words: str) -> None:
+    from training.train import main
+
+    monkeypatch.setattr(sys, "argv", ["train.py", *good, "--check", setting])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert str(stopped.value.code).startswith("error: ")
+    assert words in str(stopped.value.code)

@@ -4,9 +4,9 @@
     make bench-stream                 # also puts the peers into build/peers
     python tests/benchmarks/bench_stream.py [--samples 400] [--repeats 3]
 
-Everything is read from the page cache by one process (the DataLoader peer has two workers). Rates count feature bytes
-and samples; passes of the readers take turns, the median counts. Peers that are not installed are named and left out.
-Padding is counted on lengths drawn after LLaVA-Instruct-158K and LLaVA-1.5's 665K mix.
+Everything is read from memory (/dev/shm, which no kernel evicts) by one process; the DataLoader peer has two workers.
+Rates count feature bytes and samples; passes of the readers take turns, the median counts. Peers that are not installed
+are named and left out. Padding is counted on lengths drawn after LLaVA-Instruct-158K and LLaVA-1.5's 665K mix.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import stream_peers as peers
-from stream_peers import COLUMNS, PAYLOAD, PER_SHARD, ROOT, Read, write_data
+from stream_peers import COLUMNS, PAYLOAD, PER_SHARD, ROOT, Read
 
 from training.order import Examples, OrderSettings, epoch_batches, padding_share
 
@@ -80,8 +83,12 @@ def measure(readers: dict[str, Read], blocks: int, repeats: int) -> list[Row]:
     return rows
 
 
-def read_store(folder: Path, samples: int, threads: int, repeats: int) -> list[Row]:
-    """The store and the mixed tars, read by ourselves and by whoever can."""
+def read_all(folder: Path, samples: int, threads: int, repeats: int) -> tuple[list[Row], list[int]]:
+    """Every reader's rows, and the stream's peak memory with the smallest and the largest window.
+
+    One layout after another is written, read and removed: all of them at once would need memory for 15 GB.
+    """
+    peers.write_store(folder, samples)
     rows = []
     for columns in (COLUMNS, COLUMNS[:1]):
         readers: dict[str, Read] = {
@@ -90,27 +97,32 @@ def read_store(folder: Path, samples: int, threads: int, repeats: int) -> list[R
             "stream, shuffled": peers.stream(folder, columns, True, threads),
             "stream, shuffled, 1 thread": peers.stream(folder, columns, True, 1),
             "DataLoader, 2 workers": peers.dataloader(folder, columns, samples),
-            "webdataset": peers.webdataset(folder, columns, decode=True),
-            "webdataset, raw bytes": peers.webdataset(folder, columns, decode=False),
         }
         if len(columns) == 1:
             readers["webdataset, raw bytes, that block's tars"] = peers.webdataset_one_column(folder, columns[0])
-        if installed("megatron-energon"):
-            readers["megatron-energon, raw bytes"] = peers.energon(folder, columns)
         rows += measure(readers, len(columns), repeats)
-    return rows
+        del readers  # its staging buffers
+    memory = [peak_memory(folder, window) for window in (1, samples // PER_SHARD)]
+    shutil.rmtree(folder)
 
-
-def read_formats(folder: Path, repeats: int) -> list[Row]:
-    """Peers with a format of their own: written, read, removed, so that the page cache holds what is read."""
-    rows = []
-    for name, subfolder, reader in (("mosaicml-streaming", "mds", peers.mds), ("litdata", "litdata", peers.lit)):
-        if not installed(name):
-            continue
+    def read_layout(write: Callable[[Path, int], None], readers: dict[str, Callable[..., Read]]) -> None:
+        write(folder, samples)
         for columns in (COLUMNS, COLUMNS[:1]):
-            rows += measure({name: reader(folder, columns)}, len(columns), repeats)
-        shutil.rmtree(folder / subfolder)
-    return rows
+            rows.extend(
+                measure({name: reader(folder, columns) for name, reader in readers.items()}, len(columns), repeats)
+            )
+        shutil.rmtree(folder)
+
+    mixed = {"webdataset": partial(peers.webdataset, decode=True)}
+    mixed["webdataset, raw bytes"] = partial(peers.webdataset, decode=False)
+    if installed("megatron-energon"):
+        mixed["megatron-energon, raw bytes"] = peers.energon
+    read_layout(peers.write_mixed, mixed)
+    if installed("mosaicml-streaming"):
+        read_layout(peers.write_mds, {"mosaicml-streaming": peers.mds})
+    if installed("litdata"):
+        read_layout(peers.write_lit, {"litdata": peers.lit})
+    return rows, memory
 
 
 def installed(name: str) -> bool:
@@ -179,18 +191,13 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=400, help="of 9.4 MB (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=3, help="timed passes, at most (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="reader threads of the stream (default: %(default)s)")
-    parser.add_argument("--data", type=Path, default=ROOT / "runs/bench/stream-data", help="where the data goes")
+    parser.add_argument("--data", default="/dev/shm", help="memory of 4 GB, or a disk (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/stream.json")
     arguments = parser.parse_args()
     if arguments.samples % PER_SHARD:
         sys.exit(f"error: --samples {arguments.samples} is not a multiple of {PER_SHARD}")
-    folder = arguments.data
-    print(f"writing {2 * arguments.samples * PAYLOAD * len(COLUMNS) / 1e9:.1f} GB to {folder}, unless they are there")
-    write_data(folder, arguments.samples)
-    os.sync()  # so that nothing is written back while we measure
-    rows = read_store(folder, arguments.samples, arguments.threads, arguments.repeats)
-    memory = [peak_memory(folder, window) for window in (1, arguments.samples // PER_SHARD)]
-    rows += read_formats(folder, arguments.repeats)
+    with tempfile.TemporaryDirectory(prefix="bench-stream-", dir=arguments.data) as name:
+        rows, memory = read_all(Path(name) / "data", arguments.samples, arguments.threads, arguments.repeats)
     report(rows, memory, padding(), arguments)
 
 
@@ -223,6 +230,7 @@ def report(
         "environment": {
             "command": " ".join(["python", "tests/benchmarks/bench_stream.py", *sys.argv[1:]]),
             "cpus": os.cpu_count(),
+            "load_average_1_min": round(os.getloadavg()[0], 1),
             "platform": platform.platform(),
             "python": platform.python_version(),
             "versions": {name: importlib.metadata.version(name) for name in versions},

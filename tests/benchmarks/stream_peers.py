@@ -6,11 +6,10 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from itertools import islice
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -134,12 +133,7 @@ def dataloader(folder: Path, columns: tuple[str, ...], samples: int) -> Read:
 
 def mds(folder: Path, columns: tuple[str, ...]) -> Read:
     """mosaicml-streaming: one MDS sample holds all blocks as bytes, so one block costs as much as eight."""
-    from streaming import MDSWriter, StreamingDataset
-
-    if not (folder / "mds" / "index.json").exists():
-        with MDSWriter(out=str(folder / "mds"), columns=dict.fromkeys(COLUMNS, "bytes")) as out:
-            for sample in webdataset_arrays(folder):
-                out.write({name: array.tobytes() for name, array in sample.items()})
+    from streaming import StreamingDataset
 
     def read() -> Iterator[int]:
         for sample in StreamingDataset(local=str(folder / "mds"), shuffle=False, batch_size=BATCH):
@@ -148,24 +142,43 @@ def mds(folder: Path, columns: tuple[str, ...]) -> Read:
     return read
 
 
+def write_mds(folder: Path, samples: int) -> None:
+    """The same features for mosaicml-streaming."""
+    from streaming import MDSWriter
+
+    with MDSWriter(out=str(folder / "mds"), columns=dict.fromkeys(COLUMNS, "bytes")) as out:
+        for _, features in images(samples):
+            out.write({name: array.tobytes() for name, array in features.items()})
+
+
 def lit(folder: Path, columns: tuple[str, ...]) -> Read:
     """litdata: one chunked sample holds all blocks as arrays."""
     import litdata
-
-    if not (folder / "litdata" / "index.json").exists():
-        litdata.optimize(
-            fn=partial(mixed_shard, folder),
-            inputs=sorted(path.name for path in (folder / "mixed").glob("*.tar")),
-            output_dir=str(folder / "litdata"),
-            chunk_bytes="256MB",
-            num_workers=1,
-        )
 
     def read() -> Iterator[int]:
         for sample in litdata.StreamingDataset(str(folder / "litdata"), shuffle=False):
             yield sum(sample[column].nbytes for column in columns)
 
     return read
+
+
+def write_lit(folder: Path, samples: int) -> None:
+    """The same features for litdata, by its own worker process."""
+    import litdata
+
+    litdata.optimize(
+        fn=some_images,
+        inputs=[(first, min(first + PER_SHARD, samples)) for first in range(0, samples, PER_SHARD)],
+        output_dir=str(folder / "litdata"),
+        chunk_bytes="256MB",
+        num_workers=1,
+    )
+
+
+def some_images(numbers: tuple[int, int]) -> Iterator[dict[str, np.ndarray]]:
+    """The features of images `first` to `last`, exclusive."""
+    for _, features in islice(images(numbers[1]), *numbers):
+        yield features
 
 
 def energon(folder: Path, columns: tuple[str, ...]) -> Read:
@@ -204,44 +217,41 @@ def energon(folder: Path, columns: tuple[str, ...]) -> Read:
     return read
 
 
-def mixed_shard(folder: Path, name: str) -> Iterator[dict[str, np.ndarray]]:
-    """The samples of one mixed tar, for litdata's own worker process."""
-    import webdataset as wds
-
-    for sample in wds.WebDataset([str(folder / "mixed" / name)], shardshuffle=False).decode():
-        yield {column: sample[f"{column}.npy"] for column in COLUMNS}
-
-
-def webdataset_arrays(folder: Path) -> Iterator[dict[str, np.ndarray]]:
-    """Every sample of the mixed tars, to write other formats from."""
-    for path in sorted((folder / "mixed").glob("*.tar")):
-        yield from mixed_shard(folder, path.name)
-
-
-def write_data(folder: Path, samples: int) -> None:
-    """A store of random features, and the same features as one mixed tar per shard with .npy members."""
-    if (folder / f"complete-{samples}").exists():
-        return
-    shutil.rmtree(folder, ignore_errors=True)
+def images(samples: int) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    """(key, features) of every image: noise that no two images share."""
     noise = np.random.default_rng(0).integers(0, 1 << 16, (len(COLUMNS), TOKENS, WIDTH), dtype=np.uint16)
+    for number in range(samples):
+        yield f"{number:09d}", {column: np.roll(block, number) for column, block in zip(COLUMNS, noise, strict=True)}
+
+
+def write_store(folder: Path, samples: int) -> None:
+    """A feature store of random features."""
     rows: list[dict[str, object]] = []
+    stream = images(samples)
     for shard in range(samples // PER_SHARD):
-        keys = [f"{shard * PER_SHARD + row:09d}" for row in range(PER_SHARD)]
-        places = {SAMPLES: write_tar(folder / tar_path(SAMPLES, shard), ((f"{key}.json", record(key)) for key in keys))}
-        for column, values in zip(COLUMNS, noise, strict=True):
-            members = ((f"{key}.{column}.bf16", np.roll(values, int(key)).tobytes()) for key in keys)
+        part = list(islice(stream, PER_SHARD))
+        places = {SAMPLES: write_tar(folder / tar_path(SAMPLES, shard), ((f"{k}.json", record(k)) for k, _ in part))}
+        for column in COLUMNS:
+            members = ((f"{key}.{column}.bf16", features[column].tobytes()) for key, features in part)
             places[column] = write_tar(folder / tar_path(column, shard), members)
-        write_tar(
-            folder / "mixed" / f"{shard:05d}.tar",
-            ((f"{k}.{c}.npy", npy(np.roll(v, int(k)))) for k in keys for c, v in zip(COLUMNS, noise, strict=True)),
-        )
-        for row, key in enumerate(keys):
+        for row, (key, _) in enumerate(part):
             line: dict[str, object] = {"key": key, "shard": shard, "image": f"{key}.jpg", "words": [3]}
             for name, found in places.items():
                 line |= {f"{name}.offset": found[row][0], f"{name}.size": found[row][1]}
             rows.append(line)
     write_manifest(folder, rows)
-    (folder / f"complete-{samples}").touch()
+
+
+def write_mixed(folder: Path, samples: int) -> None:
+    """The same features as one tar per shard that holds all blocks, with .npy members."""
+    stream = images(samples)
+    for shard in range(samples // PER_SHARD):
+        members = (
+            (f"{key}.{column}.npy", npy(array))
+            for key, features in islice(stream, PER_SHARD)
+            for column, array in features.items()
+        )
+        write_tar(folder / "mixed" / f"{shard:05d}.tar", members)
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> list[tuple[int, int]]:

@@ -29,7 +29,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
     Keys: step, loss (mean over supervised tokens of the global batch), lr (of the first parameter group; lr_llm of the
     second), grad_norm (L2, before any clipping), samples_per_s, tokens_per_s (all ranks), data_wait (share of the step
     this rank waited for data), step_s, eta_s, memory_gb (peak; of the process where there is no GPU), mfu (of this
-    rank; on a known GPU).
+    rank; on a known GPU), padding (share of the positions of this rank's microbatches that hold no token).
 
     Args:
         clip: L2 norm to which the gradient is clipped, by this callback, as it is measured.
@@ -54,6 +54,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
         self._step_start = 0.0
         self._tokens = 0
         self._work = 0.0
+        self._positions, self._used = 0, torch.tensor(0)
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drop the lines of steps that a resumed run is about to repeat."""
@@ -69,11 +70,18 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
         rates = state.schedulers[0].get_last_lr()
         self._line = {"lr": rates[0]} | ({"lr_llm": rates[1]} if len(rates) > 1 and rates[1] != rates[0] else {})
         self._tokens = state.timestamp.token.value
+        self._positions, self._used = 0, torch.tensor(0)
         if self.peak is not None:
             batch = state.batch
             lengths = batch["attention_mask"].sum(dim=1).tolist()
             supervised = int((batch["labels"][:, 1:] != IGNORE).sum())
             self._work = self.flops(lengths, len(batch["image_rows"]), supervised)
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        """Count the positions of a microbatch, and the tokens among them, where they are: without waiting for them."""
+        mask = state.batch["attention_mask"]
+        self._positions += mask.numel()
+        self._used = self._used.to(mask.device) + mask.sum()
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Measure the gradient, and clip it, while it exists."""
@@ -94,6 +102,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
             "step_s": seconds,
             "eta_s": (self.total_steps - step) * seconds,
             "memory_gb": _peak_memory() / 1e9,
+            "padding": 1 - float(self._used) / self._positions,
         }
         measured = engine_norm(state)
         if measured is not None:
@@ -126,7 +135,7 @@ def _one_line(line: dict[str, float], total: int) -> str:
     text = (
         f"step {line['step']:.0f}/{total}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  |g| {line['grad_norm']:.3f}  "
         f"{line['samples_per_s']:.1f} samples/s  {line['tokens_per_s']:.0f} tokens/s  "
-        f"data wait {line['data_wait']:.1%}  {line['memory_gb']:.1f} GB"
+        f"data wait {line['data_wait']:.1%}  padding {line['padding']:.1%}  {line['memory_gb']:.1f} GB"
     )
     text += f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
     return f"{text}  ETA {line['eta_s']:.0f} s"

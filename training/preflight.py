@@ -72,6 +72,7 @@ def of_run(config: TrainConfig, ranks: Ranks) -> list[Finding]:
     found += run_check("store", lambda: columns(config, store, model))
     found += run_check("memory", lambda: memory(config, shape, model, ranks))
     found += run_check("disk", lambda: disk(config, shape))
+    found += run_check("bucket", lambda: bucket(config))
     return found + run_check("cache", lambda: cache(config))
 
 
@@ -230,6 +231,26 @@ def disk(config: TrainConfig, shape: ModelShape) -> Iterator[Finding]:
     level: Level = "fail" if free < one else "warn" if free < keep * one else "ok"
     hint = "" if level == "ok" else "; make room, lower checkpoint.keep, or choose another run=..."
     yield Finding(level, "disk", f"{text} in {there}{hint}")
+
+
+def bucket(config: TrainConfig) -> Iterator[Finding]:
+    """The bucket of the checkpoints takes a file, gives it back, and lets it go."""
+    from pipeline.storage import Storage
+
+    if config.checkpoint.remote is None:
+        return
+    storage, name, data = Storage(config.checkpoint.remote), f".doctor-{uuid.uuid4().hex}", uuid.uuid4().bytes * 2**16
+    start = time.perf_counter()
+    storage.replace(name, data)
+    same = storage.read(name) == data
+    storage.delete(name)
+    text = f"{config.checkpoint.remote}: 1 MiB written, read and deleted in {time.perf_counter() - start:.2f} s"
+    if same:
+        yield Finding("ok", "bucket", text)
+    else:
+        yield Finding(
+            "fail", "bucket", f"{config.checkpoint.remote} gives other bytes than it was given; what is between?"
+        )
 
 
 def cache(config: TrainConfig) -> Iterator[Finding]:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
+import boto3
 import pytest
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -123,6 +124,26 @@ def test_a_damaged_store_fails(good: list[str], examine: Callable, make_store: C
     code, output = examine(*good, f"data.store={store}")
     assert code == 1
     assert "block03 of 000000000 is cut off; run pipeline/verify_shards.py" in output
+
+
+def test_the_bucket_of_checkpoints_is_written_and_read(good: list[str], examine: Callable, s3: None) -> None:
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="checkpoints")
+    code, output = examine(*good, "checkpoint.remote=s3://checkpoints/run")
+    assert code == 0, output
+    assert lines(output, "bucket")[0].startswith("ok")
+    assert client.list_objects_v2(Bucket="checkpoints")["KeyCount"] == 0
+    code, output = examine(*good, "checkpoint.remote=s3://no-such-bucket/run")
+    assert code == 1
+    assert lines(output, "bucket")[0].startswith("fail")
+    assert "no-such-bucket" in output
+
+
+def test_adapters_alone_learn_under_lora(good: list[str], examine: Callable) -> None:
+    code, output = examine(*good, "train=[llm]", "model.lora={rank: 2}")
+    assert code == 0, output
+    # 2 x (4 projections of attention (32 + 32) + 3 of the MLP (32 + 64)) x rank 2
+    assert "llm learn: 2,176 weights" in lines(output, "model")[0]
 
 
 def test_settings_without_a_configuration_are_refused(examine: Callable, capsys: pytest.CaptureFixture[str]) -> None:

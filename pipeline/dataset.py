@@ -114,7 +114,7 @@ def _raw_records(files: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
                 raise ValueError(f"data: {file} is not JSON: {error}") from error
             yield from ((f"{name}#{index}", record) for index, record in enumerate(records))
             continue
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         parsed = [(number, _parsed(line)) for number, line in lines]
         if all(isinstance(record, ValueError) for _, record in parsed):
             raise ValueError(f"data: {file} is neither a JSON list nor JSON lines of LLaVA records")

@@ -98,8 +98,8 @@ def _shards(storage: Storage) -> dict[str, Any]:
 
 
 def _failures(storage: Storage) -> dict[str, Any]:
-    lines = storage.read(FAILURES).decode().splitlines() if storage.exists(FAILURES) else []
-    failures = [Failure.model_validate_json(line) for line in lines]
+    lines = storage.read(FAILURES).decode().split("\n") if storage.exists(FAILURES) else []
+    failures = [Failure.model_validate_json(line) for line in lines if line]
     return {
         "count": len(failures),
         "reasons": Counter(failure.reason for failure in failures).most_common(10),

@@ -83,7 +83,7 @@ def _stage(run: Path, stage: str, title: str, summary: dict[str, Any]) -> dict[s
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def chart(series: Mapping[str, tuple[Sequence[int], Sequence[float]]]) -> dict[str, Any]:

@@ -54,8 +54,8 @@ def test_text_only_records_are_kept_each_by_itself(write: Write) -> None:
 
 
 def test_json_lines_give_what_json_gives(write: Write) -> None:
-    records = [record(f"{i}.jpg", f"answer {i}") for i in range(20)]
-    lines = "\n".join(json.dumps(r) for r in records) + "\n"
+    records = [record(f"{i}.jpg", f"answer\u2028{i}\x85") for i in range(20)]  # no ends of lines, to JSON
+    lines = "\n".join(json.dumps(r, ensure_ascii=False) for r in records) + "\n"
     as_list = read_dataset((write(records),), seed=3, limit=None)
     as_lines = read_dataset((write("\ufeff" + lines, "data.jsonl"),), seed=3, limit=None)
     assert as_list.digest == as_lines.digest

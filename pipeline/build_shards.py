@@ -330,7 +330,8 @@ class _Progress:
         """End the bar."""
         self.bar.close()
         if self.wasted:
-            print(f"{self.wasted} shard(s) were built twice: another job works on the same store")
+            why = "another job works on the same store, or an answer of S3 was lost"
+            print(f"{self.wasted} shard(s) were there when they were to be written: {why}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do command -v $$p >/de
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo ablate test cluster-test infra-check check format bench-stream bench-build clean help
+.PHONY: demo ablate test cluster-test infra-check check format bench-build bench-stream bench-train clean help
 
 help:            ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -52,6 +52,9 @@ bench-stream: $(STAMP) build/peers/.installed ## the stream beside its peers: a 
 build/peers/.installed: tests/benchmarks/peers.txt | $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --no-deps --target build/peers -r $<
 	@touch $@
+
+bench-train: $(STAMP) ## a training step beside its peers: a table, and runs/bench/train.json
+	$(BIN)/python tests/benchmarks/bench_train.py
 
 clean:           ## remove what was built, the environment included
 	rm -rf $(VENV) .venv-infra runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import statistics
@@ -142,9 +143,15 @@ def _one_line(line: dict[str, float], total: int) -> str:
 
 
 def boards(names: tuple[str, ...], run: Path, project: str) -> list[LoggerDestination]:
-    """Composer's loggers of these names; addresses and keys come from the environment."""
+    """Composer's loggers of these names; addresses and keys come from the environment.
+
+    Raises:
+        ValueError: if the package of one is not installed.
+    """
     made: list[LoggerDestination] = []
     for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"boards: {name} is not installed; pip install 'compact-vision-tokens[{name}]'")
         if name == "tensorboard":
             from composer.loggers import TensorboardLogger
 

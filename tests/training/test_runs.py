@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from pipeline.config import ConfigError, load_config
 from training.config import TrainConfig
 
+pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs
 LORA = {"model.lora": {"rank": 8, "alpha": 16, "dropout": 0.0}, "optimizer.llm_lr": 4e-3}
 MEMORY = {"model.loss_chunks": 3, "model.activation_checkpointing": True}
 BF16 = {"precision": "amp_bf16", "model.frozen_dtype": "bfloat16"}
@@ -30,9 +31,9 @@ RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "lora-ddp": (2, 2, LORA),
     "lora-fsdp": (2, 2, {**LORA, "parallelism": "fsdp"}),
     "lora-zero3": (2, 2, {**LORA, "parallelism": "zero3"}),
-    "bf16-ddp": (1, 2, BF16),
-    "bf16-fsdp": (1, 2, {**BF16, "parallelism": "fsdp"}),
+    "fp32": (1, 2, {}),
     "bf16-zero2": (1, 2, {**BF16, "parallelism": "zero2"}),
+    "bf16-zero3": (1, 2, {**BF16, "parallelism": "zero3"}),
     "spike": (2, 2, {"stop_on_spike": 1.002, "optimizer.lr": 1e-9}),
 }
 
@@ -107,9 +108,10 @@ def test_each_part_has_its_own_rate(runs: Path, read_log: Callable[..., Any]) ->
 
 
 @pytest.mark.slow
-def test_engines_agree_in_bf16_up_to_its_rounding(losses: Callable[[str], list[float]]) -> None:
-    for engine in ("fsdp", "zero2"):
-        assert losses(f"bf16-{engine}") == pytest.approx(losses("bf16-ddp"), rel=5e-3)
+def test_bf16_has_the_losses_of_fp32_up_to_its_rounding(losses: Callable[[str], list[float]]) -> None:
+    """Under ZeRO, that is: Composer does not train in bf16 on a CPU."""
+    for engine in ("zero2", "zero3"):
+        assert losses(f"bf16-{engine}") == pytest.approx(losses("fp32"), rel=5e-3)
 
 
 @pytest.mark.slow
@@ -149,6 +151,14 @@ def test_what_cannot_work_is_refused_with_its_reason(changes: list[str], reason:
     yaml = Path(__file__).resolve().parents[2] / "training" / "pretrain.yaml"
     with pytest.raises(ConfigError, match=reason):
         load_config(TrainConfig, yaml, changes)
+
+
+def test_a_board_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from training.callbacks import boards
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'compact-vision-tokens\[wandb\]'"):
+        boards(("wandb",), tmp_path, "project")
 
 
 def test_composer_algorithms_are_refused_under_zero() -> None:

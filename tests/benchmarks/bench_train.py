@@ -1,0 +1,242 @@
+#!/usr/bin/env python
+"""What a training step costs, beside its peers: one command, one table, `runs/bench/train.json`.
+
+    python tests/benchmarks/bench_train.py [--steps 8]
+
+On a CPU the models are small, with the proportions of CLIP-L and a 7B Llama (a twentieth of the weights see the image),
+and the figures are ratios on the same machine. With a GPU a stage-1 step of 7B and a stage-2 step of 1.3B, with random
+weights, are measured too: samples/s, MFU, memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[0] = str(ROOT)
+
+import torch  # noqa: E402
+from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
+
+from pipeline.manifest import read_store  # noqa: E402
+from pipeline.storage import Storage  # noqa: E402
+from training.composer_model import TrainableModel, supervised_tokens  # noqa: E402
+from training.config import TrainConfig  # noqa: E402
+from training.connectors import ConnectorConfig, build_connector  # noqa: E402
+from training.mfu import StepFlops, peak_flops  # noqa: E402
+from training.model import CompactVisionForConditionalGeneration  # noqa: E402
+from training.optimizer import build_optimizer  # noqa: E402
+from training.stream import Batch  # noqa: E402
+from training.train import assemble  # noqa: E402
+
+BLOCKS, GRID, WIDTH = (2, 3, 4, 5, 6, 7, 8), 24, 128
+CLIP = {"hidden_size": WIDTH, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4}
+LLM = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
+WARM_UP = 2  # steps of each run that do not count
+
+
+def write_parts(folder: Path) -> None:
+    """CLIP, Llama with a tokenizer, and a store of 64 images; the tests' own writer."""
+    if (folder / "complete").exists():
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    spec = importlib.util.spec_from_file_location("parts", ROOT / "tests" / "training" / "conftest.py")
+    assert spec is not None and spec.loader is not None
+    parts = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(parts)
+    torch.manual_seed(0)
+    CLIPVisionModel(CLIPVisionConfig(image_size=336, patch_size=14, **CLIP)).save_pretrained(folder / "clip")
+    LlamaForCausalLM(LlamaConfig(vocab_size=8192, pad_token_id=0, **LLM)).save_pretrained(folder / "llm")
+    parts.write_tokenizer(folder / "llm")
+    parts.write_store(folder / "store", folder / "clip", 64, blocks=BLOCKS, grid=GRID, width=WIDTH, patch_size=14)
+    (folder / "complete").touch()
+
+
+def settings(folder: Path, run: str, stage: int, steps: int, **changes: Any) -> dict[str, Any]:
+    """What TrainConfig takes."""
+    tree = {
+        "run": str(folder / "runs" / run),
+        "train": ["connector"] if stage == 1 else ["connector", "llm"],
+        "model": {"llm": str(folder / "llm"), "frozen_dtype": "float32", "connector": {"blocks": BLOCKS}},
+        "data": {"store": str(folder / "store"), "template": "v1", "max_length": 1024, "threads": 1},
+        "optimizer": {"lr": 1e-4},
+        "checkpoint": {"interval": "100ep"},
+        "global_batch_size": 2,
+        "steps": steps,
+        "precision": "fp32",
+        "device": "cpu",
+    }
+    return tree | changes
+
+
+def run_composer(config: dict[str, Any], ranks: int) -> dict[str, float]:
+    """A real run of train.py: median seconds of a step, peak GB of rank 0, share of waiting for data."""
+    run = Path(config["run"])
+    shutil.rmtree(run, ignore_errors=True)
+    run.parent.mkdir(parents=True, exist_ok=True)
+    path = run.with_suffix(".yaml")
+    path.write_text(json.dumps(config), encoding="utf-8")  # JSON is YAML
+    launcher = str(Path(sys.executable).with_name("composer"))
+    threads = max(1, (os.cpu_count() or 1) // ranks)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, launcher, "-n", str(ranks), str(ROOT / "training" / "train.py"), str(path)]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"error: {' '.join(command)} ended with {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()][WARM_UP:]
+    return {
+        "step_s": statistics.median(line["step_s"] for line in lines),
+        "memory_gb": max(line["memory_gb"] for line in lines),
+        "data_wait": sum(line["data_wait"] * line["step_s"] for line in lines) / sum(line["step_s"] for line in lines),
+    }
+
+
+def bare_loop(config: dict[str, Any], steps: int, live: bool = False) -> dict[str, float]:
+    """The same model, optimizer and batches in a plain loop, batches in memory; `live` encodes pixels instead."""
+    parsed = TrainConfig.model_validate(config)
+    store = read_store(Storage(parsed.data.store))
+    _, _, model, stream = assemble(parsed, 0, 1)
+    columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
+    optimizer = build_optimizer(model, parsed.optimizer)
+    batches: list[Batch] = []
+    for batch, _ in zip(stream, range(steps), strict=False):
+        batches.append(Batch({**batch, "columns": {name: data.clone() for name, data in batch["columns"].items()}}))
+    trainable = TrainableModel(model, columns, store.codec, torch.float32)
+    if live:
+        model.vision_tower = CLIPVisionModel.from_pretrained(store.encoder.id).requires_grad_(False)
+    seconds = []
+    for batch in batches:
+        pixels = torch.zeros(len(batch["image_rows"]), 3, 336, 336) if live else None
+        start = time.perf_counter()
+        if live:
+            text = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+            loss = model(**text, pixel_values=pixels, use_cache=False).loss
+        else:
+            loss = trainable(batch).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - start)
+    return {"step_s": statistics.median(seconds[WARM_UP:])}
+
+
+def gpu_step(shape: dict[str, int], stage: int, batch_size: int, steps: int, device: str) -> dict[str, float]:
+    """A step on random weights and features, 144 vision tokens and 112 of text: seconds, MFU, peak memory."""
+    text = LlamaConfig(vocab_size=32000, pad_token_id=0, max_position_embeddings=2048, **shape)
+    frozen = torch.bfloat16 if stage == 1 else torch.float32
+    with torch.device(device):
+        llm = LlamaForCausalLM._from_config(text, dtype=frozen)
+        connector = build_connector(ConnectorConfig(llm_width=text.hidden_size))
+        model = CompactVisionForConditionalGeneration.from_parts(llm, connector).train()
+        model.llm.requires_grad_(stage == 2)
+        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+        columns = {name: torch.randn(batch_size, 576, 1024, dtype=torch.bfloat16) for name in connector.columns}
+        ids = torch.randint(3, 32000, (batch_size, 256))
+    ids[:, 1:145] = model.config.image_token_id
+    labels = ids.masked_fill(ids == model.config.image_token_id, -100)
+    config = TrainConfig.model_validate(settings(Path("unused"), "gpu", stage, steps))
+    optimizer, seconds = build_optimizer(model, config.optimizer), []
+    for _ in range(steps + WARM_UP):
+        start = time.perf_counter()
+        with torch.autocast(device, torch.bfloat16):
+            loss = model(input_ids=ids, labels=labels, columns=columns, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    step = statistics.median(seconds[WARM_UP:])
+    row = {"step_s": step, "samples_per_s": batch_size / step}
+    peak = peak_flops()
+    if peak is not None:
+        flops = StepFlops(model, config.train)([256] * batch_size, batch_size, supervised_tokens(Batch(labels=labels)))
+        row |= {"mfu": flops / step / peak, "memory_gb": torch.cuda.max_memory_allocated() / 1e9}
+    return row
+
+
+def measure(folder: Path, steps: int) -> dict[str, dict[str, float]]:
+    """Every row of the table."""
+    rows: dict[str, dict[str, float]] = {}
+
+    def row(name: str, call: Callable[[], dict[str, float]]) -> None:
+        rows[name] = {key: round(value, 4) for key, value in call().items()}
+        print(f"{name:44} " + "  ".join(f"{key} {value}" for key, value in rows[name].items()), flush=True)
+
+    def of(run: str, stage: int = 1, **changes: Any) -> dict[str, Any]:
+        return settings(folder, run, stage, steps, **changes)
+
+    full = {"arm": "mbtf", "blocks": BLOCKS}
+    model = of("576")["model"] | {"connector": full}
+    row("stage 1, bare loop", lambda: bare_loop(of("bare"), steps))
+    row("stage 1, Composer and stream", lambda: run_composer(of("ours"), 1))
+    row("stage 1, bare loop again", lambda: bare_loop(of("bare"), steps))
+    row("stage 1, bare loop, live CLIP", lambda: bare_loop(of("live"), steps, live=True))
+    row("stage 1, bare loop, 576 tokens", lambda: bare_loop(of("576", model=model), steps))
+    for engine in ("ddp", "fsdp", "zero2", "zero3"):
+        row(f"stage 2, 2 ranks, {engine}", lambda engine=engine: run_composer(of(engine, 2, parallelism=engine), 2))
+    if torch.cuda.is_available():
+        big = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
+        small = {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16}
+        row("GPU, 7B, stage 1", lambda: gpu_step(big, 1, 16, steps, "cuda"))
+        row("GPU, 1.3B, stage 2", lambda: gpu_step(small, 2, 32, steps, "cuda"))
+    return rows
+
+
+def ratios(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
+    """Name -> value, target, whether it is met; `at most` targets say so in their name."""
+    step = {name: row["step_s"] for name, row in rows.items()}
+    bare = (step["stage 1, bare loop"] + step["stage 1, bare loop again"]) / 2
+    ddp = "stage 2, 2 ranks, ddp"
+    checks: list[tuple[str, float, float, bool]] = [
+        ("a step of ours, of a bare loop (at most)", step["stage 1, Composer and stream"] / bare, 1.03, False),
+        ("waiting for data (at most)", rows["stage 1, Composer and stream"]["data_wait"], 0.02, False),
+        ("live CLIP, of cached features", step["stage 1, bare loop, live CLIP"] / bare, 1.0, True),
+        ("576 tokens, of 144", step["stage 1, bare loop, 576 tokens"] / bare, 2.0, True),
+    ]
+    for engine in ("fsdp", "zero2", "zero3"):
+        checks.append((f"{engine} step, of ddp (at most)", step[f"stage 2, 2 ranks, {engine}"] / step[ddp], 1.5, False))
+    if "GPU, 1.3B, stage 2" in rows and "mfu" in rows["GPU, 1.3B, stage 2"]:
+        checks.append(("MFU of stage 2", rows["GPU, 1.3B, stage 2"]["mfu"], 0.45, True))
+    return {
+        name: {"value": round(value, 3), "target": target, "met": value >= target if least else value <= target}
+        for name, value, target, least in checks
+    }
+
+
+def main() -> None:
+    """Make the parts, measure, print the ratios, keep it all in runs/bench/train.json."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=8, help="of each run, two of which warm up (default: %(default)s)")
+    parser.add_argument("--data", type=Path, default=ROOT / "runs/bench/train-data", help="where parts and runs go")
+    parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/train.json")
+    arguments = parser.parse_args()
+    if arguments.steps <= WARM_UP:
+        sys.exit(f"error: --steps {arguments.steps}: the first {WARM_UP} warm up, so at least {WARM_UP + 1} are needed")
+    write_parts(arguments.data)
+    rows = measure(arguments.data, arguments.steps)
+    found = ratios(rows)
+    for name, line in found.items():
+        print(f"{name:44} {line['value']:>8} (target {line['target']}) {'met' if line['met'] else 'MISSED'}")
+    environment = {"cpus": os.cpu_count(), "platform": platform.platform(), "python": platform.python_version()}
+    environment["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    environment |= {name: importlib.metadata.version(name) for name in ("torch", "mosaicml", "deepspeed")}
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    result = {"ratios": found, "environment": environment, "rows": rows, "steps": arguments.steps}
+    arguments.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

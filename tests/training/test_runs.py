@@ -120,7 +120,7 @@ def test_every_step_says_what_it_did_here_and_on_tensorboard(runs: Path, read_lo
 
     lines = read_log(runs / "plain")
     names = {"loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "data_wait", "step_s", "eta_s", "memory_gb"}
-    assert all(line.keys() == names | {"step"} for line in lines)
+    assert all(line.keys() == names | {"step", "padding"} for line in lines)
     (events,) = (runs / "plain" / "tensorboard").rglob("*tfevents*")
     board = EventAccumulator(str(events)).Reload()
     assert [event.value for event in board.Scalars("step/loss")] == pytest.approx([line["loss"] for line in lines])

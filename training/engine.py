@@ -2,7 +2,7 @@
 
 ddp             whole copies; gradients are averaged
 fsdp            weights, gradients and optimizer state sharded, by Composer's FSDP2: each layer's gathered for its use
-zero1, 2, 3     optimizer state; gradients too; weights too: by DeepSpeed (training/deepspeed.py)
+zero2, zero3    optimizer state and gradients; weights too: by DeepSpeed (training/deepspeed.py)
 """
 
 from __future__ import annotations

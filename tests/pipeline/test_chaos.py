@@ -397,10 +397,13 @@ def test_a_worker_frozen_while_it_publishes_changes_nothing_when_it_wakes_after_
     while psutil.Process(worker.pid).status() != psutil.STATUS_STOPPED:
         assert worker.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    build_here(arguments)
-    before = there()
-    worker.send_signal(signal.SIGCONT)
-    rest, _ = worker.communicate(timeout=60)
+    try:
+        build_here(arguments)
+        before = there()
+        worker.send_signal(signal.SIGCONT)
+        rest, _ = worker.communicate(timeout=60)
+    finally:
+        worker.kill()
     assert worker.returncode == 0
     assert json.loads(rest)["shard"] == 0
     assert {name: value for name, value in there().items() if name in before} == before

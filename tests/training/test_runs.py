@@ -120,6 +120,7 @@ def test_every_step_says_what_it_did_here_and_on_tensorboard(runs: Path, read_lo
     lines = read_log(runs / "plain")
     names = {"loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "data_wait", "step_s", "eta_s", "memory_gb"}
     assert all(line.keys() == names | {"step", "padding"} for line in lines)
+    assert all(0 < line["padding"] < 0.5 for line in lines)  # microbatches of unequal texts, cut to the longest
     seen = []
     for events in (runs / "plain" / "tensorboard").rglob("*tfevents*"):  # Composer begins a new one at each flush
         board = EventAccumulator(str(events)).Reload()

@@ -111,7 +111,12 @@ def reach(slurm: Cluster, run: Path, step: int) -> None:
 
 def start_again(slurm: Cluster, job: str) -> None:
     """Wait until a job has been requeued. SLURM may let it wait for two minutes; the test does not."""
-    slurm.wait_until(f"job {job} is requeued", lambda: slurm.job(job)["Restarts"] == "1", 240)
+
+    def requeued() -> bool:
+        now = slurm.job(job)
+        return now["Restarts"] == "1" and now["JobState"] in {"PENDING", "RUNNING", "COMPLETED"}
+
+    slurm.wait_until(f"job {job} is requeued", requeued, 240)
     soon = "StartTime=now+3"  # not at once: the nodes have just revoked its credential
     slurm.run("scontrol", "update", f"JobId={job}", soon, check=False)  # it may run already
 

@@ -100,7 +100,7 @@ class FaultyS3:
         self.session = aiohttp.ClientSession(auto_decompress=False)
         application = web.Application(client_max_size=2**30)
         application.router.add_route("*", "/{path:.*}", self.handle)
-        self.runner = web.AppRunner(application, access_log=None)
+        self.runner = web.AppRunner(application, access_log=None, shutdown_timeout=1)  # some requests hang
         await self.runner.setup()
         site = web.TCPSite(self.runner, "127.0.0.1", 0)
         await site.start()

@@ -107,7 +107,11 @@ def test_the_readmes_first_hour_runs(demo: Path, tmp_path: Path) -> None:
     output = shell("bash", "-euc", f'export PATH="{Path(sys.executable).parent}:$PATH"\n{typed}')
     assert "16 patch tokens -> 4 vision tokens" in output
     assert '"questions": 8' in output
-    assert {path.name for path in set(demo.rglob("*")) - before} == {"eight.jsonl", "eight.jsonl.run.json", "eight.scores.json"}
+    assert {path.name for path in set(demo.rglob("*")) - before} == {
+        "eight.jsonl",
+        "eight.jsonl.run.json",
+        "eight.scores.json",
+    }
     for path in demo.glob("eight.*"):
         path.unlink()
     (tmp_path / "readme.py").write_text(script)

@@ -15,7 +15,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs
-BUCKET = "checkpoints"
+BUCKET, COMPLAINT = "checkpoints", "is not uploaded yet"
 
 
 @pytest.fixture(scope="module")
@@ -78,8 +78,8 @@ def runs(
         job("unmarked", {"parallelism": "fsdp"}, **kill),
         job("bucket", {**remote, "steps": 9}),
     ]
-    # The bucket does not answer while the last run writes to it, and for some seconds after.
-    waiting = threading.Thread(target=_open_when, args=(folder / "bucket" / "checkpoints" / "ba00000009", bucket))
+    # The bucket does not answer until the last run has complained of it.
+    waiting = threading.Thread(target=_open_when, args=(folder / "bucket" / "output", bucket))
     waiting.start()
     codes = run_jobs(folder, first, bucket["environment"])
     waiting.join()
@@ -106,11 +106,10 @@ def runs(
     return folder
 
 
-def _open_when(checkpoint: Path, bucket: dict[str, Any]) -> None:
+def _open_when(output: Path, bucket: dict[str, Any]) -> None:
     deadline = time.monotonic() + 250
-    while not (checkpoint / "complete.json").exists() and time.monotonic() < deadline:
+    while not (output.exists() and COMPLAINT in output.read_text()) and time.monotonic() < deadline:
         time.sleep(0.05)
-    time.sleep(2)
     bucket["client"] = bucket["open"]()
 
 
@@ -164,7 +163,7 @@ def test_a_bucket_that_failed_has_the_last_checkpoint_in_the_end_and_an_empty_di
 ) -> None:
     codes = json.loads((runs / "codes.json").read_text()), json.loads((runs / "codes-again.json").read_text())
     assert codes[0][5] == [0, 0], (runs / "before-loss" / "output").read_text()[-3000:]
-    assert "is not uploaded yet" in (runs / "before-loss" / "output").read_text()
+    assert COMPLAINT in (runs / "before-loss" / "output").read_text()
     assert codes[1][5] == [0, 0], (runs / "bucket" / "output").read_text()[-3000:]
     after = losses(read_log(runs / "bucket"))
     assert min(after) == 10  # steps 1 to 9 were not repeated

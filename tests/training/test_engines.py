@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs
 ENGINES = ("ddp", "fsdp", "zero2", "zero3")
@@ -98,4 +99,6 @@ def test_a_checkpoint_of_stage_1_holds_nothing_of_the_frozen_model(runs: Path) -
         frozen = sum(w.numel() for w in load_file(run / "all.safetensors").values()) - weights
         assert frozen > 0.3 * weights
         extra = 4 * weights if engine == "zero2" else 0  # its weights and their master copies
-        assert size - 12 * weights - extra < 200_000 < 4 * frozen, engine
+        assert size - 12 * weights - extra < 300_000 < 4 * frozen, engine  # fsdp's metadata alone has some 250 kB
+        for shards in newest.glob("ep*"):
+            assert not any("llm" in name for name in FileSystemReader(shards).read_metadata().state_dict_metadata)

@@ -101,7 +101,9 @@ def test_lora_learns_alike_on_every_engine_and_is_merged_at_the_end(
 
 @pytest.mark.slow
 def test_each_part_has_its_own_rate(runs: Path, read_log: Callable[..., Any]) -> None:
-    for line in read_log(runs / "lora-ddp")[1:]:
+    moving = [line for line in read_log(runs / "lora-ddp") if line["lr"] > 0]  # at 0 both are the same
+    assert len(moving) > 10
+    for line in moving:
         assert line["lr_llm"] == pytest.approx(2 * line["lr"])
     assert "lr_llm" not in read_log(runs / "plain")[-1]
 

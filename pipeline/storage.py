@@ -151,11 +151,11 @@ class Storage:
         with self.scratch() as folder:
             path = folder / "file"
             path.write_bytes(data)
-            _sync(path)
+            sync(path)
             target = self._local / _checked(name)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
 
     def delete(self, name: str) -> None:
         """Remove a file; nothing happens if there is none."""
@@ -256,17 +256,18 @@ def _list_local(root: Path, prefix: str) -> dict[str, int]:
 
 
 def _link(source: Path, target: Path) -> bool:
-    _sync(source)
+    sync(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(source, target)
     except FileExistsError:
         return False
-    _sync(target.parent)
+    sync(target.parent)
     return True
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Bring a file's bytes, or a folder's names, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

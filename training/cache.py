@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.schema import Commit, commit_path
-from pipeline.storage import Storage
+from pipeline.storage import Storage, sync
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class ShardCache:
                 if found == sha256:
                     os.fsync(file.fileno())
                     part.rename(path)
-                    _sync_folder(path.parent)
+                    sync(path.parent)
                     return
             log.warning("%s came with wrong bytes (attempt %d of 2)", name, attempt)
         got = part.stat().st_size
@@ -169,14 +169,6 @@ def _sha256(descriptor: int) -> str:
         digest.update(memoryview(buffer)[:got])
         offset += got
     return digest.hexdigest()
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from composer.loggers import Logger
 from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import create_interval_scheduler, dist
 
+from pipeline.storage import sync
 from training.config import CheckpointSettings
 from training.remote import Remote
 
@@ -155,7 +156,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         mark = Mark(step, self.engine, dist.get_world_size(), load, files)
         if _is_local_leader():
             for name in mine:
-                _sync(target / name)
+                sync(target / name)
             _replace(target / MARK, json.dumps(asdict(mark), indent=1))
             self._rotate()
             if self._remote is not None:
@@ -321,17 +322,9 @@ def _remove(folder: Path) -> None:
 def _replace(path: Path, text: str) -> None:
     part = path.with_name(f"{path.name}.{os.uname().nodename}.part")
     part.write_text(text, encoding="utf-8")
-    _sync(part)
+    sync(part)
     part.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def _is_local_leader() -> bool:

@@ -68,7 +68,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Note the learning rates that this step will use, before the schedule moves on."""
-        rates = state.schedulers[0].get_last_lr()
+        rates = [group["lr"] for group in state.optimizers[0].param_groups]
         self._line = {"lr": rates[0]} | ({"lr_llm": rates[1]} if len(rates) > 1 and rates[1] != rates[0] else {})
         self._tokens = state.timestamp.token.value
         self._positions, self._used = 0, torch.tensor(0)

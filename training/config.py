@@ -132,11 +132,6 @@ class TrainConfig(Settings):
     def _consistent(self) -> TrainConfig:
         if self.data.template == "plain" and "llm" in self.train:
             raise ValueError("data.template: plain is for stage 1, where train is [connector]; use v1 to train the llm")
-        if self.parallelism == "zero1":
-            raise ValueError(
-                "parallelism: zero1 loses gradients of all microbatches but one (DeepSpeed 0.19, steps of whole "
-                "batches); use zero2, which needs less memory and has the losses of ddp"
-            )
         for part in ("connector", "llm"):
             if getattr(self.optimizer, f"{part}_lr") is not None and part not in self.train:
                 raise ValueError(f"optimizer.{part}_lr has no effect: train is {list(self.train)}; leave it out")

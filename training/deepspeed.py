@@ -39,10 +39,10 @@ TAG = "zero"  # of the engine's folder within a checkpoint
 
 
 class ZeroTrainer(Trainer):  # type: ignore[misc]
-    """Composer's Trainer over a DeepSpeed engine of ZeRO stage 2 or 3.
+    """Composer's Trainer over a DeepSpeed engine of ZeRO stage 1, 2 or 3.
 
     Args:
-        stage: what is sharded: optimizer state and gradients, or weights too.
+        stage: what is sharded: 1 optimizer state, 2 gradients too, 3 weights too.
         bf16: weights and activations in bf16, else in fp32.
         clip_grad_norm: the L2 norm that gradients are clipped to; None for none.
         **settings: Composer's.

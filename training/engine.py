@@ -2,7 +2,7 @@
 
 ddp             whole copies; gradients are averaged
 fsdp            weights, gradients and optimizer state sharded, by Composer's FSDP2: each layer's gathered for its use
-zero2, zero3    optimizer state and gradients; weights too: by DeepSpeed (training/deepspeed.py)
+zero1, 2, 3     optimizer state; gradients too; weights too: by DeepSpeed (training/deepspeed.py)
 """
 
 from __future__ import annotations
@@ -97,6 +97,8 @@ def gradient_norm(state: State, clip: float | None) -> float:
 
     Under ZeRO the engine measures and clips, within its step: the norm is 0 here, `engine_norm` gives it afterwards.
     """
+    if hasattr(state.model, "zero_optimization_stage"):
+        return 0.0  # stage 1 still has gradients there: of this rank alone
     learning = [p for p in state.model.parameters() if p.grad is not None]
     if not learning:
         return 0.0

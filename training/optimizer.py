@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from training.config import OptimizerSettings
 from training.model import CompactVisionForConditionalGeneration
@@ -30,6 +31,14 @@ def build_optimizer(model: CompactVisionForConditionalGeneration, settings: Opti
         weight_decay=settings.weight_decay,
         fused=torch.cuda.is_available(),
     )
+
+
+def build_schedule(optimizer: torch.optim.Optimizer, steps: int, warmup_ratio: float) -> LambdaLR:
+    """The rates of `steps` steps, to be moved on after each.
+
+    It counts its steps itself: Composer moves schedules before its own clock, whose time is one step late to them.
+    """
+    return LambdaLR(optimizer, lambda step: cosine_with_warmup(step, steps, warmup_ratio))
 
 
 def cosine_with_warmup(step: int, total: int, warmup_ratio: float) -> float:

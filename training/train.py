@@ -21,7 +21,6 @@ from training.config import TrainConfig
 
 if TYPE_CHECKING:
     from composer import Trainer
-    from composer.core import State
 
     from pipeline.schema import StoreSpec
     from training.checkpoint import Checkpoints, StopRequest
@@ -169,7 +168,7 @@ def build_trainer(
     from training.composer_model import TrainableModel, token_counts
     from training.engine import engine_of, make_trainer, microbatch_size
     from training.mfu import StepFlops
-    from training.optimizer import build_optimizer, cosine_with_warmup
+    from training.optimizer import build_optimizer, build_schedule
     from training.stream import split
 
     columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
@@ -187,13 +186,15 @@ def build_trainer(
     checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, engine, stop, frozen)
     latest = find(run / "checkpoints", config.checkpoint, engine)
     log = StepLog(run / "log.jsonl", stream, steps, config.optimizer.clip_grad_norm, StepFlops(model, config.train))
+    optimizer = build_optimizer(model, config.optimizer)
     trainer = make_trainer(
         config,
         frozen,
         model=TrainableModel(model, columns, store.codec, dtype),
         train_dataloader=data,
-        optimizers=build_optimizer(model, config.optimizer),
-        schedulers=_schedule(steps, config, cosine_with_warmup),
+        optimizers=optimizer,
+        schedulers=build_schedule(optimizer, steps, config.optimizer.warmup_ratio),
+        step_schedulers_every_batch=True,
         max_duration=f"{steps}ba",
         device_train_microbatch_size=microbatch_size(config, dist.get_world_size()),
         accumulate_train_batch_on_tokens=config.loss == "global",
@@ -216,14 +217,6 @@ def _tell_nodes_apart() -> None:
 
     name = dist.get_node_signal_file_name
     dist.get_node_signal_file_name = lambda rng=None: f"{name(rng)}_{dist.get_node_rank()}"
-
-
-def _schedule(steps: int, config: TrainConfig, curve: Any) -> Any:
-    def multiplier(state: State, ssr: float = 1.0) -> float:
-        factor: float = curve(state.timestamp.batch.value, steps, config.optimizer.warmup_ratio)
-        return factor
-
-    return multiplier
 
 
 def _unchanged(batch: Any) -> Any:

@@ -101,8 +101,8 @@ def test_lora_learns_alike_on_every_engine_and_is_merged_at_the_end(
 
 @pytest.mark.slow
 def test_each_part_has_its_own_rate(runs: Path, read_log: Callable[..., Any]) -> None:
-    moving = [line for line in read_log(runs / "lora-ddp") if line["lr"] > 0]  # at 0 both are the same
-    assert len(moving) > 10
+    first, *moving = read_log(runs / "lora-ddp")
+    assert first["lr"] == 0  # where both are the same
     for line in moving:
         assert line["lr_llm"] == pytest.approx(2 * line["lr"])
     assert "lr_llm" not in read_log(runs / "plain")[-1]
@@ -148,7 +148,6 @@ def test_a_jump_of_the_loss_stops_the_run_and_names_the_batch(runs: Path) -> Non
         (["train=[connector,llm]", "data.template=v1", "model.lora={}", "parallelism=fsdp"], "FSDP shards the weights"),
         (["model.compile_connector=true", "parallelism=zero3"], "ZeRO-3 gathers weights in Python hooks"),
         (["parallelism=zero4"], "'zero3'"),
-        (["parallelism=zero1"], "zero1 loses gradients"),
         (["checkpoint.remote=bucket"], "checkpoint.remote"),
         (["boards=[tensorbord]"], "boards"),
     ],
@@ -177,12 +176,17 @@ def test_composer_algorithms_are_refused_under_zero() -> None:
 
 
 def test_the_schedule_is_the_reference_trainers(shared: Path) -> None:
+    """Step by step: test_engines.py shows that a run's steps take the rates of this curve."""
     import json
 
-    from training.optimizer import cosine_with_warmup
+    from training.optimizer import build_schedule
 
     for case in json.loads((shared / "parity" / "learning_rates.json").read_text()):
         assert math.ceil(case["total_steps"] * 0.03) == case["warmup_steps"]
-        for step, rate in case["lr"].items():
-            found = case["base_lr"] * cosine_with_warmup(int(step), case["total_steps"], 0.03)
-            assert found == pytest.approx(rate, rel=1e-9, abs=1e-18)
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=case["base_lr"])
+        schedule = build_schedule(optimizer, case["total_steps"], 0.03)
+        for step in range(case["total_steps"]):
+            if str(step) in case["lr"]:
+                assert optimizer.param_groups[0]["lr"] == pytest.approx(case["lr"][str(step)], rel=1e-9, abs=1e-18)
+            optimizer.step()
+            schedule.step()

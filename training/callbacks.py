@@ -159,7 +159,7 @@ def boards(names: tuple[str, ...], run: Path, project: str) -> list[LoggerDestin
         elif name == "wandb":
             from composer.loggers import WandBLogger
 
-            made.append(WandBLogger(project=project, name=run.name))
+            made.append(WandBLogger(project=project, name=run.name, init_kwargs={"dir": str(run)}))
         else:
             from composer.loggers import MLFlowLogger
 

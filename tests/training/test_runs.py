@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,7 @@ BF16 = {"precision": "amp_bf16", "model.frozen_dtype": "bfloat16"}
 
 # name: (stage, ranks, settings)
 RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {
-    "plain": (2, 2, {"boards": ["tensorboard"]}),
+    "plain": (2, 2, {"boards": ["tensorboard", "wandb", "mlflow"]}),
     "one-rank": (2, 1, {"microbatch_size": "auto", "parallelism": "fsdp"}),
     "odd-parts": (2, 2, {"microbatch_size": 3}),
     "chunks-zero3": (2, 2, {**MEMORY, "parallelism": "zero3"}),
@@ -45,7 +46,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., Any],
     for name, (stage, ranks, changes) in RUNS.items():
         config = settings(folder / name, stage, {"steps": 16, "checkpoint.interval": "100ba", **changes})
         jobs.append({"config": config, "ranks": ranks})
-    codes = dict(zip(RUNS, run_jobs(folder, jobs), strict=True))
+    boards = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
+    codes = dict(zip(RUNS, run_jobs(folder, jobs, boards), strict=True))
     for name, code in codes.items():
         assert (name == "spike") is any(code), f"{name}: {code}\n{(folder / name / 'output').read_text()[-4000:]}"
     return folder
@@ -116,19 +118,50 @@ def test_bf16_has_the_losses_of_fp32_up_to_its_rounding(losses: Callable[[str], 
 
 
 @pytest.mark.slow
-def test_every_step_says_what_it_did_here_and_on_tensorboard(runs: Path, read_log: Callable[..., Any]) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
+def test_every_step_says_what_it_did(runs: Path, read_log: Callable[..., Any]) -> None:
     lines = read_log(runs / "plain")
     names = {"loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "data_wait", "step_s", "eta_s", "memory_gb"}
     assert all(line.keys() == names | {"step", "padding"} for line in lines)
     assert all(0 < line["padding"] < 0.5 for line in lines)  # microbatches of unequal texts, cut to the longest
+
+
+def on_tensorboard(runs: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
     seen = []
     for events in (runs / "plain" / "tensorboard").rglob("*tfevents*"):  # Composer begins a new one at each flush
         board = EventAccumulator(str(events)).Reload()
         seen += board.Scalars("step/loss") if "step/loss" in board.Tags()["scalars"] else []
-    values = [event.value for event in sorted(seen, key=lambda event: event.wall_time)]
-    assert values == pytest.approx([line["loss"] for line in lines])
+    return [event.value for event in sorted(seen, key=lambda event: event.wall_time)]
+
+
+def on_wandb(runs: Path) -> list[float]:
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    (path,) = (runs / "plain").rglob("run-*.wandb")
+    store, seen = DataStore(), []
+    store.open_for_scan(str(path))
+    while (data := store.scan_data()) is not None:
+        items = Record.FromString(data).history.item
+        seen += [json.loads(i.value_json) for i in items if "step/loss" in (i.key, *i.nested_key)]
+    return seen
+
+
+def on_mlflow(runs: Path) -> list[float]:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    (run,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return [metric.value for metric in client.get_metric_history(run.info.run_id, "step/loss")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("board", [on_tensorboard, on_wandb, on_mlflow])
+def test_a_board_has_the_losses_of_the_log(
+    runs: Path, losses: Callable[[str], list[float]], board: Callable[[Path], list[float]]
+) -> None:
+    assert board(runs) == pytest.approx(losses("plain"))
 
 
 @pytest.mark.slow
@@ -177,8 +210,6 @@ def test_composer_algorithms_are_refused_under_zero() -> None:
 
 def test_the_schedule_is_the_reference_trainers(shared: Path) -> None:
     """Step by step: test_engines.py shows that a run's steps take the rates of this curve."""
-    import json
-
     from training.optimizer import build_schedule
 
     for case in json.loads((shared / "parity" / "learning_rates.json").read_text()):

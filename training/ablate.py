@@ -3,9 +3,11 @@
 
     python training/ablate.py training/ablations/table3.yaml key=value ...      on one device
     composer training/ablate.py training/ablations/table3.yaml key=value ...    on all GPUs of this machine
+    ray job submit --working-dir . -- training/ablate.py training/ablations/table3.yaml run=/shared/table3 --ray
 
-Arms read only their own columns of the stores. Arms and seeds run one after another; running the same command again
-goes on where it stopped. `--part 3/8` does the fourth eighth of them, for a cluster; the last part writes the table.
+Arms read only their own columns of the stores. Arms and seeds run one after another, with --ray as many at once as the
+cluster has groups of GPUs; running the same command again goes on where it stopped. `--part 3/8` does the fourth eighth
+of them, for a cluster without Ray; the last part writes the table.
 The run folder gets <arm>/seed<n>/{pretrain,finetune,...}, table.json, table.md and report.html.
 """
 
@@ -103,12 +105,23 @@ def main() -> None:
     parser.add_argument("config", help="YAML file, e.g. training/ablations/table3.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. run=runs/mine seeds=[0,1,2]")
     parser.add_argument("--part", metavar="I/N", help="only the I-th of N parts of the runs, counted from 0")
+    parser.add_argument("--ray", action="store_true", help="on a Ray cluster, or on one started on this machine")
+    parser.add_argument(
+        "--gpus", type=int, metavar="N", help="of each run, with --ray (default: 1 where there are any)"
+    )
     arguments = parser.parse_intermixed_args()
     try:
         config = load_config(AblationConfig, arguments.config, arguments.settings)
         plan = list(runs(config))
         stages = {(run.folder, stage): stage_config(config, run, stage) for run in plan for stage in STAGES}
         mine = plan[_part(arguments.part)]
+        if arguments.ray:
+            from training.ablate_on_ray import on_ray
+
+            failed = on_ray([arguments.config, *arguments.settings], plan, arguments.gpus)
+            if failed:
+                sys.exit(f"error: {len(failed)} of {len(plan)} runs failed: {', '.join(str(r.folder) for r in failed)}")
+            mine = []
     except (ConfigError, ValueError) as error:
         sys.exit(f"error: {error}")
     ablate(config, plan, mine, stages)

@@ -180,7 +180,7 @@ def hosts(slurm: Cluster, tmp_path: Path) -> Callable[..., None]:
         exported = "".join(f"export {key}={shlex.quote(value)}\n" for key, value in environment.items())
         exported = exported.replace(NUMBER, "$SLURM_NODEID") + "unset ${!SLURM_*}\n"
         (tmp_path / f"{name}.sh").write_text(f"cd {tmp_path}\n{exported}{script}\n")
-        srun = f"srun --cpus-per-task=2 --kill-on-bad-exit=1 bash {tmp_path}/{name}.sh"
+        srun = f"srun --cpus-per-task=2 --kill-on-bad-exit=1 --wait=120 bash {tmp_path}/{name}.sh"
         sbatch = [
             "sbatch",
             "--parsable",

@@ -1,0 +1,109 @@
+"""An ablation of two arms, on one machine and as tasks of a Ray cluster: the same table; one run killed on the way."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(scope="module")
+def ablation(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., Any]) -> Path:
+    """The YAML file of an ablation, with four questions about drawn squares."""
+    folder = tmp_path_factory.mktemp("ablation")
+    asked = []
+    for number, color in enumerate(("red", "green", "blue", "yellow")):
+        Image.new("RGB", (32, 32), color).save(folder / f"{number}.png")
+        asked.append({"question_id": number, "image": f"{number}.png", "text": "What color?", "answer": color})
+    (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in asked))
+    stage = {"steps": 6, "checkpoint.interval": "2ba", "data.max_length": 256}
+    stages = {}
+    for number, name in enumerate(("pretrain", "finetune"), 1):
+        tree = settings(Path("set-by-the-ablation"), number, stage)
+        del tree["run"]
+        stages[name] = {"config": f"training/{name}.yaml", "settings": tree}
+    config = {
+        "title": "Two arms",
+        "run": str(folder / "run"),
+        "seeds": [0],
+        **stages,
+        "questions": str(folder / "questions.jsonl"),
+        "images": str(folder),
+        "max_new_tokens": 4,
+        "arms": [
+            {"name": "STF", "connector": {"arm": "stf", "block": 4}},
+            {"name": "AvgPool", "connector": {"arm": "avgpool", "block": 4}},
+        ],
+    }
+    path = folder / "ablation.yaml"
+    path.write_text(json.dumps(config, default=str))  # JSON is YAML
+    return path
+
+
+def start(ablation: Path, *words: str) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "training/ablate.py", str(ablation), *words]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def table(run: Path) -> dict[str, Any]:
+    """What does not depend on the clock."""
+    found = json.loads((run / "table.json").read_text())
+    for row in found["rows"]:
+        for name in ("seconds_train", "seconds_answer", "data_wait"):
+            row.pop(name)
+    return found
+
+
+def test_runs_on_ray_make_the_table_of_runs_in_a_row_though_one_is_killed(ablation: Path) -> None:
+    said, _ = start(ablation, f"run={ablation.parent}/row").communicate(timeout=300)
+    assert "| AvgPool |" in said, said
+    on_ray = start(ablation, f"run={ablation.parent}/ray", "--ray")
+    log = ablation.parent / "ray" / "stf" / "seed0" / "finetune" / "log.jsonl"
+    deadline = time.monotonic() + 200
+    while not (log.exists() and log.read_text().count("\n") >= 3):
+        assert time.monotonic() < deadline and on_ray.poll() is None, on_ray.communicate()
+        time.sleep(0.01)
+    (victim,) = [p for p in psutil.process_iter() if {"--part", "0/2", str(ablation)} <= set(_words(p))]
+    victim.send_signal(signal.SIGKILL)
+    said, _ = on_ray.communicate(timeout=300)
+    assert on_ray.returncode == 1
+    assert "2 of 2 runs to do, up to 2 at once" in said or os.cpu_count() != 2
+    assert "STF, seed 0: ended with -9" in said
+    assert f"1 of 2 runs failed: {ablation.parent}/ray/stf/seed0" in said
+    again = start(ablation, f"run={ablation.parent}/ray", "--ray")
+    said, _ = again.communicate(timeout=300)
+    assert again.returncode == 0, said
+    assert "1 of 2 runs to do" in said
+    assert table(ablation.parent / "ray") == table(ablation.parent / "row")
+
+
+def _words(process: psutil.Process) -> list[str]:
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
+
+
+def test_a_folder_that_every_node_would_have_of_its_own_is_refused(ablation: Path) -> None:
+    refused = start(ablation, "run=somewhere", "--ray")
+    said, _ = refused.communicate(timeout=100)
+    assert refused.returncode == 1
+    assert "error: run=somewhere is another folder on every node; give an absolute path" in said

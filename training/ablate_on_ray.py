@@ -1,0 +1,104 @@
+"""The runs of an ablation on a Ray cluster: each a task that takes a group of GPUs of one node, as groups come free."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import ray
+
+from training.ablate import Run
+
+LOG = "ablate.log"  # in the folder of a run: what its process says
+
+
+def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None) -> list[Run]:
+    """Do the runs of `plan` that are not done; returns those that failed.
+
+    A run is a process of its own, `composer ... training/ablate.py COMMAND --part I/N`. One whose node is lost starts
+    again on another, where it goes on from its last checkpoint: `run` and stores must be where every node sees them.
+
+    Args:
+        command: the configuration and the settings, as they were typed.
+        plan: every run of the ablation; their numbers are their places here.
+        gpus: per run; None for one if the cluster has any, else none.
+
+    Raises:
+        ValueError: if the cluster cannot hold one run, or the folder of the runs is a different one on each node.
+    """
+    if not Path(plan[0].folder).is_absolute():
+        raise ValueError(f"run={plan[0].folder.parents[1]} is another folder on every node; give an absolute path")
+    _connect()
+    try:
+        total = ray.cluster_resources()
+        gpus = int(total.get("GPU", 0) > 0) if gpus is None else gpus
+        at_once = int(total.get("GPU", 0) // gpus if gpus else total.get("CPU", 0))
+        if at_once < 1:
+            raise ValueError(f"no run of {gpus} GPUs fits the cluster, which has {total.get('GPU', 0):g} GPUs")
+        waiting = [number for number, run in enumerate(plan) if not (run.folder / "done.json").exists()]
+        print(f"{len(waiting)} of {len(plan)} runs to do, up to {at_once} at once, of {gpus} GPUs each", flush=True)
+        return _follow(command, plan, waiting, gpus)
+    finally:
+        ray.shutdown()
+
+
+def _connect() -> None:
+    """To the cluster of RAY_ADDRESS, which `ray job submit` sets; else one of this machine alone."""
+    if "RAY_ADDRESS" in os.environ:
+        ray.init()
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
+    paths = [str(Path(__file__).resolve().parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    ray.init(
+        address="local",
+        include_dashboard=False,
+        object_store_memory=100_000_000,  # nothing goes through it
+        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, paths))}},
+    )
+
+
+def _follow(command: Sequence[str], plan: Sequence[Run], waiting: Sequence[int], gpus: int) -> list[Run]:
+    """Start what is waiting, say what has ended; the runs that failed."""
+    task = ray.remote(num_gpus=gpus, num_cpus=max(1, gpus), max_retries=3)(_one_part)
+    part = [[*command, "--part", f"{number}/{len(plan)}"] for number in waiting]
+    running = {
+        task.options(name=str(plan[number].folder)).remote(words, str(plan[number].folder), gpus): plan[number]
+        for words, number in zip(part, waiting, strict=True)
+    }
+    failed: list[Run] = []
+    start, total = time.monotonic(), len(running)
+    while running:
+        (ended, *_), _ = ray.wait(list(running), num_returns=1)
+        run = running.pop(ended)
+        wrong = _what_went_wrong(ended)
+        done = total - len(running)
+        eta = (time.monotonic() - start) / done * len(running)
+        print(f"{done}/{total} {run.arm.name}, seed {run.seed}: {wrong or 'done'}  ETA {eta:.0f} s", flush=True)
+        if wrong:
+            failed.append(run)
+    return failed
+
+
+def _what_went_wrong(ended: ray.ObjectRef) -> str:
+    try:
+        code, tail = ray.get(ended)
+    except ray.exceptions.RayError as error:
+        return f"lost by Ray: {error}"
+    return f"ended with {code}\n{tail}\n" if code else ""
+
+
+def _one_part(command: Sequence[str], folder: str, gpus: int) -> tuple[int, str]:
+    """In a task: one run as a process; its exit code and the end of what it said."""
+    launcher = [str(Path(sys.executable).with_name("composer")), "-n", str(gpus)] if gpus > 1 else []
+    log = Path(folder) / LOG
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as out:
+        done = subprocess.run(
+            [sys.executable, *launcher, "training/ablate.py", *command], check=False, stdout=out, stderr=out
+        )
+    return done.returncode, log.read_text(encoding="utf-8", errors="replace")[-2000:]

@@ -33,6 +33,17 @@ def preview(
         + parameter_groups(model, optimizer)
         + "\n\n--- first example\n"
         + example(model, tokenizer, stream, coloured=sys.stdout.isatty())
+        + elsewhere(config)
+    )
+
+
+def elsewhere(config: TrainConfig) -> str:
+    """What this run needs and this machine lacks; nothing, or a paragraph."""
+    if config.precision == "fp32" or config.parallelism.startswith("zero") or torch.cuda.is_available():
+        return ""
+    return (
+        "\n\n--- not on this machine\nprecision amp_bf16: Composer takes it on GPUs alone, and there is none here; "
+        "precision=fp32 trains on a CPU, as does parallelism=zero2 in bf16"
     )
 
 

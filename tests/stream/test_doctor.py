@@ -266,6 +266,11 @@ def test_check_shows_groups_and_an_example_with_its_labels(
     assert "USER: [1 vision tokens]" in output
     assert "ASSISTANT:⟦a b</s>⟧" in output
     assert not Path(config_of(good).run).exists()
+    assert "not on this machine" not in output
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["train.py", *good, "--check", "precision=amp_bf16"])
+    main()
+    assert "precision amp_bf16: Composer takes it on GPUs alone" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
             newest = self._unmarked[-1]
             self._unmarked.clear()
             if dist.get_global_rank() == 0 and (newest / MARK).is_file():
-                self._remote.upload(newest, [MARK])
+                self._remote.upload(newest, [MARK], then=self._rotate_remote)
 
     def _sweep(self, step: int) -> None:
         """Remove what is no whole checkpoint, and what a run that went back to an older one had written beyond it."""
@@ -190,6 +190,10 @@ class Checkpoints(Callback):  # type: ignore[misc]
         for folder in whole[: max(0, len(whole) - max(1, self.settings.keep))]:
             if self._remote is None or not self._remote.needs(folder):
                 _remove(folder)
+
+    def _rotate_remote(self) -> None:
+        if self._remote is not None and self.settings.keep >= 0:
+            self._remote.drop_old(_FOLDER, MARK, max(1, self.settings.keep))
 
     def _too_little_room(self, state: State) -> bool:
         """Whether a node's disk cannot hold another checkpoint; says so."""

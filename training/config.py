@@ -90,7 +90,7 @@ class CheckpointSettings(Settings):
     """When to save, and whether a rerun of the same command goes on where the last one stopped."""
 
     interval: str = Field(default="500ba", pattern=r"^\d+(ba|ep)$", description="e.g. 500ba (steps) or 1ep (epochs)")
-    keep: int = Field(default=2, description="newest checkpoints to keep; -1 keeps all")
+    keep: int = Field(default=2, description="newest checkpoints to keep, here and in the bucket; -1 keeps all")
     autoresume: bool = True
     remote: str | None = Field(
         default=None, pattern=r"^s3://[^/]+/.", description="s3://bucket/prefix that checkpoints are copied to"

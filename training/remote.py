@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from composer.utils import S3ObjectStore, parse_uri
+
+from pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +30,9 @@ class Remote:
         self.url = url.rstrip("/")
         _, bucket, prefix = parse_uri(self.url)
         self._store = S3ObjectStore(bucket, prefix, client_config={"retries": {"mode": "standard", "max_attempts": 3}})
+        self._files = Storage(self.url)  # Composer's object store removes nothing
         self._prefix = PurePosixPath(prefix)
-        self._waiting: tuple[Path, list[str]] | None = None
+        self._waiting: tuple[Path, list[str], Callable[[], None]] | None = None
         self._current: Path | None = None
         self._error: Exception | None = None
         self._change = threading.Condition()
@@ -44,10 +49,10 @@ class Remote:
         with self._change:
             return folder == self._current or (self._waiting is not None and folder == self._waiting[0])
 
-    def upload(self, folder: Path, names: list[str]) -> None:
-        """Copy these files of `folder`, soon."""
+    def upload(self, folder: Path, names: list[str], then: Callable[[], None] = lambda: None) -> None:
+        """Copy these files of `folder`, soon; `then` is called when they are there."""
         with self._change:
-            self._waiting = (folder, names)
+            self._waiting = (folder, names, then)
             self._change.notify_all()
             if self._thread is None:
                 self._thread = threading.Thread(target=self._work, name="checkpoint upload", daemon=True)
@@ -68,13 +73,15 @@ class Remote:
             with self._change:
                 self._change.wait_for(lambda: self._waiting is not None)
                 assert self._waiting is not None
-                (self._current, names), self._waiting = self._waiting, None
-            self._copy(self._current, names)
+                (self._current, names, then), self._waiting = self._waiting, None
+            if self._copy(self._current, names):
+                then()
             with self._change:
                 self._current = None
                 self._change.notify_all()
 
-    def _copy(self, folder: Path, names: list[str]) -> None:
+    def _copy(self, folder: Path, names: list[str]) -> bool:
+        """Whether all are there: something newer ends it."""
         pause = 1.0
         for name in names:
             while True:
@@ -85,9 +92,26 @@ class Remote:
                     self._error = error
                     log.warning("%s/%s/%s is not uploaded yet: %s", self.url, folder.name, name, error)
                 if self._overtaken():
-                    return
+                    return False
                 time.sleep(pause)
                 pause = min(2 * pause, LONGEST_PAUSE_S)
+        return True
+
+    def drop_old(self, folders: re.Pattern[str], mark: str, keep: int) -> None:
+        """Of the folders so named, remove all that are older than the `keep` newest with the file `mark`.
+
+        What the bucket refuses to remove stays, with a warning: it is in nobody's way.
+        """
+        try:
+            names = [name for name in self._files.list() if folders.fullmatch(PurePosixPath(name).parts[0])]
+            whole = sorted(PurePosixPath(name).parts[0] for name in names if PurePosixPath(name).name == mark)
+            old = [name for name in names if whole and PurePosixPath(name).parts[0] < whole[-keep:][0]]
+            for name in sorted(
+                old, key=lambda name: PurePosixPath(name).name != mark
+            ):  # marks first: half is not whole
+                self._files.delete(name)
+        except Exception as error:  # s3fs and botocore raise several families
+            log.warning("%s: old checkpoints stay in the bucket: %s", self.url, error)
 
     def _overtaken(self) -> bool:
         with self._change:

@@ -46,6 +46,7 @@ def bucket() -> Iterator[dict[str, Any]]:
             region_name="us-east-1",
         )
         client.create_bucket(Bucket=BUCKET)
+        client.put_object(Bucket=BUCKET, Key="some/run/another.txt", Body=b"stays")
         return client
 
     yield {"environment": environment, "open": open_it}
@@ -168,6 +169,12 @@ def test_a_bucket_that_failed_has_the_last_checkpoint_in_the_end_and_an_empty_di
     after = losses(read_log(runs / "bucket"))
     assert min(after) == 10  # steps 1 to 9 were not repeated
     found = bucket["client"].list_objects_v2(Bucket=BUCKET)["Contents"]
-    keys = {entry["Key"] for entry in found}
-    assert {"some/run/ba00000009/complete.json", "some/run/ba00000009/composer.pt"} < keys
-    assert "some/run/ba00000020/complete.json" in keys
+    kept: dict[str, set[str]] = {}
+    assert "some/run/another.txt" in {entry["Key"] for entry in found}
+    for entry in found:
+        folder, _, name = entry["Key"].removeprefix("some/run/").partition("/")
+        if name:
+            kept.setdefault(folder, set()).add(name)
+    assert max(kept) == "ba00000020"
+    assert len(kept) <= 2  # the newest, of those that were not overtaken by another
+    assert all({"complete.json", "composer.pt"} <= names for names in kept.values())

@@ -45,6 +45,7 @@ from training.train import assemble  # noqa: E402
 BLOCKS, GRID, WIDTH = (2, 3, 4, 5, 6, 7, 8), 24, 128
 CLIP = {"hidden_size": WIDTH, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4}
 LLM = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
+LLM_VOCABULARY = 8192
 WARM_UP = 2  # steps of each run that do not count
 TURNS = 3  # of the bare loop and of ours, one after the other, as a machine is not the same at every minute
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -61,7 +62,7 @@ def write_parts(folder: Path) -> None:
     spec.loader.exec_module(parts)
     torch.manual_seed(0)
     CLIPVisionModel(CLIPVisionConfig(image_size=336, patch_size=14, **CLIP)).save_pretrained(folder / "clip")
-    LlamaForCausalLM(LlamaConfig(vocab_size=8192, pad_token_id=0, **LLM)).save_pretrained(folder / "llm")
+    LlamaForCausalLM(LlamaConfig(vocab_size=LLM_VOCABULARY, pad_token_id=0, **LLM)).save_pretrained(folder / "llm")
     parts.write_tokenizer(folder / "llm")
     parts.write_store(folder / "store", folder / "clip", 64, blocks=BLOCKS, grid=GRID, width=WIDTH, patch_size=14)
     (folder / "complete").touch()
@@ -135,6 +136,31 @@ def bare_loop(config: dict[str, Any], steps: int, live: bool = False) -> dict[st
     return {"step_s": statistics.median(seconds[WARM_UP:])}
 
 
+def kept(config: dict[str, Any], everywhere: bool, parts: int) -> dict[str, float]:
+    """MB that a forward pass keeps for its backward pass, with logits at all positions or at supervised ones alone."""
+    parsed = TrainConfig.model_validate(config)
+    store = read_store(Storage(parsed.data.store))
+    _, _, model, stream = assemble(parsed, 0, 1)
+    model.loss_chunks = parts
+    columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
+    batch = next(iter(stream))
+    if everywhere:  # where an image is, any token will do
+        labels = batch["input_ids"].clamp(max=LLM_VOCABULARY - 1).masked_fill(batch["attention_mask"] == 0, -100)
+        batch = Batch({**batch, "labels": labels})
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        place = tensor.untyped_storage()
+        if place.data_ptr() not in weights:
+            sizes[place.data_ptr()] = place.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        TrainableModel(model, columns, store.codec, torch.float32)(batch)
+    return {"kept_mb": sum(sizes.values()) / 1e6}
+
+
 def gpu_step(shape: dict[str, int], stage: int, batch_size: int, steps: int, device: str) -> dict[str, float]:
     """A step on random weights and features, 144 vision tokens and 112 of text: seconds, MFU, peak memory."""
     text = LlamaConfig(vocab_size=32000, pad_token_id=0, max_position_embeddings=2048, **shape)
@@ -187,6 +213,10 @@ def measure(folder: Path, steps: int) -> dict[str, dict[str, float]]:
         row(f"stage 1, Composer and stream, {turn}", lambda: run_composer(of("ours"), 1))
     row("stage 1, bare loop, live CLIP", lambda: bare_loop(of("live"), steps, live=True))
     row("stage 1, bare loop, 576 tokens", lambda: bare_loop(of("576", model=model), steps))
+    checkpointed = of("kept", 2, model=of("kept")["model"] | {"activation_checkpointing": True})
+    row("stage 2, logits at all positions", lambda: kept(checkpointed, True, 1))
+    row("stage 2, logits where supervised", lambda: kept(checkpointed, False, 1))
+    row("stage 2, the same in 4 parts", lambda: kept(checkpointed, False, 4))
     for engine in ENGINES:
         row(f"stage 2, 2 ranks, {engine}", lambda engine=engine: run_composer(of(engine, 2, parallelism=engine), 2))
     if torch.cuda.is_available():
@@ -199,7 +229,8 @@ def measure(folder: Path, steps: int) -> dict[str, dict[str, float]]:
 
 def ratios(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
     """Name -> value, target, whether it is met; `at most` targets say so in their name."""
-    step = {name: row["step_s"] for name, row in rows.items()}
+    step = {name: row["step_s"] for name, row in rows.items() if "step_s" in row}
+    everywhere = rows["stage 2, logits at all positions"]["kept_mb"]
     turns = range(1, TURNS + 1)
     bare = statistics.median(step[f"stage 1, bare loop, {turn}"] for turn in turns)
     ours = statistics.median(step[f"stage 1, Composer and stream, {turn}"] for turn in turns)
@@ -209,6 +240,12 @@ def ratios(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
         ("a step of ours, of a bare loop (at most)", ours / bare, 1.03, False),
         ("waiting for data (at most)", waiting, 0.02, False),
         ("live CLIP, of cached features", step["stage 1, bare loop, live CLIP"] / bare, 1.0, True),
+        (
+            "kept, of logits at all positions (at most)",
+            rows["stage 2, the same in 4 parts"]["kept_mb"] / everywhere,
+            1.0,
+            False,
+        ),
         ("576 tokens, of 144", step["stage 1, bare loop, 576 tokens"] / bare, 2.0, True),
     ]
     for engine in ENGINES[1:]:
@@ -224,7 +261,9 @@ def ratios(rows: dict[str, dict[str, float]]) -> dict[str, dict[str, Any]]:
 def main() -> None:
     """Make the parts, measure, print the ratios, keep it all in runs/bench/train.json."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=8, help="of each run, two of which warm up (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=10, help="of each run, two of which warm up (default: %(default)s)"
+    )
     parser.add_argument("--data", type=Path, default=ROOT / "runs/bench/train-data", help="where parts and runs go")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/train.json")
     arguments = parser.parse_args()

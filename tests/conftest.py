@@ -15,3 +15,16 @@ def shared() -> Path:
     if not (folder / "parity").is_dir():
         pytest.skip(f"no reference vectors in {folder} (COMPACT_VISION_SHARED names another folder)")
     return folder.resolve()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first: two processes that share out the files then end together."""
+
+    def minutes(item: pytest.Item) -> float:
+        marks = item.iter_markers("slow")
+        return max((float(mark.kwargs.get("minutes", 0)) for mark in marks), default=0.0)
+
+    longest: dict[Path, float] = {}
+    for item in items:
+        longest[item.path] = max(longest.get(item.path, 0), minutes(item))
+    items.sort(key=lambda item: -longest[item.path])

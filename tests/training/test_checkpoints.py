@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from moto.server import ThreadedMotoServer
 
-pytestmark = pytest.mark.timeout(900)  # the first test waits for all runs
+pytestmark = [pytest.mark.slow(minutes=2), pytest.mark.timeout(900)]  # the first test waits for all runs
 BUCKET, COMPLAINT = "checkpoints", "is not uploaded yet"
 
 

@@ -52,8 +52,11 @@ def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
             torch.manual_seed(config.seed)
             add_lora(model.llm, config.model.lora)
     model.loss_chunks = config.model.loss_chunks
-    if config.model.compile_connector:
+    if "connector" in config.model.compile:
         model.connector.compile()  # type: ignore[no-untyped-call]
+    if "llm" in config.model.compile:
+        for layer in model.llm.get_decoder().layers:
+            layer.compile(dynamic=True)
     if config.model.activation_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()  # type: ignore[no-any-return]

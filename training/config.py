@@ -50,7 +50,10 @@ class ModelSettings(Settings):
     loss_chunks: int = Field(
         default=1, gt=0, description="logits of so many parts of the supervised tokens, one after another; 1 keeps them"
     )
-    compile_connector: bool = Field(default=False, description="torch.compile the connector")
+    compile: tuple[Literal["connector", "llm"], ...] = Field(
+        default=(),
+        description="what torch.compile takes: the connector, and of the llm one layer, once for all lengths",
+    )
     lora: LoraSettings | None = Field(default=None, description="{} for LLaVA-1.5's; merged into the exported model")
 
 
@@ -142,9 +145,9 @@ class TrainConfig(Settings):
                 "model.lora with parallelism fsdp: FSDP shards the weights of a layer together, in one dtype, and "
                 "adapters are float32; say model.frozen_dtype=float32, or parallelism=zero2"
             )
-        if self.model.compile_connector and self.parallelism == "zero3":
+        if self.model.compile and self.parallelism == "zero3":
             raise ValueError(
-                "model.compile_connector with parallelism zero3: ZeRO-3 gathers weights in Python hooks that "
+                "model.compile with parallelism zero3: ZeRO-3 gathers weights in Python hooks that "
                 "torch.compile cannot keep; use zero2 or fsdp, or leave it out"
             )
         return self

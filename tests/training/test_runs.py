@@ -27,6 +27,7 @@ RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "odd-parts": (2, 2, {"microbatch_size": 3}),
     "chunks-zero3": (2, 2, {**MEMORY, "parallelism": "zero3"}),
     "chunks-fsdp": (2, 2, {**MEMORY, "parallelism": "fsdp"}),
+    "compiled": (2, 1, {"model.compile": ["connector", "llm"], "model.activation_checkpointing": True}),
     "llm-only": (2, 2, {"train": ["llm"], "parallelism": "fsdp"}),
     "lora-ddp": (2, 2, LORA),
     "lora-fsdp": (2, 2, {**LORA, "parallelism": "fsdp"}),
@@ -59,8 +60,8 @@ def losses(runs: Path, read_log: Callable[..., Any]) -> Callable[[str], list[flo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["one-rank", "odd-parts", "chunks-zero3", "chunks-fsdp"])
-def test_the_loss_depends_neither_on_ranks_nor_on_microbatches_nor_on_what_saves_memory(
+@pytest.mark.parametrize("name", ["one-rank", "odd-parts", "chunks-zero3", "chunks-fsdp", "compiled"])
+def test_the_loss_depends_neither_on_ranks_nor_on_microbatches_nor_on_what_saves_memory_or_time(
     losses: Callable[[str], list[float]], name: str
 ) -> None:
     assert losses(name) == pytest.approx(losses("plain"), rel=1e-5)
@@ -179,7 +180,7 @@ def test_a_jump_of_the_loss_stops_the_run_and_names_the_batch(runs: Path) -> Non
         (["optimizer.llm_lr=1e-5"], "optimizer.llm_lr has no effect"),
         (["model.lora={}"], "model.lora adapts the llm"),
         (["train=[connector,llm]", "data.template=v1", "model.lora={}", "parallelism=fsdp"], "FSDP shards the weights"),
-        (["model.compile_connector=true", "parallelism=zero3"], "ZeRO-3 gathers weights in Python hooks"),
+        (["model.compile=[connector]", "parallelism=zero3"], "ZeRO-3 gathers weights in Python hooks"),
         (["parallelism=zero4"], "'zero3'"),
         (["checkpoint.remote=bucket"], "checkpoint.remote"),
         (["boards=[tensorbord]"], "boards"),

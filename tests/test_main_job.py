@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -149,6 +150,20 @@ def test_stage_one_leaves_the_language_model_as_it_was(demo: Path) -> None:
         and not any(weight.shape == other.shape and weight.equal(other) for other in after.values())
     ]
     assert changed, "stage 2 trains the language model"
+
+
+def test_the_photos_go_through_the_same_commands(shared: Path, demo: Path, tmp_path: Path) -> None:
+    photos = shared / "data" / "photos"
+    shutil.copytree(demo / "models", tmp_path / "run" / "models")  # not done again
+    command = [sys.executable, "training/demo.py", "--run", str(tmp_path / "run"), "--images", str(photos / "images")]
+    for name, file in {"chat": "chat.json", "instruct": "instruct.json", "questions": "pope_questions.jsonl"}.items():
+        command += [f"--{name}", str(photos / file)]
+    assert re.search(r"make tiny models +done before", shell(*command))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["store_images"] == 162 + 68
+    for store in ("pretrain-store", "finetune-store"):
+        assert (tmp_path / "run" / store / "failures.jsonl").read_text() == ""
+    assert summary["questions"] == len((photos / "pope_questions.jsonl").read_text().splitlines())
 
 
 def test_an_ablation_trains_its_arms_once_and_writes_one_table(demo: Path, tmp_path: Path) -> None:

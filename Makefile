@@ -21,8 +21,8 @@ demo: $(STAMP)   ## the main job on drawn scenes: store, stage 1, stage 2, answe
 ablate: demo     ## the arms of the paper's Tables 3 and 5 on the demo's data, two seeds each (under 15 minutes)
 	$(BIN)/python training/ablate.py training/ablations/demo.yaml
 
-test: $(STAMP)   ## the tests, without the network, three files at a time, a thread each (20 minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+test: $(STAMP)   ## the tests, without the network, two files at a time, a thread each (20 minutes on two cores)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 cluster-test: $(STAMP) ## a SLURM of emulated hosts runs the jobs of infra/slurm; hosts are killed (root, Debian's slurm packages)
 	$(BIN)/python -m pytest -m cluster -rs tests/infra/test_slurm.py

@@ -16,6 +16,7 @@ import gc
 import json
 import os
 import sys
+import threading
 import time
 import uuid
 import warnings
@@ -239,6 +240,10 @@ def connected(config: BuildConfig) -> Iterator[int]:
             )
         yield config.workers or int(fit)
     finally:
+        # A thread of Ray Data that calls Ray after the shutdown takes the whole process with it, exit code and all.
+        for thread in threading.enumerate():
+            if thread.name.startswith(("StreamingExecutor", "ray-data-")):
+                thread.join(timeout=30)
         ray.shutdown()
 
 

@@ -128,11 +128,11 @@ def test_a_damaged_store_fails(good: list[str], examine: Callable, make_store: C
 
 def test_the_bucket_of_checkpoints_is_written_and_read(good: list[str], examine: Callable, s3: None) -> None:
     client = boto3.client("s3")
-    client.create_bucket(Bucket="checkpoints")
-    code, output = examine(*good, "checkpoint.remote=s3://checkpoints/run")
+    client.create_bucket(Bucket="doctor-checkpoints")
+    code, output = examine(*good, "checkpoint.remote=s3://doctor-checkpoints/run")
     assert code == 0, output
     assert lines(output, "bucket")[0].startswith("ok")
-    assert client.list_objects_v2(Bucket="checkpoints")["KeyCount"] == 0
+    assert client.list_objects_v2(Bucket="doctor-checkpoints")["KeyCount"] == 0
     code, output = examine(*good, "checkpoint.remote=s3://no-such-bucket/run")
     assert code == 1
     assert lines(output, "bucket")[0].startswith("fail")

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import gc
 import json
-import os
 import sys
 import threading
 import time
@@ -213,22 +212,9 @@ def connected(config: BuildConfig) -> Iterator[int]:
     """
     import ray
 
-    address = config.ray_address or os.environ.get("RAY_ADDRESS")
-    if address:
-        ray.init(address=address)
-    else:
-        root = str(Path(__file__).resolve().parent.parent)
-        paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        # Else Ray writes a token to the home folder, and later clusters of this user ask for it.
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        ray.init(
-            address="local",
-            num_gpus=None if config.num_gpus else 0,
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE,
-            runtime_env={"env_vars": {"PYTHONPATH": paths}},
-        )
+    from pipeline.cluster import connect
+
+    connect(config.ray_address, None if config.num_gpus else 0, OBJECT_STORE)
     try:
         resources = ray.cluster_resources()
         cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -11,9 +10,11 @@ from pathlib import Path
 
 import ray
 
+from pipeline.cluster import connect
 from training.ablate import Run
 
 LOG = "ablate.log"  # in the folder of a run: what its process says
+OBJECT_STORE = 100_000_000  # bytes of a local cluster; nothing goes through it
 
 
 def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None) -> list[Run]:
@@ -30,9 +31,9 @@ def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None) -> lis
     Raises:
         ValueError: if the cluster cannot hold one run, or the folder of the runs is a different one on each node.
     """
-    if not Path(plan[0].folder).is_absolute():
+    if not plan[0].folder.is_absolute():
         raise ValueError(f"run={plan[0].folder.parents[1]} is another folder on every node; give an absolute path")
-    _connect()
+    connect(None, None, OBJECT_STORE)
     try:
         total = ray.cluster_resources()
         gpus = int(total.get("GPU", 0) > 0) if gpus is None else gpus
@@ -46,30 +47,14 @@ def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None) -> lis
         ray.shutdown()
 
 
-def _connect() -> None:
-    """To the cluster of RAY_ADDRESS, which `ray job submit` sets; else one of this machine alone."""
-    if "RAY_ADDRESS" in os.environ:
-        ray.init()
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else Ray writes a token to the home folder
-    paths = [str(Path(__file__).resolve().parent.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        object_store_memory=100_000_000,  # nothing goes through it
-        runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, paths))}},
-    )
-
-
 def _follow(command: Sequence[str], plan: Sequence[Run], waiting: Sequence[int], gpus: int) -> list[Run]:
     """Start what is waiting, say what has ended; the runs that failed."""
     task = ray.remote(num_gpus=gpus, num_cpus=max(1, gpus), max_retries=3)(_one_part)
-    part = [[*command, "--part", f"{number}/{len(plan)}"] for number in waiting]
-    running = {
-        task.options(name=str(plan[number].folder)).remote(words, str(plan[number].folder), gpus): plan[number]
-        for words, number in zip(part, waiting, strict=True)
-    }
+    running = {}
+    for number in waiting:
+        folder = str(plan[number].folder)
+        words = [*command, "--part", f"{number}/{len(plan)}"]
+        running[task.options(name=folder).remote(words, folder, gpus)] = plan[number]
     failed: list[Run] = []
     start, total = time.monotonic(), len(running)
     while running:

@@ -106,9 +106,8 @@ class Remote:
             names = [name for name in self._files.list() if folders.fullmatch(PurePosixPath(name).parts[0])]
             whole = sorted(PurePosixPath(name).parts[0] for name in names if PurePosixPath(name).name == mark)
             old = [name for name in names if whole and PurePosixPath(name).parts[0] < whole[-keep:][0]]
-            for name in sorted(
-                old, key=lambda name: PurePosixPath(name).name != mark
-            ):  # marks first: half is not whole
+            marks_first = sorted(old, key=lambda name: PurePosixPath(name).name != mark)  # half is not whole
+            for name in marks_first:
                 self._files.delete(name)
         except Exception as error:  # s3fs and botocore raise several families
             log.warning("%s: old checkpoints stay in the bucket: %s", self.url, error)

@@ -350,7 +350,7 @@ def test_files_of_another_layout_are_named(tmp_path: Path) -> None:
 SAID = ("A", "B", "C", " A\n", "up", "Yes", "no.", "The answer is B.", "猫", "left\u2028", "")
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(draw=st.data())
 @pytest.mark.parametrize("name", ["gqa", "scienceqa", "mmbench", "vqav2", "mme"])
 def test_the_order_of_predictions_does_not_matter(data: Path, tmp_path: Path, name: str, draw: Any) -> None:

@@ -215,13 +215,13 @@ def test_the_order_of_rows_does_not_matter() -> None:
 TEXTS = st.text(max_size=30)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TEXTS)
 def test_space_around_an_answer_does_not_change_it_for_evalai(text: str) -> None:
     assert evalai(f"  {text}\n") == evalai(text.strip())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.sampled_from(["cat", "Cat", "dog", "猫", "naïve"]), min_size=10, max_size=10), TEXTS)
 def test_vqa_accuracy_does_not_depend_on_the_order_of_people(said: list[str], text: str) -> None:
     assert 0.0 <= vqa_accuracy(text, said) <= 1.0
@@ -230,7 +230,7 @@ def test_vqa_accuracy_does_not_depend_on_the_order_of_people(said: list[str], te
     assert vqa_eval("cat", rows) == pytest.approx(vqa_eval("cat", rows[::-1]))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(TEXTS)
 def test_any_text_is_read_somehow(text: str) -> None:
     assert pope_answer(text) in ("yes", "no")

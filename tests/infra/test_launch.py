@@ -30,9 +30,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def launch(*words: str, fails: bool = False, **more: str) -> str:
     command = [sys.executable, "training/launch.py", *words]
-    done = subprocess.run(
-        command, check=False, cwd=ROOT, env=environment(**more), capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run(command, check=False, cwd=ROOT, env=environment(**more), capture_output=True, text=True)
     assert (done.returncode != 0) is fails, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stderr if fails else done.stdout
@@ -111,13 +109,13 @@ def test_gpus_are_counted_by_what_is_visible(monkeypatch: pytest.MonkeyPatch, tm
 
 
 RANK = """
-import json, os, signal, sys, time
+import json, os, signal, sys
 from pathlib import Path
 import torch
 from composer.utils import dist
 
 out = Path(sys.argv[1].partition("=")[2])
-dist.initialize_dist("cpu", timeout=60)
+dist.initialize_dist("cpu", timeout=float(os.environ["PATIENCE_S"]))
 total = torch.tensor([2.0 ** dist.get_global_rank()])
 dist.all_reduce(total)
 said = {"sum": total.item(), "node": dist.get_node_rank(), "world": dist.get_world_size()}
@@ -127,8 +125,12 @@ def stop(number, frame):
     sys.exit(0)
 
 signal.signal(signal.SIGUSR1, stop)
-(out / f"rank{dist.get_global_rank()}").write_text(json.dumps(said))
-time.sleep(120)
+(out / "new").mkdir(exist_ok=True)
+place = out / "new" / f"rank{dist.get_global_rank()}"
+place.write_text(json.dumps(said))
+place.rename(out / place.name)  # it is there with all that it says
+while True:
+    signal.pause()
 """
 
 
@@ -139,10 +141,12 @@ def free_port() -> str:
         return str(trial.getsockname()[1])
 
 
-def test_two_nodes_meet_and_a_signal_to_their_process_groups_reaches_the_ranks(tmp_path: Path, free_port: str) -> None:
+def test_two_nodes_meet_and_a_signal_to_their_process_groups_reaches_the_ranks(
+    tmp_path: Path, free_port: str, hang_s: int
+) -> None:
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    more = environment(MASTER_PORT=free_port, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    more = environment(MASTER_PORT=free_port, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="", PATIENCE_S=str(hang_s))
     nodes = []
     for rank in ("0", "1"):
         hosts = ["--hosts", "127.0.0.1,127.0.0.1", "--node-rank", rank]
@@ -150,9 +154,7 @@ def test_two_nodes_meet_and_a_signal_to_their_process_groups_reaches_the_ranks(t
         with (tmp_path / f"node{rank}.log").open("w") as log:
             nodes.append(subprocess.Popen(command, cwd=ROOT, env=more, stdout=log, stderr=log, start_new_session=True))
     try:
-        waiting_until = time.monotonic() + 120
         while not all((tmp_path / f"rank{rank}").exists() for rank in (0, 1)):
-            assert time.monotonic() < waiting_until, [p.read_text() for p in sorted(tmp_path.glob("*.log"))]
             assert all(node.poll() is None for node in nodes), [p.read_text() for p in sorted(tmp_path.glob("*.log"))]
             time.sleep(0.1)
         for rank in (0, 1):
@@ -160,12 +162,12 @@ def test_two_nodes_meet_and_a_signal_to_their_process_groups_reaches_the_ranks(t
             assert said == {"sum": 3.0, "node": rank, "world": 2}
         for node in nodes:
             os.killpg(node.pid, signal.SIGUSR1)
-        assert [node.wait(60) for node in nodes] == [128 + signal.SIGUSR1] * 2
+        assert [node.wait() for node in nodes] == [128 + signal.SIGUSR1] * 2
         assert [(tmp_path / f"stopped{rank}").read_text() for rank in (0, 1)] == [str(int(signal.SIGUSR1))] * 2
     finally:
         for node in nodes:
             node.terminate()
-            node.wait(60)
+            node.wait()
 
 
 @pytest.mark.parametrize(("end", "code"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)])

@@ -4,12 +4,10 @@ import itertools
 import os
 import pty
 import re
-import select
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -161,16 +159,13 @@ class Terminal:
         os.close(slave)
         self.seen = ""
 
-    def until(self, text: str, seconds: float = 120) -> str:
+    def until(self, text: str) -> str:
         """What appears up to `text`."""
-        end = time.monotonic() + seconds
         while text not in self.seen:
-            assert time.monotonic() < end, f"{text!r} did not appear in {self.seen!r}"
-            if select.select([self.master], [], [], 0.2)[0]:
-                try:
-                    self.seen += os.read(self.master, 4096).decode()
-                except OSError:  # the other side is closed
-                    break
+            try:
+                self.seen += os.read(self.master, 4096).decode()
+            except OSError:  # the other side is closed
+                break
         before, found, self.seen = self.seen.partition(text)
         assert found or text == "", f"it ended with {before!r}"
         return before + found
@@ -178,28 +173,35 @@ class Terminal:
     def type(self, line: str) -> None:
         os.write(self.master, f"{line}\n".encode())
 
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
 
 def test_a_conversation_in_a_terminal(folder: Path, picture: Path, talk: Talk) -> None:
     terminal = Terminal(sys.executable, "training/chat.py", str(folder), str(picture), "--max-new-tokens", "6")
-    assert "4 vision tokens of 16" in terminal.until("> ")
-    answers = []
-    for question in ("What is this?", "Why?"):
-        terminal.type(question)
-        answers.append(terminal.until("tokens/s)"))
-        terminal.until("> ")
-        expected = "".join(talk.ask(question)).strip()
-        assert expected.split()[0] in answers[-1]
-    terminal.type("/image /nowhere.png")
-    assert "No such file" in terminal.until("> ")
-    terminal.type("/dance")
-    assert "/dance is unknown; there are /image PATH, /new and /quit" in terminal.until("> ")
-    terminal.type("/quit")
-    assert terminal.process.wait(60) == 0
-    os.close(terminal.master)
+    try:
+        assert "4 vision tokens of 16" in terminal.until("> ")
+        answers = []
+        for question in ("What is this?", "Why?"):
+            terminal.type(question)
+            answers.append(terminal.until("tokens/s)"))
+            terminal.until("> ")
+            expected = "".join(talk.ask(question)).strip()
+            assert expected.split()[0] in answers[-1]
+        terminal.type("/image /nowhere.png")
+        assert "No such file" in terminal.until("> ")
+        terminal.type("/dance")
+        assert "/dance is unknown; there are /image PATH, /new and /quit" in terminal.until("> ")
+        terminal.type("/quit")
+        assert terminal.process.wait() == 0
+    finally:
+        terminal.close()
 
 
 @pytest.fixture
-def page(folder: Path) -> Iterator[object]:
+def page(folder: Path, hang_s: int) -> Iterator[object]:
     """The page with the model against itself, in Chromium; nothing outside this machine is asked for anything."""
     pytest.importorskip("gradio", reason="the browser test needs gradio: pip install 'compact-vision-tokens[web]'")
     playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
@@ -214,17 +216,17 @@ def page(folder: Path) -> Iterator[object]:
     try:
         server.until(f"127.0.0.1:{port}")
         with playwright.sync_playwright() as play:
-            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            patience_ms = 1000 * hang_s / 2  # before the test is stopped: the browser's message says more
+            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=patience_ms)
             opened = browser.new_page(viewport={"width": 1280, "height": 800})
+            opened.set_default_timeout(patience_ms)
             opened.foreign = []
             opened.on("request", lambda r: opened.foreign.append(r.url) if "127.0.0.1" not in r.url else None)
             opened.goto(f"http://127.0.0.1:{port}")
             yield opened
             browser.close()
     finally:
-        server.process.kill()
-        server.process.wait()
-        os.close(server.master)
+        server.close()
 
 
 def letters(text: str) -> str:
@@ -233,7 +235,7 @@ def letters(text: str) -> str:
 
 def test_a_conversation_in_a_browser(page, picture: Path, talk: Talk, tmp_path: Path) -> None:
     talk.speaker.max_new_tokens = 8
-    page.get_by_text("4 vision tokens of 16").first.wait_for(timeout=60_000)
+    page.get_by_text("4 vision tokens of 16").first.wait_for()
     page.locator("#ask").click()
     page.get_by_text("Choose an image first.").wait_for()
     page.locator("input[type=file]").first.set_input_files(str(picture))
@@ -247,9 +249,8 @@ def test_a_conversation_in_a_browser(page, picture: Path, talk: Talk, tmp_path: 
             page.wait_for_function(
                 "([side, said]) => document.querySelector(`#chat${side}`).innerText.replace(/\\W/g, '').includes(said)",
                 arg=[side, said],
-                timeout=60_000,
             )
-            page.locator(f"#facts{side}").get_by_text("first token after").wait_for(timeout=60_000)
+            page.locator(f"#facts{side}").get_by_text("first token after").wait_for()
     page.screenshot(path=os.environ.get("CHAT_SCREENSHOT", str(tmp_path / "chat.png")))
     page.locator("#new").click()
     page.get_by_text("Why?").first.wait_for(state="detached")

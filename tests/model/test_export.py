@@ -243,7 +243,6 @@ def test_the_exported_folder_runs_where_this_project_is_not(config, store: Store
         env=environment,
         capture_output=True,
         text=True,
-        timeout=250,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     seen = json.loads(done.stdout.splitlines()[-1])

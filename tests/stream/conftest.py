@@ -6,12 +6,14 @@ import hashlib
 import io
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import sys
 import tarfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -145,6 +147,25 @@ def fork() -> ForkServerContext:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["composer", "training.stream"])
     return context
+
+
+def _ended(processes: Sequence[BaseProcess], expected: int = 0) -> list[int | None]:
+    try:
+        while running := [process.sentinel for process in processes if process.exitcode is None]:
+            if any(process.exitcode not in (0, None, expected) for process in processes):
+                break
+            multiprocessing.connection.wait(running)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.fixture(scope="session")
+def ended() -> Callable[..., list[int | None]]:
+    """ended(processes, expected=0): their exit codes; one with another code than these ends those that wait for it."""
+    return _ended
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,12 @@ import logging
 import multiprocessing
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import boto3
@@ -129,33 +128,31 @@ def read_in_another_order(bucket: str, folder: Path, seed: int) -> None:
 
 
 def test_the_ranks_of_a_node_fetch_each_object_once_between_them(
-    bucket: str, requests: Requests, tmp_path: Path
+    bucket: str, requests: Requests, tmp_path: Path, ended: Callable[..., list[int]]
 ) -> None:
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=read_in_another_order, args=(bucket, tmp_path, seed)) for seed in range(3)]
     for rank in ranks:
         rank.start()
-    for rank in ranks:
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0, 0, 0]
+    assert ended(ranks) == [0, 0, 0]
     assert requests.downloads() == dict.fromkeys(NAMES, 1)
 
 
 def test_the_oldest_objects_make_room_and_the_bound_is_kept(bucket: str, tmp_path: Path) -> None:
     cache = open_cache(bucket, tmp_path, max_bytes=3 * SIZE)
-    for name in NAMES[:6]:
+    for number, name in enumerate(NAMES[:6]):
         assert read_all(cache, name) == contents(name)
         assert sum(path.stat().st_size for path in files(tmp_path)) <= 3 * SIZE
-        time.sleep(0.01)  # file times tell the order
+        os.utime(cache.root / name, (number, number))  # file times tell the order
     assert sorted(str(path.relative_to(cache.root)) for path in files(tmp_path)) == sorted(NAMES[3:6])
 
 
 def test_what_the_epoch_still_needs_is_evicted_last(bucket: str, tmp_path: Path) -> None:
     cache = open_cache(bucket, tmp_path, max_bytes=3 * SIZE)
     cache.needed = {NAMES[0]}
-    for name in NAMES[:6]:
+    for number, name in enumerate(NAMES[:6]):
         read_all(cache, name)
-        time.sleep(0.01)
+        os.utime(cache.root / name, (number, number))
     assert {str(path.relative_to(cache.root)) for path in files(tmp_path)} == {NAMES[0], NAMES[4], NAMES[5]}
 
 
@@ -237,11 +234,13 @@ def test_kill_9_leaves_nothing_that_is_read_as_whole(bucket: str, tmp_path: Path
     for _ in range(5):
         command = [sys.executable, "-c", KILLED, bucket, str(tmp_path), *NAMES]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, env=env)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(moments.uniform(0.0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == b"ready\n"
+            time.sleep(moments.uniform(0.0, 0.3))  # any moment will do
+        finally:
+            process.kill()
+            process.wait()
         for path in files(tmp_path):
             assert path.read_bytes() == contents(str(path.relative_to(tmp_path / "identity")))
     cache = open_cache(bucket, tmp_path, 5 * SIZE)
@@ -267,18 +266,15 @@ def uses() -> list[Use]:
     return [Use(name, SIZE, first=i // 2, last=i // 2 + 1) for i, name in enumerate(NAMES)]
 
 
-def wait_until(condition) -> None:
-    deadline = time.monotonic() + 20
+def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
-        assert time.monotonic() < deadline
         time.sleep(0.02)
 
 
 def test_fetching_ahead_stops_where_it_would_push_out_what_is_in_use(bucket: str, tmp_path: Path) -> None:
     cache = open_cache(bucket, tmp_path, 6 * SIZE)
     ahead = Ahead(cache, uses(), start=0, threads=3)
-    wait_until(lambda: len(files(tmp_path)) == 6)
-    time.sleep(0.2)
+    wait_until(lambda: len(ahead._changed._waiters) == 3)  # every thread: none is fetching any more
     assert {str(path.relative_to(cache.root)) for path in files(tmp_path)} == set(NAMES[:6])
     ahead.at(2)  # the first shard is done: its two tars may go
     wait_until(lambda: all((cache.root / name).exists() for name in NAMES[6:8]))
@@ -287,7 +283,7 @@ def test_fetching_ahead_stops_where_it_would_push_out_what_is_in_use(bucket: str
 
 def test_fetching_ahead_starts_at_the_resumed_batch(bucket: str, requests: Requests, tmp_path: Path) -> None:
     ahead = Ahead(open_cache(bucket, tmp_path), uses(), start=6, threads=2)
-    wait_until(lambda: len(files(tmp_path)) == 6)
+    wait_until(lambda: not any(thread.is_alive() for thread in ahead._threads))  # all is fetched
     ahead.close()
     assert set(requests.downloads()) == set(NAMES[-6:])
 
@@ -298,8 +294,9 @@ def test_an_object_that_cannot_be_fetched_ahead_is_left_to_its_reader(
     boto3.client("s3").delete_object(Bucket=bucket, Key=NAMES[0])
     cache = open_cache(bucket, tmp_path)
     ahead = Ahead(cache, uses(), start=0, threads=1)
-    wait_until(lambda: len(files(tmp_path)) == len(NAMES) - 1)
+    wait_until(lambda: not any(thread.is_alive() for thread in ahead._threads))
     ahead.close()
+    assert len(files(tmp_path)) == len(NAMES) - 1
     assert f"fetching {NAMES[0]} ahead failed" in caplog.text
     with pytest.raises(OSError, match=NAMES[0]):
         cache.open(NAMES[0])

@@ -22,7 +22,15 @@ Become = Callable[[int, int, int, Path], None]
 
 
 def run_rank(
-    become_rank: Become, rank: int, ranks: int, port: int, store: Path, run: Path, kill_at: int, interval: str
+    become_rank: Become,
+    rank: int,
+    ranks: int,
+    port: int,
+    store: Path,
+    run: Path,
+    kill_at: int,
+    interval: str,
+    patience_s: int,
 ) -> None:
     """One process of a Composer run over `store`; at step `kill_at` it is killed."""
     become_rank(rank, ranks, port, run / "output")
@@ -35,7 +43,7 @@ def run_rank(
     from torch.utils.data import DataLoader
 
     torch.set_num_threads(1)
-    dist.initialize_dist("cpu", timeout=60)
+    dist.initialize_dist("cpu", timeout=patience_s)
 
     def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
         words = [sum(len(turn.value) for turn in example.conversation.turns) for example in examples]
@@ -90,23 +98,25 @@ Train = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
-def train(fork: ForkServerContext, free_port: Callable[[], int], become_rank: Become, store: Path) -> Train:
+def train(
+    fork: ForkServerContext,
+    free_port: Callable[[], int],
+    become_rank: Become,
+    ended: Callable[..., list[int]],
+    hang_s: int,
+    store: Path,
+) -> Train:
     """train(run, ranks, kill_at, interval): 0, or the exit code of a process that failed; output goes to `run`."""
 
     def start(run: Path, ranks: int, kill_at: int = -1, interval: str = "1ba") -> int:
         run.mkdir(exist_ok=True)
         port = free_port()
-        processes = [
-            fork.Process(target=run_rank, args=(become_rank, rank, ranks, port, store, run, kill_at, interval))
-            for rank in range(ranks)
-        ]
+        common = (ranks, port, store, run, kill_at, interval, hang_s)
+        processes = [fork.Process(target=run_rank, args=(become_rank, rank, *common)) for rank in range(ranks)]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(200)
-            process.kill()  # one that hangs
-            process.join()
-        return next((code for process in processes if (code := process.exitcode)), 0)
+        codes = ended(processes, expected=0 if kill_at < 0 else -signal.SIGKILL)
+        return next((code for code in codes if code), 0)
 
     return start
 

@@ -48,7 +48,7 @@ shard_lists = st.lists(st.integers(1, 20), min_size=1, max_size=8)
 
 
 @given(shard_lists, orders, st.integers(0, 1000))
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_an_epoch_holds_every_example_once_but_for_its_last_batch(shards, order, epoch):
     examples = make_examples(shards)
     batches = epoch_batches(examples, order, epoch)
@@ -63,7 +63,7 @@ def test_an_epoch_holds_every_example_once_but_for_its_last_batch(shards, order,
 
 
 @given(shard_lists, orders)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_equal_settings_give_equal_orders(shards, order):
     examples = make_examples(shards)
     assert np.array_equal(epoch_batches(examples, order, 3), epoch_batches(examples, order, 3))

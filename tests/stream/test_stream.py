@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -317,5 +318,7 @@ def test_impossible_settings_are_refused(store: Path, settings: dict, words: str
 
 def test_the_wait_for_data_is_measured(store: Path) -> None:
     stream = open_stream(store)
+    before = time.perf_counter()
     for _ in stream:
-        assert 0 <= stream.data_wait < 10
+        assert 0 <= stream.data_wait <= time.perf_counter() - before
+        before = time.perf_counter()

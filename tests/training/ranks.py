@@ -1,7 +1,8 @@
 """Trains with several ranks, real processes over gloo, many runs after one import: `ranks.py JOBS.json`.
 
 A job is {"config": settings of TrainConfig, "ranks": n, "signal": number, "rank": to whom, or all, "at": step}. The
-signal is sent from outside, when the run's log shows that step. Writes {"codes": exit codes} per job to JOBS.out.json.
+signal is sent from outside, when the run's log shows that step; whoever comes to the last step but one waits for it.
+Writes {"codes": exit codes} per job to JOBS.out.json. No clock ends a job; a rank that fails takes the others with it.
 """
 
 from __future__ import annotations
@@ -25,10 +26,11 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM  # noqa: F401
 
 import training.train as stage
+from training.callbacks import StepLog
 from training.config import TrainConfig
 from training.engine import whole_weights
 
-PATIENCE_S = 150
+SENT = "signal-sent"  # a file in the folder of a run
 
 
 def keep_all_weights() -> None:
@@ -44,9 +46,22 @@ def keep_all_weights() -> None:
     stage.finish = finish_and_keep
 
 
-def one_rank(config: dict[str, Any], rank: int, ranks: int, port: int, log: Path) -> None:
+def wait_before_the_end(last: int, sent: Path) -> None:
+    """Let no rank pass step `last` before the file `sent` is there."""
+    write = StepLog.batch_end
+
+    def write_and_wait(self: StepLog, state: Any, logger: Any) -> None:
+        write(self, state, logger)
+        while state.timestamp.batch.value == last and not sent.exists():
+            time.sleep(0.003)
+
+    StepLog.batch_end = write_and_wait
+
+
+def one_rank(job: dict[str, Any], rank: int, port: int, run: Path) -> None:
     """The body of a forked process; never returns."""
-    with log.open("ab", buffering=0) as file:
+    config, ranks = job["config"], job["ranks"]
+    with (run / "output").open("ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     local = {"RANK": rank, "LOCAL_RANK": rank, "NODE_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
@@ -55,6 +70,8 @@ def one_rank(config: dict[str, Any], rank: int, ranks: int, port: int, log: Path
     code = 1
     try:
         keep_all_weights()
+        if "signal" in job:
+            wait_before_the_end(config["steps"] - 1, run / SENT)
         stage.train(TrainConfig.model_validate(config))
         code = 0
     except SystemExit as error:
@@ -83,18 +100,22 @@ def run_job(job: dict[str, Any]) -> list[int]:
     for rank in range(job["ranks"]):
         pid = os.fork()
         if pid == 0:
-            one_rank(job["config"], rank, job["ranks"], port, run / "output")
+            one_rank(job, rank, port, run)
         pids.append(pid)
     codes: dict[int, int] = {}
-    sent, deadline = "signal" not in job, time.monotonic() + PATIENCE_S
+    sent, well = "signal" not in job, {0}
     while len(codes) < len(pids):
-        if not sent and steps_done(run) >= job["at"]:
+        if not sent and not codes and steps_done(run) >= job["at"]:
             sent = True
-            for pid in pids if job.get("rank") is None else [pids[job["rank"]]]:
-                os.kill(pid, job["signal"])
-        if time.monotonic() > deadline or (any(codes.values()) and "signal" not in job):
-            deadline += 5  # a rank that failed leaves the others waiting for it
-            for pid in set(pids) - set(codes):
+            to = pids if job.get("rank") is None else [pids[job["rank"]]]
+            # Those to be killed are stopped first, all of them: none sees another die and fails of that.
+            for number in (signal.SIGSTOP, job["signal"]) if job["signal"] == signal.SIGKILL else (job["signal"],):
+                for pid in to:
+                    os.kill(pid, number)
+            (run / SENT).touch()
+            well = {128 + job["signal"], -job["signal"]}  # it stopped of itself, or was killed
+        if set(codes.values()) - well:
+            for pid in set(pids) - set(codes):  # they may wait for the one that failed
                 os.kill(pid, signal.SIGKILL)
         for pid in set(pids) - set(codes):
             done, status = os.waitpid(pid, os.WNOHANG)

@@ -6,7 +6,6 @@ import json
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 from moto.server import ThreadedMotoServer
 
-pytestmark = [pytest.mark.slow(minutes=2), pytest.mark.timeout(900)]  # the first test waits for all runs
+pytestmark = pytest.mark.slow(minutes=2)
 BUCKET, COMPLAINT = "checkpoints", "is not uploaded yet"
 
 
@@ -80,10 +79,14 @@ def runs(
         job("bucket", {**remote, "steps": 9}),
     ]
     # The bucket does not answer until the last run has complained of it.
-    waiting = threading.Thread(target=_open_when, args=(folder / "bucket" / "output", bucket))
+    ended = threading.Event()
+    waiting = threading.Thread(target=_open_when, args=(folder / "bucket" / "output", bucket, ended))
     waiting.start()
-    codes = run_jobs(folder, first, bucket["environment"])
-    waiting.join()
+    try:
+        codes = run_jobs(folder, first, bucket["environment"])
+    finally:
+        ended.set()
+        waiting.join()
     (folder / "codes.json").write_text(json.dumps(codes))
     newest = max((folder / "damaged" / "checkpoints").glob("ba*"))
     with (newest / "composer.pt").open("r+b") as file:
@@ -107,10 +110,9 @@ def runs(
     return folder
 
 
-def _open_when(output: Path, bucket: dict[str, Any]) -> None:
-    deadline = time.monotonic() + 250
-    while not (output.exists() and COMPLAINT in output.read_text()) and time.monotonic() < deadline:
-        time.sleep(0.05)
+def _open_when(output: Path, bucket: dict[str, Any], ended: threading.Event) -> None:
+    while not (output.exists() and COMPLAINT in output.read_text()) and not ended.wait(0.05):
+        pass
     bucket["client"] = bucket["open"]()
 
 
@@ -175,6 +177,8 @@ def test_a_bucket_that_failed_has_the_last_checkpoint_in_the_end_and_an_empty_di
         folder, _, name = entry["Key"].removeprefix("some/run/").partition("/")
         if name:
             kept.setdefault(folder, set()).add(name)
-    assert max(kept) == "ba00000020"
-    assert len(kept) <= 2  # the newest, of those that were not overtaken by another
-    assert all({"complete.json", "composer.pt"} <= names for names in kept.values())
+    whole = sorted(name for name, names in kept.items() if "complete.json" in names)
+    assert whole[-1] == max(kept) == "ba00000020", kept
+    assert all("composer.pt" in kept[name] for name in whole), kept
+    # Two are kept, of older ones nothing. Uploads that were slow, and so were overtaken, lie between without a mark.
+    assert len(whole) <= 2 and whole[0] == min(kept), kept

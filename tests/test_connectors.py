@@ -129,7 +129,7 @@ def test_single_block_arms_read_the_second_to_last_block_alone() -> None:
     assert ConnectorConfig(arm="mlp", block=7).columns == ("block07",)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(k=st.integers(1, 6), side=st.integers(1, 4), channels=st.integers(1, 5), out=st.integers(1, 7))
 def test_fusing_windows_is_a_convolution_with_the_same_weights(k: int, side: int, channels: int, out: int) -> None:
     grid = k * side
@@ -215,3 +215,30 @@ def test_bf16_columns_meet_fp32_weights_with_and_without_autocast() -> None:
         rounded = connector(columns)
     assert rounded.dtype == torch.bfloat16
     torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_compiled_connector_is_one_graph_for_any_number_of_images(arm: str, autocast: bool) -> None:
+    torch._dynamo.reset()
+    eight = {**TINY, "blocks": (1, 2, 3, 4, 5, 6, 7, 8)}  # more columns than torch.compile compiles a function anew
+    connector = build_connector(ConnectorConfig(**eight, arm=arm))
+    graphs = []
+
+    def count(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    for n in (3, 5, 2, 1, 0, 8, 1):
+        columns = random_columns(connector, n, torch.bfloat16)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            connector._compiled = None
+            expected = connector(columns)
+            if not graphs:
+                connector.compile(backend=count, fullgraph=True)
+                compiled = connector._compiled
+            connector._compiled = compiled
+            found = connector(columns)
+        assert torch.equal(found, expected)
+        found.float().sum().backward()
+    assert len(graphs) == 1

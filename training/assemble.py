@@ -53,7 +53,7 @@ def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
             add_lora(model.llm, config.model.lora)
     model.loss_chunks = config.model.loss_chunks
     if "connector" in config.model.compile:
-        model.connector.compile()  # type: ignore[no-untyped-call]
+        model.connector.compile()
     if "llm" in config.model.compile:
         for layer in model.llm.get_decoder().layers:
             layer.compile(dynamic=True)

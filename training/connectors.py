@@ -14,8 +14,9 @@ Notation: C1 is CLIP's width, C2 = k*k*C1, C3 the language model's width, n the 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +140,14 @@ class Connector(nn.Module):
         self.stf = SpatialTokenFusion(config) if "stf" in config.arm else None
         # MBTF alone ends at width C1; the paper leaves open what follows, and LLaVA-1.5's projector is the least.
         self.mlp = None if self.stf is not None else _mlp(c1 * k * k if config.arm == "tokenconcat" else c1, c3)
+        self._compiled: Callable[[list[Tensor]], Tensor] | None = None
+
+    def compile(self, *args: Any, **settings: Any) -> None:
+        """Let torch.compile take what is computed of two images and more: one graph for any number of them.
+
+        None and one are computed as they are: to torch.compile 0 and 1 are constants, each with a graph of its own.
+        """
+        self._compiled = torch.compile(self._fused, *args, **settings)
 
     def forward(self, columns: Mapping[str, Tensor]) -> Tensor:
         """Columns of (n, grid*grid, C1) each -> (n, tokens, C3); n may be 0.
@@ -147,6 +156,14 @@ class Connector(nn.Module):
             ValueError: if a column is missing or has another shape.
         """
         selected = [self._column(columns, name) for name in self.columns]
+        if self._compiled is None or len(selected[0]) < 2:
+            return self._fused(selected)
+        for column in selected:
+            torch._dynamo.mark_dynamic(column, 0)  # or each number of images would be compiled anew
+        return self._compiled(selected)
+
+    def _fused(self, selected: list[Tensor]) -> Tensor:
+        """Columns of (n, grid*grid, C1) each, in channel order -> (n, tokens, C3)."""
         x = selected[0] if self.mbtf is None else self.mbtf(torch.cat(selected, dim=-1))
         if self.stf is not None:
             return self.stf(x)  # type: ignore[no-any-return]

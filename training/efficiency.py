@@ -145,8 +145,9 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     model = _load(arguments, device, dtype)
     connectors = []
     for config in reductions(model.connector.config):
-        own = config == model.connector.config
-        connectors.append(model.connector if own else build_connector(config).to(device, dtype))
+        with device:  # where random weights are made in a moment
+            own = config == model.connector.config
+            connectors.append(model.connector if own else build_connector(config).to(dtype))
     figures: list[list[dict[str, float]]] = [[] for _ in connectors]
     with torch.inference_mode():
         for number in range(-2 if device.type == "cuda" else -1, arguments.rounds):  # a GPU needs longer to warm up

@@ -75,13 +75,20 @@ def make_trainer(config: TrainConfig, not_saved: list[str], **settings: Any) -> 
             load_ignore_keys=not_saved or None,
             **settings,
         )
-    if next(model.parameters()).device.type == "cpu":
+    if next(model.parameters()).device.type == "cpu" and not _gloo_averages():
         _average_on_gloo(model)
     return trainer
 
 
+def _gloo_averages() -> bool:
+    """Whether a mean over the ranks is one: gloo gives the sum without a word up to PyTorch 2.10. A collective."""
+    mean, ones = torch.zeros(1), torch.ones(dist.get_world_size())
+    torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG)
+    return float(mean) == 1.0
+
+
 def _average_on_gloo(model: nn.Module) -> None:
-    """FSDP2 asks for the mean of gradients; gloo in PyTorch 2.7 gives the sum without a word."""
+    """FSDP2 asks for the mean of gradients: divide the sum that gloo gives."""
     from torch.distributed.fsdp import FSDPModule
 
     def divide(gradient: Tensor) -> None:

@@ -21,11 +21,11 @@ from transformers import (
     GenerationMixin,
     LlamaConfig,
     LlamaForCausalLM,
+    LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.configuration_utils import SubConfigSpec
-from transformers.modeling_outputs import ModelOutput
+from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from .connectors import Connector, ConnectorConfig, build_connector
@@ -47,9 +47,9 @@ class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
     """
 
     model_type = "compact_vision"
-    sub_configs_defaults = {  # noqa: RUF012 - transformers' own way to declare them
-        "text_config": SubConfigSpec(config_class=LlamaConfig),
-        "vision_config": SubConfigSpec(config_class=CLIPVisionConfig, optional=True),
+    sub_configs = {  # noqa: RUF012 - transformers' own way to declare them, in every version
+        "text_config": LlamaConfig,
+        "vision_config": CLIPVisionConfig,
     }
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
@@ -61,6 +61,10 @@ class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.text_config, PreTrainedConfig):  # a file gives dicts
+            self.text_config = LlamaConfig(**(self.text_config or {}))
+        if isinstance(self.vision_config, dict):
+            self.vision_config = CLIPVisionConfig(**self.vision_config)
         super().__post_init__(**kwargs)
         text: Any = self.text_config
         connector = ConnectorConfig(**(self.connector or {"llm_width": text.hidden_size}))
@@ -76,20 +80,17 @@ class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
 
 
 @dataclass
-class CompactVisionOutput(ModelOutput):  # type: ignore[misc]
+class CompactVisionOutput(CausalLMOutputWithPast):  # type: ignore[misc]
     """What `forward` returns.
 
     Attributes:
         loss: mean cross-entropy over the supervised tokens, if labels were given.
         logits: (batch, kept positions, vocabulary); None in training, where only supervised positions are computed.
         image_hidden_states: (images, tokens, width) vision tokens, if images were given.
+        The rest is the language model's: its cache (`past_key_values`, from transformers 5.24 on `cache`), hidden
+        states and attentions.
     """
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
     image_hidden_states: Tensor | None = None
 
 
@@ -209,12 +210,8 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         labels: Tensor | None = None,
         columns: Mapping[str, Tensor] | None = None,
         pixel_values: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
         inputs_embeds: Tensor | None = None,
-        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
-        pad_vocabulary: bool = False,
         **kwargs: Any,
     ) -> CompactVisionOutput:
         """One pass.
@@ -225,11 +222,9 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             labels: (batch, length), -100 for what is not predicted; position i predicts label i + 1.
             columns: cached features, (images, grid*grid, C1) each, images in the order of their placeholders.
             pixel_values: (images, 3, S, S), instead of columns.
-            position_ids, past_key_values, inputs_embeds, use_cache: as LlamaForCausalLM.
+            inputs_embeds: (batch, length, width), instead of input_ids.
             logits_to_keep: only the last so many positions, or those at these indices; 0 keeps all.
-            pad_vocabulary: append logits of -inf up to `image_token_id`, so that logits processors which look up the
-                prompt's ids (repetition penalty) find each of them.
-            **kwargs: to LlamaModel.
+            **kwargs: to LlamaModel: `position_ids`, `use_cache`, and the cache under the name that its version has.
 
         Raises:
             ValueError: if placeholders and vision tokens differ in number.
@@ -238,9 +233,6 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         outputs = self.llm.model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
             **kwargs,
         )
         hidden = outputs.last_hidden_state
@@ -248,15 +240,11 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         if labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.llm.lm_head(hidden[:, keep])
-            if pad_vocabulary:
-                logits = F.pad(logits, (0, max(0, self.config.image_token_id + 1 - logits.shape[-1])), value=-torch.inf)
         return CompactVisionOutput(
             loss=None if labels is None else self._loss(hidden, labels, vision),
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
             image_hidden_states=vision,
+            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
         )
 
     def _inputs(
@@ -322,6 +310,13 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         """Sum over (tokens, width) and (tokens,)."""
         return F.cross_entropy(self.llm.lm_head(hidden).float(), targets, reduction="sum")
 
+    def _get_logits_processor(self, *args: Any, encoder_input_ids: Any = None, **kwargs: Any) -> LogitsProcessorList:
+        """transformers' list, which never sees an id beyond the vocabulary."""
+        if encoder_input_ids is not None:
+            encoder_input_ids = _within(encoder_input_ids, self.config.image_token_id)
+        made = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
+        return _VocabularyOnly(made, self.config.image_token_id)
+
     def prepare_inputs_for_generation(
         self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
     ) -> dict[str, Any]:
@@ -331,7 +326,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("columns", None)
-        return {**inputs, "pad_vocabulary": True}
+        return inputs
 
 
 class CompactVisionModel(CompactVisionForConditionalGeneration):
@@ -349,6 +344,25 @@ class CompactVisionModel(CompactVisionForConditionalGeneration):
         """As the parent's, without labels and logits -> BaseModelOutputWithPast."""
         embeds, _ = self._inputs(input_ids, inputs_embeds, columns, pixel_values)
         return self.llm.model(inputs_embeds=embeds, **kwargs)
+
+
+class _VocabularyOnly(LogitsProcessorList):  # type: ignore[misc]
+    """Logits processors that look up the scores of ids in the prompt, such as the repetition penalty's."""
+
+    def __init__(self, processors: LogitsProcessorList, image_token_id: int) -> None:
+        super().__init__(processors)
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """(rows, length) and (rows, vocabulary) -> (rows, vocabulary)."""
+        result: Tensor = super().__call__(_within(input_ids, self.image_token_id), scores, **kwargs)
+        return result
+
+
+def _within(input_ids: Tensor, image_token_id: int) -> Tensor:
+    """The row's first id instead of each placeholder: the row holds it anyway, so no other id is punished."""
+    first = input_ids[:, :1].clamp(max=image_token_id - 1)
+    return torch.where(input_ids == image_token_id, first, input_ids)
 
 
 def _check_tower(vision: CLIPVisionConfig, connector: Connector) -> None:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 PROJECT = "compact-vision-tokens"
+ALSO_TESTED = {"torch": "2.11.0 2.14.1"}  # beside the pins: the GPU benchmark's, and that of `make TORCH=newest`
 WAIT_S = 60  # for the other ranks
 
 
@@ -129,7 +130,9 @@ def versions() -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             yield Finding("fail", "versions", f"{requirement} is not installed: pip install -e .")
             continue
-        if not requirement.specifier.contains(installed[requirement.name], prereleases=True):
+        version = installed[requirement.name]
+        also = ALSO_TESTED.get(requirement.name, "").split()
+        if not requirement.specifier.contains(version, prereleases=True) and version.split("+")[0] not in also:
             found = f"{requirement.name} {installed[requirement.name]}"
             yield Finding("warn", "versions", f"{found} is installed, this project is tested with {requirement}")
     shown = [f"{name} {installed[name]}" for name in ("torch", "mosaicml", "transformers") if name in installed]
@@ -153,12 +156,31 @@ def gpus(config: TrainConfig | None, ranks: Ranks) -> Iterator[Finding]:
         return
     free, total = torch.cuda.mem_get_info(ranks.local_rank)
     name = torch.cuda.get_device_name(ranks.local_rank)
+    missing = lacks_kernels(torch.cuda.get_device_capability(ranks.local_rank), torch.cuda.get_arch_list())
+    if missing:
+        text = f"torch {torch.__version__} has no kernels for {name} ({missing}); make a newer one: TORCH=newest"
+        yield Finding("fail", "gpus", text)
+        return
     if free < 0.95 * total:
         text = f"{(total - free) / 1e9:.1f} of {total / 1e9:.1f} GB of {name} are in use; end what uses it (nvidia-smi)"
         yield Finding("warn", "gpus", text)
     if config is not None and config.precision == "amp_bf16" and torch.cuda.get_device_capability() < (8, 0):
         yield Finding("warn", "gpus", f"{name} has no bf16 units, which precision amp_bf16 needs to be fast; use fp32")
     yield Finding("ok", "gpus", f"{count} x {name}, {total / 1e9:.1f} GB, CUDA {torch.version.cuda}")
+
+
+def lacks_kernels(capability: tuple[int, int], built_for: list[str]) -> str:
+    """The architecture of a GPU for which this torch has neither machine code nor code to compile; "" if it has.
+
+    Machine code runs on GPUs of its own major version; `compute_90`, what a driver compiles, on all later ones too.
+    """
+    major, minor = capability
+    for name in built_for:
+        kind, _, number = name.rstrip("af").partition("_")
+        of = (int(number[:-1]), int(number[-1]))
+        if of <= capability and (kind == "compute" or of[0] == major):
+            return ""
+    return f"sm_{major}{minor}" if built_for else ""
 
 
 def links(config: TrainConfig | None, ranks: Ranks, meeting: list[TCPStore]) -> Iterator[Finding]:

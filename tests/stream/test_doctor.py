@@ -153,9 +153,15 @@ def test_settings_without_a_configuration_are_refused(examine: Callable, capsys:
 
 
 def run_doctor(
-    become_rank: Callable[[int, int, int, Path], None], rank: int, port: int, output: Path, arguments: list[str]
+    become_rank: Callable[[int, int, int, Path], None],
+    rank: int,
+    port: int,
+    output: Path,
+    arguments: list[str],
+    patience_s: int,
 ) -> None:
     become_rank(rank, 2, port, output)
+    doctor.WAIT_S = patience_s
     sys.argv = ["doctor.py", *arguments]
     sys.exit(doctor.main())
 
@@ -165,18 +171,17 @@ def test_two_ranks_sum_over_their_link(
     fork: ForkServerContext,
     free_port: Callable[[], int],
     become_rank: Callable[[int, int, int, Path], None],
+    ended: Callable[..., list[int]],
+    hang_s: int,
     tmp_path: Path,
 ) -> None:
     port = free_port()
     outputs = [tmp_path / f"output-{rank}" for rank in range(2)]
-    ranks = [fork.Process(target=run_doctor, args=(become_rank, rank, port, outputs[rank], good)) for rank in range(2)]
+    arguments = [(become_rank, rank, port, outputs[rank], good, hang_s) for rank in range(2)]
+    ranks = [fork.Process(target=run_doctor, args=each) for each in arguments]
     for rank in ranks:
         rank.start()
-    for rank in ranks:
-        rank.join(120)
-        rank.kill()  # one that hangs
-        rank.join()
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert ended(ranks) == [0, 0], "".join(path.read_text() for path in outputs)
     output = outputs[0].read_text()
     assert "between 2 ranks by gloo" in lines(output, "links")[0]
     assert "8 examples / 2 rank(s) = 4 each" in lines(output, "batch")[0]
@@ -186,7 +191,7 @@ def test_two_ranks_sum_over_their_link(
 def test_a_rank_that_does_not_come_is_missed(
     monkeypatch: pytest.MonkeyPatch, examine: Callable, free_port: Callable[[], int]
 ) -> None:
-    monkeypatch.setattr(doctor, "WAIT_S", 2)
+    monkeypatch.setattr(doctor, "WAIT_S", 2)  # nobody comes, however long it waits
     launcher = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in launcher.items():
         monkeypatch.setenv(name, str(value))
@@ -204,6 +209,37 @@ def test_a_failure_on_another_rank_is_told_and_equal_lines_once() -> None:
         ("fail", "versions", "rank 1 differs from rank 0: torch 2.6.0"),
         ("fail", "gpus", "rank 1: none found"),
     ]
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "missing"),
+    [
+        ((9, 0), ["sm_80", "sm_90"], ""),
+        ((8, 9), ["sm_80", "sm_90"], ""),  # Ada runs what was made for Ampere
+        ((10, 0), ["sm_80", "sm_90"], "sm_100"),  # Blackwell, under torch 2.7.0's own wheel
+        ((12, 0), ["sm_80", "sm_90", "sm_100"], "sm_120"),
+        ((12, 0), ["sm_90", "compute_90"], ""),
+        ((7, 0), ["sm_75", "sm_80"], "sm_70"),
+        ((9, 0), ["sm_90a"], ""),
+        ((0, 0), [], ""),  # torch for the CPU
+    ],
+)
+def test_a_gpu_that_torch_has_no_kernels_for_is_found(
+    capability: tuple[int, int], built_for: list[str], missing: str
+) -> None:
+    assert doctor.lacks_kernels(capability, built_for) == missing
+
+
+def test_the_newest_torch_that_is_locked_is_not_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
+    newest = (Path(__file__).resolve().parents[2] / "infra" / "newest.txt").read_text()
+    (version,) = [line.partition("==")[2] for line in newest.splitlines() if line.startswith("torch==")]
+    real = doctor.importlib.metadata.version
+    for torch, level in ((version, "ok"), ("2.11.0+cu130", "ok"), ("2.9.0", "warn")):
+        monkeypatch.setattr(
+            doctor.importlib.metadata, "version", lambda name, torch=torch: torch if name == "torch" else real(name)
+        )
+        assert level in {finding.level for finding in doctor.versions()}
+        assert ("warn" in {finding.level for finding in doctor.versions()}) is (level == "warn")
 
 
 SHAPE = ModelShape(learning=1000, frozen=500, layer=100, layers=10, hidden=8, mlp=16, vocabulary=100)

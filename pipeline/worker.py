@@ -172,13 +172,14 @@ class ShardWorker:
             self._encoders = {names: self._encoder(columns)}
         pixels = torch.from_numpy(np.stack([item.pixels for item in sound if item.pixels is not None]))
         features = self._encoders[names](pixels)
-        finite = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in features.values()]).all(dim=0).cpu()
-        for item, fine in zip(sound, finite.tolist(), strict=True):
+        finite = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in features.values()]).all(dim=0)
+        fine = finite.tolist()
+        for item, is_fine in zip(sound, fine, strict=True):
             item.pixels = None
-            if not fine:
+            if not is_fine:
                 item.fault = "features hold NaN or infinity"
         payload = {name: encode(value, self.spec.codec) for name, value in features.items()}
-        return {name: value.cpu()[finite] for name, value in payload.items()}
+        return to_host(payload if all(fine) else {name: value[finite] for name, value in payload.items()})
 
     def _encoder(self, columns: tuple[Column, ...]) -> Encoder:
         config = self.config
@@ -281,6 +282,17 @@ class _ShardInTheMaking:
             files={name: writer.finish() for name, writer in self.writers.items()},
             failures=tuple(self.failures),
         )
+
+
+def to_host(payload: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Columns of (images, bytes) on the CPU: from a GPU through page-locked memory, all copies at once."""
+    if all(value.device.type == "cpu" for value in payload.values()):
+        return payload
+    host = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for name, value in payload.items()}
+    for name, value in payload.items():
+        host[name].copy_(value, non_blocking=True)
+    torch.cuda.synchronize()
+    return host
 
 
 def _batches(records: Any, batch_size: int) -> Iterator[list[Any]]:

@@ -1,5 +1,6 @@
 """Connectors: the published numbers, the paper's shapes and parameter counts, and mistakes that are named."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -242,3 +243,8 @@ def test_a_compiled_connector_is_one_graph_for_any_number_of_images(arm: str, au
         assert torch.equal(found, expected)
         found.float().sum().backward()
     assert len(graphs) == 1
+    other = copy.deepcopy(connector)
+    for parameter in other.parameters():
+        torch.nn.init.zeros_(parameter)
+    columns = random_columns(other, 3)
+    assert not other(columns).any() and connector(columns).any()

@@ -52,7 +52,8 @@ class ModelSettings(Settings):
     )
     compile: tuple[Literal["connector", "llm"], ...] = Field(
         default=(),
-        description="what torch.compile takes: the connector, and of the llm one layer, once for all lengths",
+        description="what torch.compile takes: the connector (of two images and more in a microbatch), and of the llm "
+        "one layer, once for all lengths",
     )
     lora: LoraSettings | None = Field(default=None, description="{} for LLaVA-1.5's; merged into the exported model")
 

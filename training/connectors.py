@@ -149,6 +149,10 @@ class Connector(nn.Module):
         """
         self._compiled = torch.compile(self._fused, *args, **settings)
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what was compiled computes with the weights of this very connector."""
+        return {**super().__getstate__(), "_compiled": None}  # type: ignore[no-untyped-call]
+
     def forward(self, columns: Mapping[str, Tensor]) -> Tensor:
         """Columns of (n, grid*grid, C1) each -> (n, tokens, C3); n may be 0.
 

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 PROJECT = "compact-vision-tokens"
-ALSO_TESTED = {"torch": "2.11.0 2.14.1"}  # beside the pins: the GPU benchmark's, and that of `make TORCH=newest`
+# Wider than the pins: up to `make TORCH=newest`, with the GPU benchmark's versions in between.
+ALSO_TESTED = {"torch": ">=2.7.0,<=2.14.1", "transformers": ">=5.17.0,<=5.23.0"}
 WAIT_S = 60  # for the other ranks
 
 
@@ -115,6 +116,8 @@ def together(everyone: list[list[Finding]]) -> list[Finding]:
 def versions() -> Iterator[Finding]:
     """The packages that this project pins, as they are installed."""
     from packaging.requirements import Requirement
+    from packaging.specifiers import SpecifierSet
+    from packaging.version import Version
 
     try:
         required = [Requirement(line) for line in importlib.metadata.requires(PROJECT) or []]
@@ -130,11 +133,12 @@ def versions() -> Iterator[Finding]:
         except importlib.metadata.PackageNotFoundError:
             yield Finding("fail", "versions", f"{requirement} is not installed: pip install -e .")
             continue
-        version = installed[requirement.name]
-        also = ALSO_TESTED.get(requirement.name, "").split()
-        if not requirement.specifier.contains(version, prereleases=True) and version.split("+")[0] not in also:
+        tested = SpecifierSet(ALSO_TESTED.get(requirement.name, str(requirement.specifier)))
+        if not tested.contains(Version(installed[requirement.name]).public, prereleases=True):
             found = f"{requirement.name} {installed[requirement.name]}"
-            yield Finding("warn", "versions", f"{found} is installed, this project is tested with {requirement}")
+            yield Finding(
+                "warn", "versions", f"{found} is installed, this project is tested with {requirement.name}{tested}"
+            )
     shown = [f"{name} {installed[name]}" for name in ("torch", "mosaicml", "transformers") if name in installed]
     yield Finding("ok", "versions", ", ".join([f"python {sys.version.split()[0]}", *shown]))
 
@@ -175,12 +179,14 @@ def lacks_kernels(capability: tuple[int, int], built_for: list[str]) -> str:
     Machine code runs on GPUs of its own major version; `compute_90`, what a driver compiles, on all later ones too.
     """
     major, minor = capability
-    for name in built_for:
+    known = [name for name in built_for if name.startswith(("sm_", "compute_"))]  # ROCm's are others
+    for name in known:
         kind, _, number = name.rstrip("af").partition("_")
         of = (int(number[:-1]), int(number[-1]))
-        if of <= capability and (kind == "compute" or of[0] == major):
+        portable = kind == "compute" and not name.endswith(("a", "f"))  # compute_90a is for 9.0 alone
+        if of <= capability and (portable or of[0] == major):
             return ""
-    return f"sm_{major}{minor}" if built_for else ""
+    return f"sm_{major}{minor}" if known else ""
 
 
 def links(config: TrainConfig | None, ranks: Ranks, meeting: list[TCPStore]) -> Iterator[Finding]:

@@ -211,6 +211,9 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         columns: Mapping[str, Tensor] | None = None,
         pixel_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CompactVisionOutput:
@@ -223,18 +226,19 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             columns: cached features, (images, grid*grid, C1) each, images in the order of their placeholders.
             pixel_values: (images, 3, S, S), instead of columns.
             inputs_embeds: (batch, length, width), instead of input_ids.
+            position_ids: (batch, length).
+            past_key_values, cache: keys and values of the positions before; from transformers 5.24 on `cache`.
             logits_to_keep: only the last so many positions, or those at these indices; 0 keeps all.
-            **kwargs: to LlamaModel: `position_ids`, `use_cache`, and the cache under the name that its version has.
+            **kwargs: to LlamaModel, `use_cache` among them.
 
         Raises:
             ValueError: if placeholders and vision tokens differ in number.
         """
         inputs_embeds, vision = self._inputs(input_ids, inputs_embeds, columns, pixel_values)
-        outputs = self.llm.model(
-            inputs_embeds=inputs_embeds,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
+        # Named above for `generate`, which reads the signature; a version knows one name of the cache alone.
+        given = {"position_ids": position_ids, "past_key_values": past_key_values, "cache": cache}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        outputs = self.llm.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         hidden = outputs.last_hidden_state
         logits = None
         if labels is None or not self.training:

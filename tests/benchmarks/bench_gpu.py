@@ -31,8 +31,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 SPARE_S = 8  # of the minutes, for killing what runs on and for the last table
+DEVICE_S = 60  # at most for the limits, which all other rows are held against
+ROOM = 20e9  # bytes
 
 
 # Part -> (share of the minutes, what it measures). Each runs in a process of its own, `python gpu_PART.py`.
@@ -52,22 +55,31 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=6, help="of everything together (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "runs/bench/gpu", help="where gpu.json and gpu.log go")
     parser.add_argument("--cpu", action="store_true", help="tiny models on the CPU: do all rows work?")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these (default: all)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="only these, and device first")
     arguments = parser.parse_args()
     if arguments.minutes * 60 <= 2 * SPARE_S:
         parser.error(f"--minutes {arguments.minutes:g} is too short: give at least 1")
     end = time.monotonic() + 60 * arguments.minutes - SPARE_S
     table = Table(arguments.out)
-    scratch = Path(tempfile.mkdtemp(prefix="bench-gpu-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None))
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # nothing is left behind
+    scratch = Path(tempfile.mkdtemp(prefix="bench-gpu-", dir=in_memory()))
+    parts = ["device", *(part for part in PARTS if part in arguments.parts and part != "device")]
     try:
-        for number, part in enumerate(arguments.parts):
-            shares = [PARTS[name][0] for name in arguments.parts[number:]]
+        for number, part in enumerate(parts):
+            shares = [PARTS[name][0] for name in parts[number:]]
             left = end - time.monotonic()
-            run_part(part, left * shares[0] / sum(shares), table, scratch, arguments.cpu)
+            share = max(left * shares[0] / sum(shares), DEVICE_S if part == "device" else 0)
+            run_part(part, min(left, share), table, scratch, arguments.cpu)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     table.close()
     sys.exit(0 if table.rows and not table.failed else 1)
+
+
+def in_memory() -> str | None:
+    """Where stores and shards fit, some 12 GB: in memory, if a container gives it; else where temporary files go."""
+    shared = "/dev/shm"
+    return shared if Path(shared).is_dir() and shutil.disk_usage(shared).free > ROOM else None
 
 
 class Table:
@@ -112,7 +124,7 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def run_part(part: str, seconds: float, table: Table, scratch: Path, cpu: bool) -> None:
+def run_part(part: str, seconds: float, table: Table, scratch: Path, cpu: bool, folder: Path = HERE) -> None:
     """One process; its lines `ROW {json}` become rows. After `seconds` it is killed with all that it started."""
     limits = {row["row"]: row for row in table.rows if row["part"] == "device"}
     job = {
@@ -129,7 +141,7 @@ def run_part(part: str, seconds: float, table: Table, scratch: Path, cpu: bool) 
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     start, last = time.monotonic(), "nothing"
     process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).with_name(f"gpu_{part}.py")), json.dumps(job)],
+        [sys.executable, str(folder / f"gpu_{part}.py"), json.dumps(job)],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=table.log,
@@ -137,20 +149,28 @@ def run_part(part: str, seconds: float, table: Table, scratch: Path, cpu: bool) 
         start_new_session=True,
     )
     timer = threading.Timer(seconds, _kill, [process])
+    timer.daemon = True
     timer.start()
     assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("ROW "):
-            row = {"part": part, **json.loads(line[4:])}
-            table.add(row)
-            last = row["row"]
-        else:
-            table.log.write(line)
-    code, expired = process.wait(), not timer.is_alive()
-    timer.cancel()
-    _kill(process)  # what it started, if anything is left
+    try:
+        for line in process.stdout:
+            if line.startswith("ROW "):
+                row = {"part": part, **json.loads(line[4:])}
+                table.add(row)
+                last = row["row"]
+            else:
+                table.log.write(line)
+        code, expired = process.wait(), not timer.is_alive()
+    finally:  # also when this process is told to stop
+        timer.cancel()
+        _kill(process)  # and what it started, if anything is left
+        process.wait()
     took = round(time.monotonic() - start, 1)
-    if expired:
+    if expired and part == "device":
+        table.add(
+            {"part": part, "row": "the rest", "seconds": took, "error": f"the limits took too long, after {last}"}
+        )
+    elif expired:
         table.add({"part": part, "row": "the rest", "seconds": took, "skipped": f"no time left after {last}"})
     elif code:
         table.log.flush()

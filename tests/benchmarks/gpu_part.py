@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import sys
 import time
 import traceback
@@ -51,12 +52,12 @@ class Job:
     @property
     def flops(self) -> float:
         """FLOP/s of bf16 matrix products on this card, as measured; NaN if that row failed."""
-        return 1e12 * self.limits.get("bf16 matrix product", {}).get("tflops", float("nan"))
+        return 1e12 * float(self.limits.get("bf16 matrix product", {}).get("tflops") or "nan")
 
     @property
     def copy(self) -> float:
         """Bytes/s of device memory, read and written, as measured; NaN if that row failed."""
-        return 1e9 * self.limits.get("copy on the device", {}).get("gb_per_s", float("nan"))
+        return 1e9 * float(self.limits.get("copy on the device", {}).get("gb_per_s") or "nan")
 
 
 class Rows:
@@ -94,19 +95,27 @@ class Rows:
         gc.collect()
         if gpu:
             torch.cuda.empty_cache()
-        rounded = {key: round(value, 5) if isinstance(value, float) else value for key, value in found.items()}
+        rounded = {key: _rounded(value) for key, value in found.items()}
         self.found[name] = rounded
         self.say({"row": name, "seconds": round(time.monotonic() - start, 1), **rounded})
         return rounded
 
     def figure(self, row: str, name: str) -> float:
         """A figure of a row of this part; NaN if it has none."""
-        return float(self.found.get(row, {}).get(name, float("nan")))
+        found = self.found.get(row, {}).get(name)
+        return float("nan") if found is None else float(found)
 
     @staticmethod
     def say(row: dict[str, Any]) -> None:
         """To the parent."""
         print("\nROW " + json.dumps(row), flush=True)
+
+
+def _rounded(value: Any) -> Any:
+    """A figure as JSON has it: NaN, where a limit is not known, is null."""
+    if not isinstance(value, float):
+        return value
+    return round(value, 5) if math.isfinite(value) else None
 
 
 def wait(device: str) -> None:

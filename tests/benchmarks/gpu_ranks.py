@@ -125,7 +125,7 @@ def main() -> None:
     ranks = 2 if job.cpu else torch.cuda.device_count()
     rows = Rows(job)
     rows.row("all-reduce of 512 MB", lambda: all_reduce(job, ranks), 5)
-    rows.row("saved, killed, resumed", lambda: resumed(job, ranks), 10)
+    rows.row("saved, killed, resumed", lambda: resumed(job, ranks), 50)
 
 
 if __name__ == "__main__":

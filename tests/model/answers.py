@@ -47,7 +47,8 @@ def answers(folder: Path, questions: list[dict], images: Path, batch_size: int) 
 
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    found: dict = {"transformers": transformers.__version__, "from": transformers.__file__, "greedy": [], "beams": []}
+    found: dict = {"transformers": transformers.__version__, "from": transformers.__file__}
+    found |= {"greedy": [], "beams": [], "own cache": []}
     for first in range(0, len(questions), batch_size):
         batch = questions[first : first + batch_size]
         pictures = [Image.open(images / question["image"]) for question in batch if question["image"]]
@@ -56,7 +57,8 @@ def answers(folder: Path, questions: list[dict], images: Path, batch_size: int) 
             for question in batch
         ]
         inputs = processor(images=pictures or None, text=prompts, return_tensors="pt", padding=True)
-        for how, settings in (("greedy", {}), ("beams", {"num_beams": 3})):
+        own = {"past_key_values": transformers.DynamicCache()}  # the name that each version takes
+        for how, settings in (("greedy", {}), ("beams", {"num_beams": 3}), ("own cache", own)):
             said = model.generate(**inputs, max_new_tokens=16, do_sample=False, **settings)
             found[how] += processor.batch_decode(said[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return found

@@ -222,6 +222,7 @@ def test_a_failure_on_another_rank_is_told_and_equal_lines_once() -> None:
         ((7, 0), ["sm_75", "sm_80"], "sm_70"),
         ((9, 0), ["sm_90a"], ""),
         ((0, 0), [], ""),  # torch for the CPU
+        ((9, 0), ["gfx90a", "gfx942"], ""),  # ROCm
     ],
 )
 def test_a_gpu_that_torch_has_no_kernels_for_is_found(
@@ -234,7 +235,7 @@ def test_the_newest_torch_that_is_locked_is_not_warned_about(monkeypatch: pytest
     newest = (Path(__file__).resolve().parents[2] / "infra" / "newest.txt").read_text()
     (version,) = [line.partition("==")[2] for line in newest.splitlines() if line.startswith("torch==")]
     real = doctor.importlib.metadata.version
-    for torch, level in ((version, "ok"), ("2.11.0+cu130", "ok"), ("2.9.0", "warn")):
+    for torch, level in ((version, "ok"), ("2.11.0+cu130", "ok"), ("2.6.0", "warn"), ("99.0", "warn")):
         monkeypatch.setattr(
             doctor.importlib.metadata, "version", lambda name, torch=torch: torch if name == "torch" else real(name)
         )

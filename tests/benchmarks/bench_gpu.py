@@ -135,7 +135,8 @@ def run_part(part: str, seconds: float, table: Table, scratch: Path, cpu: bool, 
         "cpu": cpu,
         "limits": limits,
     }
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *_python_path()]), "TMPDIR": str(scratch)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(scratch)}
     environment |= {"HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     if cpu:  # one thread: tiny matrices, and threads that wait for each other burn the cores
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
@@ -176,10 +177,6 @@ def run_part(part: str, seconds: float, table: Table, scratch: Path, cpu: bool, 
         table.log.flush()
         error = f"ended with {code} after {last}; see {table.log.name}"
         table.add({"part": part, "row": "the rest", "seconds": took, "error": error})
-
-
-def _python_path() -> list[str]:
-    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

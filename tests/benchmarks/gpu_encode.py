@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_part import BLOCKS, CLIP_L, TINY_CLIP, Job, Rows, median_seconds
+from gpu_part import BLOCKS, TINY_CLIP, Job, Rows, median_seconds
 from PIL import Image
 
 from pipeline.build_shards import read_sources
@@ -23,6 +23,7 @@ from pipeline.plan import Work, row_of, shard_records
 from pipeline.schema import Codec
 from pipeline.shard import TarWriter
 from pipeline.worker import ShardWorker, to_host
+from training.efficiency import CLIP_L
 from training.flops import encoder_flops
 
 SIZE = (640, 480)  # most of COCO's photos

@@ -13,15 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.efficiency import CLIP_L, SIZES
+
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["red", "green", "blue", "big", "small", "circle", "square", "left", "right", "above", "one", "two", "the", "a"]
 BLOCKS = (3, 6, 9, 12, 15, 18, 21, 24)  # section 3.3 of the paper
 LLAMA = {
-    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "7b": SIZES["7b"],
     "1.3b": {"hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24, "num_attention_heads": 16},
 }
-CLIP_L = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
-CLIP_L |= {"image_size": 336, "patch_size": 14}
 TINY_LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
 TINY_CLIP = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 24, "num_attention_heads": 4}
 TINY_CLIP |= {"image_size": 96, "patch_size": 8}

@@ -122,7 +122,10 @@ class ShardCache:
                 with contextlib.suppress(FileNotFoundError):  # replaced or removed by hand since it was listed
                     status = path.stat()
                     objects.append((path in needed, status.st_mtime_ns, status.st_size, path))
-            total = reserved + size + sum(length for *_, length, _ in objects)
+            # What was just fetched is there while its reservation still stands: it counts once.
+            there = {path for *_, path in objects}
+            total = size + sum(length for *_, length, _ in objects)
+            total += sum(length for path, length in reserved.items() if path not in there)
             for *_, length, path in sorted(objects):
                 if total <= self.max_bytes:
                     break
@@ -130,19 +133,19 @@ class ShardCache:
                 total -= length
 
 
-def _reservations(folder: Path) -> int:
-    """Bytes that live processes have reserved; what dead ones left is removed."""
-    total = 0
+def _reservations(folder: Path) -> dict[Path, int]:
+    """The objects that live processes are fetching, and the bytes reserved for each; what dead ones left is removed."""
+    reserved: dict[Path, int] = {}
     for path in folder.glob("*/*/*.lock"):
         if not path.stat().st_size:
             continue
         with _locked(path, wait=False) as lock:
             if lock is None:
-                total += int(path.read_text() or 0)
+                reserved[path.with_name(path.name.removesuffix(".lock"))] = int(path.read_text() or 0)
             else:
                 path.with_name(path.name.removesuffix(".lock") + ".part").unlink(missing_ok=True)
                 os.ftruncate(lock, 0)
-    return total
+    return reserved
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import logging
 import multiprocessing
@@ -259,6 +260,18 @@ def test_what_a_killed_process_left_is_swept_when_room_is_made(bucket: str, tmp_
     read_all(cache, NAMES[0])
     assert files(tmp_path, ".part") == []
     assert left.with_name(left.name + ".lock").read_text() == ""
+
+
+def test_what_was_just_fetched_counts_once_while_its_reservation_stands(bucket: str, tmp_path: Path) -> None:
+    cache = open_cache(bucket, tmp_path, 2 * SIZE)
+    read_all(cache, NAMES[0])
+    lock = cache.root / (NAMES[0] + ".lock")
+    with lock.open("w") as held:  # whoever fetched it has renamed it and not let go yet
+        fcntl.flock(held, fcntl.LOCK_EX)
+        held.write(str(SIZE))
+        held.flush()
+        read_all(cache, NAMES[1])
+    assert len(files(tmp_path)) == 2
 
 
 def uses() -> list[Use]:

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.connectors import ARMS, PAPER_BLOCKS, RELEASED_BLOCKS, ConnectorConfig, build_connector, windows
 from training.convert import connector_from_released
+from training.model.connectors import ARMS, PAPER_BLOCKS, RELEASED_BLOCKS, ConnectorConfig, build_connector, windows
 
 TINY = {"grid": 4, "vision_width": 8, "llm_width": 16, "blocks": (1, 2, 3), "block": 3}
 

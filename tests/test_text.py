@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from training.batch import IGNORE, PLACEHOLDER, Encoded, collate, encode, tokenize, tokenize_with_image
-from training.conversation import SYSTEM, plain_prompt, prompt_for, v1_prompt
-from training.tokenizer import Tokenizer
+from training.model.tokenizer import Tokenizer
+from training.text.batch import IGNORE, PLACEHOLDER, Encoded, collate, encode, tokenize, tokenize_with_image
+from training.text.conversation import SYSTEM, plain_prompt, prompt_for, v1_prompt
 
 IMAGE_ID, IMAGE_TOKENS = 9000, 4
 

@@ -116,7 +116,7 @@ def main() -> None:
         stages = {(run.folder, stage): stage_config(config, run, stage) for run in plan for stage in STAGES}
         mine = plan[_part(arguments.part)]
         if arguments.ray:
-            from training.ablate_on_ray import on_ray
+            from training.sweep.on_ray import on_ray
 
             failed = on_ray([arguments.config, *arguments.settings], plan, arguments.gpus)
             if failed:
@@ -190,8 +190,8 @@ def ablate(
     if waiting:
         print(f"{len(waiting)} of {len(plan)} runs are not done yet: {', '.join(str(r.folder) for r in waiting)}")
         return
-    from training.ablation_table import as_text, build_table
     from training.report import ablation_page
+    from training.sweep.table import as_text, build_table
 
     table = build_table(config, plan)
     folder = Path(config.run)
@@ -226,7 +226,7 @@ def one_run(config: AblationConfig, run: Run, stages: Mapping[tuple[Path, Stage]
 
 def answer(config: AblationConfig, run: Run) -> None:
     """The trained model's answers to every question."""
-    from training.answer import answer_all
+    from training.answers.answer import answer_all
     from training.benchmarks.questions import file_within
     from training.evaluate import read_questions
 
@@ -258,7 +258,7 @@ def open_all(config: AblationConfig) -> Iterator[Any]:
 def measure_encoding(config: AblationConfig, stage: TrainConfig) -> None:
     """Seconds of one pass of every image through CLIP: with all columns, as a store, and with those of each arm."""
     from pipeline.encoder import columns_of, describe_encoder
-    from training.connectors import ConnectorConfig
+    from training.model.connectors import ConnectorConfig
 
     path = Path(config.run) / "encoding.json"
     if path.exists():

@@ -59,7 +59,7 @@ def start(arguments: argparse.Namespace) -> None:
     """
     names = [name for name in (arguments.model, arguments.against) if name]
     if arguments.web:
-        from training.chat_web import serve
+        from training.answers.web import serve
 
         serve(lambda: [Speaker.load(name, arguments) for name in names], arguments.port)
         return
@@ -105,8 +105,8 @@ class Speaker:
         import torch
         from transformers.utils.logging import disable_progress_bar
 
-        from training.model import CompactVisionForConditionalGeneration
-        from training.processor import CompactVisionProcessor
+        from training.model.model import CompactVisionForConditionalGeneration
+        from training.model.processor import CompactVisionProcessor
 
         if arguments.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("--device cuda: torch finds no GPU here; use --device cpu")
@@ -147,7 +147,7 @@ class Talk:
         Raises:
             ValueError: if the question is empty, holds `<image>`, or the conversation is too long for the model.
         """
-        from training.conversation import IMAGE, prompt_for
+        from training.text.conversation import IMAGE, prompt_for
 
         text = question.strip()
         if not text or IMAGE in text:

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPVisionModel, LlamaForCausalLM
 
-    from training.connectors import Connector
-    from training.model import CompactVisionForConditionalGeneration
+    from training.model.connectors import Connector
+    from training.model.model import CompactVisionForConditionalGeneration
 
 CLIP = "openai/clip-vit-large-patch14-336"
 TOWER = "model.vision_tower.vision_tower.vision_model."  # before CLIP's names, as transformers 4 wrote them
@@ -86,10 +86,10 @@ def take_in(
         ValueError: naming every missing key and, unless they are to be ignored, every unused one; or what else does
             not fit. OSError: if a part cannot be read.
     """
-    from training.card import model_card
     from training.export import write_model
-    from training.model import CompactVisionForConditionalGeneration
-    from training.tokenizer import Tokenizer
+    from training.model.model import CompactVisionForConditionalGeneration
+    from training.model.tokenizer import Tokenizer
+    from training.release.card import model_card
 
     said = _settings(source if source.is_dir() else source.parent)
     state = read_tensors(source)
@@ -238,7 +238,7 @@ def connector_from_released(state: Mapping[str, Tensor], grid: int = 24) -> Conn
     Raises:
         ValueError: naming every key that is missing, and every one that was not used; or shapes of another connector.
     """
-    from training.connectors import RELEASED_BLOCKS, ConnectorConfig, build_connector
+    from training.model.connectors import RELEASED_BLOCKS, ConnectorConfig, build_connector
 
     arm = "mbtf+stf" if any("crosslayer" in name for name in state) else "mlp"
     wanted = {f"{a}.{kind}": f"{b}.{kind}" for a, b in NAMES[arm].items() for kind in ("weight", "bias")}
@@ -273,8 +273,8 @@ def give_out(source: Path, out: Path, clip: str = CLIP) -> None:
     from huggingface_hub import save_torch_state_dict
 
     from training.export import replaced_folder
-    from training.model import CompactVisionForConditionalGeneration
-    from training.tokenizer import Tokenizer
+    from training.model.model import CompactVisionForConditionalGeneration
+    from training.model.tokenizer import Tokenizer
 
     model = CompactVisionForConditionalGeneration.from_pretrained(source)
     projector = released_projector(model.connector)

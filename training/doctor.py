@@ -27,8 +27,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
 from pipeline.config import ConfigError, load_config
+from training.checkup.preflight import Finding, Level, Ranks, of_run, run_check
 from training.config import TrainConfig
-from training.preflight import Finding, Level, Ranks, of_run, run_check
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]

@@ -28,8 +28,8 @@ if __name__ == "__main__":
 if TYPE_CHECKING:
     import torch
 
-    from training.connectors import Connector, ConnectorConfig
-    from training.model import CompactVisionConfig, CompactVisionForConditionalGeneration
+    from training.model.connectors import Connector, ConnectorConfig
+    from training.model.model import CompactVisionConfig, CompactVisionForConditionalGeneration
 
 SIZES: dict[str, dict[str, int]] = {  # Vicuna's, that is Llama-2's
     "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
@@ -86,7 +86,7 @@ def shape(name: str, layers: int | None = None) -> CompactVisionConfig:
     """
     from transformers import CLIPVisionConfig, LlamaConfig
 
-    from training.model import CompactVisionConfig
+    from training.model.model import CompactVisionConfig
 
     if name in SIZES:
         text = LlamaConfig(**SIZES[name], vocab_size=32000, max_position_embeddings=4096)
@@ -108,7 +108,7 @@ def flops(arguments: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: for a shape that the paper's arms do not fit. AssertionError: if torch counts otherwise.
     """
-    from training.flops import paper_rows
+    from training.cost.flops import paper_rows
 
     name = arguments.config or "7b"
     if name not in SIZES:
@@ -134,7 +134,7 @@ def benchmark(arguments: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
-    from training.connectors import build_connector
+    from training.model.connectors import build_connector
 
     gpu = torch.cuda.is_available()
     if arguments.device == "cuda" and not gpu:
@@ -187,7 +187,7 @@ def _load(
 ) -> CompactVisionForConditionalGeneration:
     import torch
 
-    from training.model import CompactVisionForConditionalGeneration
+    from training.model.model import CompactVisionForConditionalGeneration
 
     if arguments.model:
         model = CompactVisionForConditionalGeneration.from_pretrained(arguments.model, dtype=dtype).to(device)
@@ -295,7 +295,7 @@ def _row(
     first: Sequence[dict[str, float]],
     model: CompactVisionForConditionalGeneration,
 ) -> dict[str, Any]:
-    from training.flops import prefill_flops
+    from training.cost.flops import prefill_flops
 
     config = connector.config
     name = (

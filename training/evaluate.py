@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
+from training.benchmarks.metrics import Scored
 from training.benchmarks.questions import file_within, is_within, read_json_lines
-from training.metrics import Scored
 
 if TYPE_CHECKING:
     from training.benchmarks.predictions import Predictions
@@ -42,7 +42,7 @@ def main() -> None:
         if arguments.average:
             print(averages(arguments.average))
         elif arguments.processes > 1 and arguments.model:
-            from training.answer import in_processes
+            from training.answers.answer import in_processes
 
             sys.exit(in_processes(arguments.processes, [sys.executable, *sys.argv, "--processes", "1"]))
         elif arguments.benchmark:
@@ -139,7 +139,7 @@ def evaluate_benchmark(name: str, arguments: argparse.Namespace) -> None:
 
 def _answer_benchmark(benchmark: Benchmark, arguments: argparse.Namespace) -> Path | None:
     """The model's answers to a benchmark, in a file; None on every process but the first."""
-    from training.answer import answer_all
+    from training.answers.answer import answer_all
 
     absent = benchmark.absent_images()
     if absent:
@@ -240,14 +240,14 @@ def averages(folder: Path) -> str:
 
 
 def _is_first() -> bool:
-    from training.answer import Ranks
+    from training.answers.answer import Ranks
 
     return Ranks.of_environment().rank == 0
 
 
 def evaluate_questions(arguments: argparse.Namespace) -> None:
     """Answer a file of questions; its scores are printed as one line of JSON."""
-    from training.answer import answer_all
+    from training.answers.answer import answer_all
 
     questions = read_questions(arguments.questions, arguments.images)[: arguments.limit]
     if arguments.shuffle_images is not None:

@@ -27,9 +27,9 @@ if TYPE_CHECKING:
 
     from pipeline.schema import StoreSpec
     from training.config import TrainConfig
-    from training.connectors import Connector
-    from training.model import CompactVisionForConditionalGeneration
-    from training.tokenizer import Tokenizer
+    from training.model.connectors import Connector
+    from training.model.model import CompactVisionForConditionalGeneration
+    from training.model.tokenizer import Tokenizer
 
 WEIGHTS, SHAPE = "connector.safetensors", "connector.json"
 
@@ -71,8 +71,8 @@ def export_run(
 
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
-    from training.assemble import load_tokenizer
     from training.config import TrainConfig
+    from training.fit.assemble import load_tokenizer
 
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} is no training run: it has no config.json; name the folder given as run=...")
@@ -87,9 +87,9 @@ def _trained(
     config: TrainConfig, store: StoreSpec, run: Path, checkpoint: Path | None
 ) -> CompactVisionForConditionalGeneration:
     """The model at the end of a run, or at a checkpoint."""
-    from training.assemble import build_model
-    from training.lora import merge_lora
-    from training.model import CompactVisionForConditionalGeneration
+    from training.fit.assemble import build_model
+    from training.fit.lora import merge_lora
+    from training.model.model import CompactVisionForConditionalGeneration
 
     finished = (run / "summary.json").is_file() and checkpoint is None
     if finished and "llm" in config.train:
@@ -116,7 +116,7 @@ def _trained(
 
 
 def _newest_checkpoint(run: Path) -> Path:
-    from training.checkpoint import newest_on_disk
+    from training.checkpoints.checkpoint import newest_on_disk
 
     found = newest_on_disk(run / "checkpoints")
     if found is None:
@@ -192,7 +192,7 @@ def load_connector(target: Connector | CompactVisionForConditionalGeneration, fo
     """
     from safetensors.torch import load_file
 
-    from training.connectors import Connector, ConnectorConfig
+    from training.model.connectors import Connector, ConnectorConfig
 
     connector = target if isinstance(target, Connector) else target.connector
     if not (folder / WEIGHTS).is_file() or not (folder / SHAPE).is_file():
@@ -229,8 +229,8 @@ def export_model(
     """
     from transformers import CLIPVisionModel
 
-    from training.card import model_card, store_facts
-    from training.model import CompactVisionForConditionalGeneration
+    from training.model.model import CompactVisionForConditionalGeneration
+    from training.release.card import model_card, store_facts
 
     local = Path(store.encoder.id).is_dir()  # its revision is then a digest, which no Hub knows
     tower = CLIPVisionModel.from_pretrained(
@@ -250,7 +250,7 @@ def write_model(
     """Write a whole model with its processor, tokenizer, generation settings, code and card."""
     from transformers import GenerationConfig
 
-    from training.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+    from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
 
     assert whole.vision_tower is not None, "a model that is written sees"
     text = CompactVisionTokenizer(

@@ -1,4 +1,5 @@
-"""What a store delivers on this machine: the command line of `python training/stream.py STORE [--bench]`."""
+#!/usr/bin/env python
+"""How a store is shuffled into batches and how fast they are read: `python training/stream_bench.py STORE --bench`."""
 
 from __future__ import annotations
 
@@ -6,12 +7,16 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
 if TYPE_CHECKING:
     import torch
 
-    from training.stream import Example, Stream
+    from training.stream.stream import Example, Stream
 
 
 MICROBATCH = 4  # examples that are padded to one length in the description; stage 2's default
@@ -20,8 +25,7 @@ MICROBATCH = 4  # examples that are padded to one length in the description; sta
 def main() -> int:
     """Describe the order of a store's examples; with --bench, measure how fast they come."""
     parser = argparse.ArgumentParser(
-        prog="python training/stream.py",
-        description="Say how a feature store is shuffled into batches and, with --bench, how fast they are read.",
+        description="Say how a feature store is shuffled into batches and, with --bench, how fast they are read."
     )
     parser.add_argument("store", help="feature store, a folder or s3://")
     parser.add_argument(
@@ -59,7 +63,7 @@ def _open(arguments: argparse.Namespace) -> Stream:
 
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
-    from training.stream import Stream
+    from training.stream.stream import Stream
 
     columns = arguments.columns
     if columns is None:
@@ -84,7 +88,7 @@ def _open(arguments: argparse.Namespace) -> Stream:
 def _describe(stream: Stream, url: str) -> str:
     from dataclasses import replace
 
-    from training.order import epoch_batches, padding_share, same_shard_pairs, shards_in_use
+    from training.stream.order import epoch_batches, padding_share, same_shard_pairs, shards_in_use
 
     batches, examples = stream.epoch_batches(0), stream.examples
     size = stream.global_batch_size
@@ -148,3 +152,7 @@ def _line(name: str, result: dict[str, Any]) -> str:
         f"{name:9} {result['bytes'] / seconds / 1e6:,.0f} MB/s, {result['examples'] / seconds:,.1f} examples/s, "
         f"first batch after {result['first_batch_s'] * 1e3:.0f} ms"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Run from here, or from a YAML file here, Python looks in this folder first, where `deepspeed` is this project's file.
+# Run as a file, or from a YAML file beside it, Python looks in this folder first.
 if Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root
 
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from composer import Trainer
 
     from pipeline.schema import StoreSpec
-    from training.checkpoint import Checkpoints, StopRequest
-    from training.model import CompactVisionForConditionalGeneration
-    from training.stream import Stream
-    from training.tokenizer import Tokenizer
+    from training.checkpoints.checkpoint import Checkpoints, StopRequest
+    from training.model.model import CompactVisionForConditionalGeneration
+    from training.model.tokenizer import Tokenizer
+    from training.stream.stream import Stream
 
 
 def main(config_file: str | None = None) -> None:
@@ -54,7 +54,7 @@ def train(config: TrainConfig, check_only: bool = False) -> None:
     import torch
     from composer.utils import dist, get_device
 
-    from training.checkpoint import StopRequest
+    from training.checkpoints.checkpoint import StopRequest
 
     stop = StopRequest()
     device = get_device(None if config.device == "auto" else config.device)
@@ -71,8 +71,8 @@ def train(config: TrainConfig, check_only: bool = False) -> None:
         print(describe(config, store, model, stream, steps, dist.get_world_size()), flush=True)
     if check_only:
         if dist.get_global_rank() == 0:
-            from training.optimizer import build_optimizer
-            from training.preview import preview
+            from training.fit.optimizer import build_optimizer
+            from training.fit.preview import preview
 
             print(preview(config, model, build_optimizer(model, config.optimizer), tokenizer, stream), flush=True)
         return
@@ -96,9 +96,9 @@ def assemble(
     """Load what the configuration names and check that the parts fit; nothing is trained yet."""
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
-    from training.assemble import build_model, load_tokenizer
-    from training.batch import collate, encode
-    from training.stream import Example, Stream
+    from training.fit.assemble import build_model, load_tokenizer
+    from training.stream.stream import Example, Stream
+    from training.text.batch import collate, encode
 
     config.per_rank(world_size)
     store = read_store(Storage(config.data.store))
@@ -163,13 +163,13 @@ def build_trainer(
     from composer.utils import dist
     from torch.utils.data import DataLoader
 
-    from training.callbacks import StepLog, StopOnBadLoss, boards
-    from training.checkpoint import Checkpoints, find
-    from training.composer_model import TrainableModel, token_counts
-    from training.engine import engine_of, make_trainer, microbatch_size
-    from training.mfu import StepFlops
-    from training.optimizer import build_optimizer, build_schedule
-    from training.stream import split
+    from training.checkpoints.checkpoint import Checkpoints, find
+    from training.cost.mfu import StepFlops
+    from training.engines.engine import engine_of, make_trainer, microbatch_size
+    from training.fit.callbacks import StepLog, StopOnBadLoss, boards
+    from training.fit.composer_model import TrainableModel, token_counts
+    from training.fit.optimizer import build_optimizer, build_schedule
+    from training.stream.stream import split
 
     columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
@@ -299,9 +299,9 @@ def finish(
     """
     from composer.utils import dist
 
-    from training.assemble import is_exported, whole_model
-    from training.engine import whole_weights
+    from training.engines.engine import whole_weights
     from training.export import export_connector, export_model
+    from training.fit.assemble import is_exported, whole_model
 
     weights = whole_weights(trainer.state, lambda name: is_exported(config, name))
     if dist.get_global_rank() != 0:

@@ -32,7 +32,7 @@ import numpy as np
 import stream_peers as peers
 from stream_peers import COLUMNS, PAYLOAD, PER_SHARD, ROOT, Read
 
-from training.order import Examples, OrderSettings, epoch_batches, padding_share
+from training.stream.order import Examples, OrderSettings, epoch_batches, padding_share
 
 SLOW = 8.0  # seconds after which a reader gets no further pass
 PEERS = {"mosaicml-streaming": "streaming", "litdata": "litdata", "megatron-energon": "megatron.energon"}

@@ -23,8 +23,8 @@ from pipeline.plan import Work, row_of, shard_records
 from pipeline.schema import Codec
 from pipeline.shard import TarWriter
 from pipeline.worker import ShardWorker, to_host
+from training.cost.flops import encoder_flops
 from training.efficiency import CLIP_L
-from training.flops import encoder_flops
 
 SIZE = (640, 480)  # most of COCO's photos
 

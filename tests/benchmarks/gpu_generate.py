@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from gpu_part import LLAMA, TINY_CLIP, TINY_LLAMA, Job, Rows
 
+from training.cost.flops import prefill_flops
 from training.efficiency import benchmark
-from training.flops import prefill_flops
 
 TEXT, NEW, ROUNDS = 64, 12, 2  # tokens, tokens, medians over so many
 
@@ -27,7 +27,7 @@ def _shape(job: Job) -> str:
         return "7b"
     from transformers import CLIPVisionConfig, LlamaConfig
 
-    from training.model import CompactVisionConfig
+    from training.model.model import CompactVisionConfig
 
     text = LlamaConfig(vocab_size=480, **TINY_LLAMA)
     connector = {"vision_width": TINY_CLIP["hidden_size"], "llm_width": text.hidden_size, "grid": 12}

@@ -146,7 +146,7 @@ def llama_folder(job: Job, size: str) -> Path:
     """A folder with a configuration and a tokenizer, and no weights: `random_llama` makes them."""
     from transformers import LlamaConfig
 
-    from training.demo_models import train_tokenizer
+    from training.toy.models import train_tokenizer
 
     folder = job.scratch / f"llm-{size}"
     if not folder.exists():

@@ -20,17 +20,17 @@ import torch
 from composer.core.engine import Engine
 from gpu_part import BLOCKS, Job, Rows, llama_folder, median_seconds, random_llama, wait, write_store
 
-import training.assemble
-import training.callbacks
-import training.checkpoint
-import training.mfu
+import training.checkpoints.checkpoint
+import training.cost.mfu
+import training.fit.assemble
+import training.fit.callbacks
 import training.train
-from training.callbacks import StepLog
-from training.composer_model import TrainableModel, supervised_tokens
 from training.config import TrainConfig
-from training.mfu import StepFlops
-from training.optimizer import build_optimizer
-from training.stream import split
+from training.cost.mfu import StepFlops
+from training.fit.callbacks import StepLog
+from training.fit.composer_model import TrainableModel, supervised_tokens
+from training.fit.optimizer import build_optimizer
+from training.stream.stream import split
 
 WARM_UP = 2  # steps of each run that do not count
 CONNECTOR = {"blocks": BLOCKS}
@@ -49,11 +49,11 @@ class Bench:
         # A batch for each step: nothing is read ahead across the end of an epoch.
         captions, talk = (32, 32) if job.cpu else (7 * 64, 8 * 16)
         self.stores = {1: write_store(job, "captions", captions, (8, 20)), 2: write_store(job, "talk", talk, (60, 200))}
-        training.assemble.LlamaForCausalLM = _Random(random_llama(job.device))  # type: ignore[attr-defined]
+        training.fit.assemble.LlamaForCausalLM = _Random(random_llama(job.device))  # type: ignore[attr-defined]
         training.train.finish = lambda *_: None  # no export
-        training.checkpoint.Checkpoints.save = lambda *_: None  # type: ignore[method-assign]
-        training.callbacks.peak_flops = lambda: 1.0  # `mfu` in the log is then the step's FLOP/s
-        self.nominal = training.mfu.peak_flops() or float("nan")
+        training.checkpoints.checkpoint.Checkpoints.save = lambda *_: None  # type: ignore[method-assign]
+        training.fit.callbacks.peak_flops = lambda: 1.0  # `mfu` in the log is then the step's FLOP/s
+        self.nominal = training.cost.mfu.peak_flops() or float("nan")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py, also in `bare`
 
     def settings(self, stage: int, steps: int, **changes: Any) -> dict[str, Any]:
@@ -178,11 +178,11 @@ class Bench:
                 if state.timestamp.batch.value == 6:
                     seen["watch"].__exit__(None, None, None)
 
-        training.callbacks.StepLog = Traced  # type: ignore[misc]
+        training.fit.callbacks.StepLog = Traced  # type: ignore[misc]
         try:
             self.run(stage, 4, **changes)
         finally:
-            training.callbacks.StepLog = StepLog  # type: ignore[misc]
+            training.fit.callbacks.StepLog = StepLog  # type: ignore[misc]
             if torch.cuda.is_available():
                 torch.cuda.set_sync_debug_mode("default")
         row = read_trace(seen["profiler"], seen["ns"])

@@ -22,7 +22,7 @@ import torch  # noqa: E402
 from torch.utils.data import DataLoader, Dataset  # noqa: E402
 
 from pipeline.schema import SAMPLES, Column, EncoderSpec, StoreSpec, tar_path  # noqa: E402
-from training.stream import Stream  # noqa: E402
+from training.stream.stream import Stream  # noqa: E402
 from training.stream_bench import no_text  # noqa: E402
 
 COLUMNS = tuple(f"block{block:02d}" for block in (3, 6, 9, 12, 15, 18, 21, 24))

@@ -180,9 +180,9 @@ def model(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-    from training.connectors import ConnectorConfig, build_connector
-    from training.model import CompactVisionForConditionalGeneration
-    from training.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+    from training.model.connectors import ConnectorConfig, build_connector
+    from training.model.model import CompactVisionForConditionalGeneration
+    from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
 
     torch.manual_seed(0)
     sides = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}

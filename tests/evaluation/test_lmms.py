@@ -10,8 +10,8 @@ pytest.importorskip("lmms_eval", reason="the extra lmms-eval is not installed")
 
 
 def test_lmms_eval_gets_the_answers_that_evaluate_gives(model: Path) -> None:
-    from training.answer import Ranks, load_model, reply
-    from training.lmms import MANIFEST, CompactVision
+    from training.answers.answer import Ranks, load_model, reply
+    from training.answers.lmms import MANIFEST, CompactVision
 
     module, _, name = MANIFEST.simple_class_path.rpartition(".")
     assert (module, name) == (CompactVision.__module__, CompactVision.__name__)

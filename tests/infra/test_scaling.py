@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.codec import encode
-from training.connectors import ConnectorConfig, build_connector
+from training.model.connectors import ConnectorConfig, build_connector
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from training.connectors import Connector, ConnectorConfig, build_connector
-from training.model import CompactVisionForConditionalGeneration
+from training.model.connectors import Connector, ConnectorConfig, build_connector
+from training.model.model import CompactVisionForConditionalGeneration
 
 VOCABULARY = 736  # of the small SentencePiece tokenizer in the shared folder
 BLOCKS = (1, 2, 4)

@@ -18,11 +18,11 @@ from PIL import Image
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from training.chat import Speaker, Talk, main, open_image
-from training.connectors import ConnectorConfig, build_connector
-from training.conversation import prompt_for
 from training.export import write_model
-from training.model import CompactVisionForConditionalGeneration
-from training.tokenizer import Tokenizer
+from training.model.connectors import ConnectorConfig, build_connector
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.tokenizer import Tokenizer
+from training.text.conversation import prompt_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Namespace(device="cpu", max_new_tokens=6, temperature=0.0)
@@ -127,7 +127,7 @@ def test_the_page_without_gradio_says_what_to_install(folder: Path, monkeypatch:
 
 def test_on_the_page_answers_grow_one_model_after_the_other(talk: Talk, picture: Path) -> None:
     gr = pytest.importorskip("gradio", reason="the page needs gradio: pip install 'compact-vision-tokens[web]'")
-    from training.chat_web import answers
+    from training.answers.web import answers
 
     talk.speaker.max_new_tokens = 20
     speakers = [talk.speaker, talk.speaker]

@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
 from training.convert import TOWER, give_out, main, read_tensors, take_in
-from training.model import CompactVisionForConditionalGeneration
-from training.tokenizer import Tokenizer
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.tokenizer import Tokenizer
 
 C1, C3 = 16, 64
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from training.connectors import ARMS, ConnectorConfig, build_connector
+from training.cost.flops import connector_flops, counted, encoder_flops, kv_cache_bytes, paper_rows, prefill_flops
 from training.efficiency import main, render, shape
-from training.flops import connector_flops, counted, encoder_flops, kv_cache_bytes, paper_rows, prefill_flops
-from training.model import CompactVisionForConditionalGeneration
+from training.model.connectors import ARMS, ConnectorConfig, build_connector
+from training.model.model import CompactVisionForConditionalGeneration
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from transformers import CLIPModel
 from pipeline.codec import decode, encode
 from pipeline.encoder import Encoder, columns_of, describe_encoder
 from pipeline.schema import StoreSpec
-from training.assemble import build_model, load_tokenizer
 from training.config import TrainConfig
 from training.export import export_connector, export_model, load_connector, replaced_folder
-from training.model import CompactVisionConfig, CompactVisionForConditionalGeneration
-from training.processor import CompactVisionProcessor
+from training.fit.assemble import build_model, load_tokenizer
+from training.model.model import CompactVisionConfig, CompactVisionForConditionalGeneration
+from training.model.processor import CompactVisionProcessor
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from training.connectors import ConnectorConfig, build_connector
-from training.model import CompactVisionConfig, CompactVisionForConditionalGeneration
+from training.model.connectors import ConnectorConfig, build_connector
+from training.model.model import CompactVisionConfig, CompactVisionForConditionalGeneration
 
 IMAGE = 736
 ROWS = [[1, 5, *[IMAGE] * 4, 8, 9], [1, 60, 61, 62], [1, *[IMAGE] * 4, 70]]

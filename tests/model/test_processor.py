@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from pipeline.encoder import load_image, preprocess
-from training.conversation import prompt_for
-from training.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+from training.text.conversation import prompt_for
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

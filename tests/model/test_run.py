@@ -21,8 +21,8 @@ from pipeline.demo_data import draw
 from pipeline.manifest import read_store
 from pipeline.storage import Storage
 from training.export import export_run, main, push
-from training.model import CompactVisionForConditionalGeneration
-from training.processor import CompactVisionProcessor
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.processor import CompactVisionProcessor
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8

@@ -15,10 +15,10 @@ import transformers
 from PIL import Image
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from training.connectors import ConnectorConfig, build_connector
 from training.export import write_model
-from training.model import CompactVisionForConditionalGeneration
-from training.tokenizer import Tokenizer
+from training.model.connectors import ConnectorConfig, build_connector
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.slow(minutes=1)
 ROOT = Path(__file__).resolve().parents[2]

@@ -21,8 +21,8 @@ import pytest
 
 from pipeline.schema import Commit, commit_path, tar_path
 from pipeline.storage import Storage
-from training.cache import Ahead, ShardCache, Use, most_bytes_in_use
-from training.tars import FileTars, RangeTars
+from training.stream.cache import Ahead, ShardCache, Use, most_bytes_in_use
+from training.stream.tars import FileTars, RangeTars
 
 SIZE = 300_000
 SHARDS = 8
@@ -218,7 +218,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from pipeline.storage import Storage
-from training.cache import ShardCache
+from training.stream.cache import ShardCache
 bucket, folder, names = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
 cache = ShardCache(Storage(f"s3://{bucket}"), folder, "identity", 5 * int(os.environ["SIZE"]))
 cache._expected(names[0])

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from training.stream import Batch, Example, Stream, split
+from training.stream.stream import Batch, Example, Stream, split
 
 BATCHES = 5  # per epoch
 Become = Callable[[int, int, int, Path], None]

@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from training import doctor
 from training.config import TrainConfig
-from training.demo_models import train_tokenizer
-from training.memory import ModelShape, estimate
+from training.cost.memory import ModelShape, estimate
+from training.toy.models import train_tokenizer
 
 LLM = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.order import (
+from training.stream.order import (
     Examples,
     OrderSettings,
     epoch_batches,

@@ -7,8 +7,8 @@ from pathlib import Path
 import boto3
 import pytest
 
-from training.cache import most_bytes_in_use
-from training.stream import Stream
+from training.stream.cache import most_bytes_in_use
+from training.stream.stream import Stream
 
 COLUMNS = ("block03", "cls23")
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from training.stream import Batch, Example, Stream, split
+from training.stream.stream import Batch, Example, Stream, split
 
 COLUMNS = ("block03", "cls23")
 

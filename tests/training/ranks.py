@@ -26,9 +26,9 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM  # noqa: F401
 
 import training.train as stage
-from training.callbacks import StepLog
 from training.config import TrainConfig
-from training.engine import whole_weights
+from training.engines.engine import whole_weights
+from training.fit.callbacks import StepLog
 
 SENT = "signal-sent"  # a file in the folder of a run
 

@@ -71,7 +71,7 @@ def test_the_loss_depends_neither_on_ranks_nor_on_microbatches_nor_on_what_saves
 def test_the_llm_may_learn_alone(runs: Path, losses: Callable[[str], list[float]], settings: Any) -> None:
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
-    from training.assemble import build_model
+    from training.fit.assemble import build_model
 
     assert losses("llm-only")[-1] < losses("llm-only")[0]
     config = TrainConfig.model_validate(settings(runs / "llm-only", 2))
@@ -193,7 +193,7 @@ def test_what_cannot_work_is_refused_with_its_reason(changes: list[str], reason:
 
 
 def test_a_board_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training.callbacks import boards
+    from training.fit.callbacks import boards
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'compact-vision-tokens\[wandb\]'"):
@@ -203,7 +203,7 @@ def test_a_board_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pyt
 def test_composer_algorithms_are_refused_under_zero() -> None:
     from composer.algorithms import GradientClipping
 
-    from training.deepspeed import ZeroTrainer
+    from training.engines.zero import ZeroTrainer
 
     with pytest.raises(ValueError, match="the engine keeps its own"):
         ZeroTrainer(stage=2, bf16=False, clip_grad_norm=None, algorithms=[GradientClipping("norm", 1.0)])
@@ -211,7 +211,7 @@ def test_composer_algorithms_are_refused_under_zero() -> None:
 
 def test_the_schedule_is_the_reference_trainers(shared: Path) -> None:
     """Step by step: test_engines.py shows that a run's steps take the rates of this curve."""
-    from training.optimizer import build_schedule
+    from training.fit.optimizer import build_schedule
 
     for case in json.loads((shared / "parity" / "learning_rates.json").read_text()):
         assert math.ceil(case["total_steps"] * 0.03) == case["warmup_steps"]

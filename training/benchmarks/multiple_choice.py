@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+from training.benchmarks.metrics import Scored, option_letter, science_qa_choice
 from training.benchmarks.questions import Answers, Benchmark, Question, read_json
-from training.metrics import Scored, option_letter, science_qa_choice
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHI"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-from training.metrics import Scored
+from training.benchmarks.metrics import Scored
 
 SHORT = "\nAnswer the question using a single word or phrase."
 

@@ -10,8 +10,8 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+from training.benchmarks.metrics import Scored, mean_f1, mean_percent, mme_answer, mme_total, pope_answer
 from training.benchmarks.questions import SHORT, Answers, Benchmark, Question, read_json_lines
-from training.metrics import Scored, mean_f1, mean_percent, mme_answer, mme_total, pope_answer
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"

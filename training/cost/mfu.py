@@ -6,8 +6,8 @@ from collections.abc import Collection
 
 import torch
 
-from training.flops import connector_flops, head_flops, prefill_flops
-from training.model import CompactVisionForConditionalGeneration
+from training.cost.flops import connector_flops, head_flops, prefill_flops
+from training.model.model import CompactVisionForConditionalGeneration
 
 # Dense bf16 tensor-core FLOP/s, as the makers state them, by a part of the device's name; the first that fits counts.
 _PEAK = {

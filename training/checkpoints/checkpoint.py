@@ -29,8 +29,8 @@ from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import create_interval_scheduler, dist
 
 from pipeline.storage import sync
+from training.checkpoints.remote import Remote
 from training.config import CheckpointSettings
-from training.remote import Remote
 
 log = logging.getLogger(__name__)
 
@@ -138,7 +138,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
             state, filename=str(target / "composer.pt"), ignore_keys=self.ignore_keys
         )
         if self.engine.startswith("zero"):
-            from training.deepspeed import save_shards
+            from training.engines.zero import save_shards
 
             save_shards(state.model, target)
         dist.barrier()  # every rank has written

@@ -18,10 +18,10 @@ from composer.loggers import Logger
 from composer.loggers.logger_destination import LoggerDestination
 from composer.utils import dist
 
-from training.batch import IGNORE
-from training.engine import engine_norm, gradient_norm
-from training.mfu import peak_flops
-from training.stream import Stream
+from training.cost.mfu import peak_flops
+from training.engines.engine import engine_norm, gradient_norm
+from training.stream.stream import Stream
+from training.text.batch import IGNORE
 
 
 class StepLog(LoggerDestination):  # type: ignore[misc]

@@ -8,11 +8,11 @@ from itertools import groupby
 import torch
 import yaml
 
-from training.batch import IGNORE
 from training.config import TrainConfig
-from training.model import CompactVisionForConditionalGeneration
-from training.stream import Stream
-from training.tokenizer import Tokenizer
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.tokenizer import Tokenizer
+from training.stream.stream import Stream
+from training.text.batch import IGNORE
 
 SUPERVISED, IMAGE, PLAIN = "\033[32m", "\033[36m", "\033[0m"  # green, cyan, the terminal's own
 

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedModel
 
-    from training.batch import Encoded
-    from training.tokenizer import Tokenizer
+    from training.model.tokenizer import Tokenizer
+    from training.text.batch import Encoded
 
 
 class Training(TypedDict):
@@ -82,7 +82,7 @@ def make(out: Path, captions: Path, talk: Path, images: Path, seed: int) -> None
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from training.tokenizer import Tokenizer
+    from training.model.tokenizer import Tokenizer
 
     torch.manual_seed(seed)
     caption_of = {r["image"]: r["conversations"][1]["value"] for r in json.loads(captions.read_text(encoding="utf-8"))}
@@ -103,7 +103,7 @@ def train_tokenizer(captions: dict[str, str], conversations: list[dict[str, Any]
     """A SentencePiece model (BPE with byte fallback, as Llama's) of the texts at hand."""
     import sentencepiece
 
-    from training.conversation import prompt_for
+    from training.text.conversation import prompt_for
 
     texts = set(captions.values())
     texts |= {turn["value"].replace("<image>", "").strip() for r in conversations for turn in r["conversations"]}
@@ -135,7 +135,7 @@ def reading_matter(
     captions: dict[str, str], conversations: list[dict[str, Any]], tokenizer: Tokenizer
 ) -> list[Encoded]:
     """Every caption after itself, and every conversation after its image's caption: it stands where the image will."""
-    from training.batch import IGNORE, Encoded, encode
+    from training.text.batch import IGNORE, Encoded, encode
 
     matter = []
     for text in captions.values():
@@ -150,7 +150,7 @@ def reading_matter(
 
 def read(llm: LlamaForCausalLM, matter: list[Encoded], pad_id: int, seed: int) -> None:
     """Ordinary language modelling: the answers, given what stands before them."""
-    from training.batch import collate
+    from training.text.batch import collate
 
     def loss(chosen: list[int]) -> Tensor:
         result: Tensor = llm(**collate([matter[i] for i in chosen], pad_id)).loss

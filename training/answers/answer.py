@@ -168,8 +168,8 @@ def load_model(name: str, ranks: Ranks) -> tuple[Any, Any]:
     """
     import torch
 
-    from training.model import CompactVisionForConditionalGeneration
-    from training.processor import CompactVisionProcessor
+    from training.model.model import CompactVisionForConditionalGeneration
+    from training.model.processor import CompactVisionProcessor
 
     gpu = torch.cuda.is_available()
     device = f"cuda:{ranks.local % torch.cuda.device_count()}" if gpu else "cpu"
@@ -203,7 +203,7 @@ def reply(model: Any, processor: Any, texts: Sequence[str], pictures: Sequence[A
     """Greedy answers to texts, each with one PIL picture or None; padded on the left, the same as each by itself."""
     import torch
 
-    from training.conversation import prompt_for
+    from training.text.conversation import prompt_for
 
     asked = zip(texts, pictures, strict=True)
     prompts = [prompt_for(text if picture is None else f"<image>\n{text}") for text, picture in asked]

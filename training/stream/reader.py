@@ -21,8 +21,8 @@ import torch
 
 from pipeline.schema import SAMPLES, Conversation, tar_path
 from pipeline.shard import read_sample
-from training.order import Examples, Ints
-from training.tars import Tars
+from training.stream.order import Examples, Ints
+from training.stream.tars import Tars
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from training.metrics import Scored, together
+from training.benchmarks.metrics import Scored, together
 
 if TYPE_CHECKING:
     from training.ablate import AblationConfig, Run
@@ -103,9 +103,9 @@ def _sizes(folder: Path) -> dict[str, Any]:
     """Tokens, parameters and FLOPs, from the trained model's own configuration."""
     from safetensors import safe_open
 
-    from training.connectors import ConnectorConfig
-    from training.flops import connector_flops, encoder_flops, head_flops, prefill_flops
-    from training.model import CompactVisionConfig
+    from training.cost.flops import connector_flops, encoder_flops, head_flops, prefill_flops
+    from training.model.connectors import ConnectorConfig
+    from training.model.model import CompactVisionConfig
 
     model: Any = CompactVisionConfig.from_pretrained(folder / "finetune" / "model")
     connector = ConnectorConfig(**model.connector)

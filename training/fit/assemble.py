@@ -14,11 +14,11 @@ from transformers import AutoConfig, LlamaForCausalLM
 
 from pipeline.schema import StoreSpec
 from training.config import TrainConfig
-from training.connectors import Connector, ConnectorConfig, build_connector
 from training.export import load_connector
-from training.lora import add_lora, merge_lora
-from training.model import CompactVisionForConditionalGeneration
-from training.tokenizer import Tokenizer
+from training.fit.lora import add_lora, merge_lora
+from training.model.connectors import Connector, ConnectorConfig, build_connector
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.tokenizer import Tokenizer
 
 
 def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:

@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from training.conversation import ANSWER, END, IMAGE, Turns, plain_prompt, v1_prompt, with_image_first
-from training.tokenizer import Tokenizer
+from training.model.tokenizer import Tokenizer
+from training.text.conversation import ANSWER, END, IMAGE, Turns, plain_prompt, v1_prompt, with_image_first
 
 IGNORE = -100  # label of a token that is not predicted
 PLACEHOLDER = -200  # an image before it becomes vision tokens

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
 
-    from training.connectors import ConnectorConfig
-    from training.model import CompactVisionConfig
+    from training.model.connectors import ConnectorConfig
+    from training.model.model import CompactVisionConfig
 
 # Name, ConnectorConfig's fields, and the TFLOPs that the paper prints for 7B.
 PAPER: tuple[tuple[str, dict[str, Any], float | None], ...] = (
@@ -132,7 +132,7 @@ def _vision_figures(tower: CLIPVisionModel, given: dict[str, Any], llm_width: in
     """TFLOPs of CLIP up to the deepest block that an arm reads, and of its connector."""
     import torch
 
-    from training.connectors import ConnectorConfig, build_connector
+    from training.model.connectors import ConnectorConfig, build_connector
 
     vision = tower.config
     grid = vision.image_size // vision.patch_size

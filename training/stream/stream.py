@@ -1,26 +1,17 @@
-#!/usr/bin/env python
 """The stream: from a feature store to this rank's part of each global batch, in an order that nothing can change.
 
 `order.py` decides which examples make up a batch, `reader.py` reads them ahead of the trainer, `tars.py` and `cache.py`
-know where bytes come from. Run as a script it says what a store delivers: `python training/stream.py STORE --bench`.
+know where bytes come from.
 """
 
 from __future__ import annotations
-
-import sys
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
-    from training.stream_bench import main
-
-    sys.exit(main())  # before torch is imported: --help and mistakes are answered at once
 
 import contextlib
 import tarfile
 import weakref
 from collections.abc import Generator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -31,10 +22,10 @@ from pipeline.codec import payload_bytes
 from pipeline.manifest import fingerprint, read_manifest, read_store
 from pipeline.schema import SAMPLES, StoreSpec, tar_path
 from pipeline.storage import Storage
-from training.cache import Ahead, ShardCache, Use, most_bytes_in_use
-from training.order import Examples, Ints, OrderSettings, epoch_batches, use_of_shards
-from training.reader import Batch, Collate, Example, Index, Reader
-from training.tars import FileTars, RangeTars, Tars, local_tars
+from training.stream.cache import Ahead, ShardCache, Use, most_bytes_in_use
+from training.stream.order import Examples, Ints, OrderSettings, epoch_batches, use_of_shards
+from training.stream.reader import Batch, Collate, Example, Index, Reader
+from training.stream.tars import FileTars, RangeTars, Tars, local_tars
 
 __all__ = ["Batch", "Example", "Stream", "split"]
 

@@ -9,8 +9,8 @@ from composer.models import ComposerModel
 
 from pipeline.codec import decode
 from pipeline.schema import Codec, Column
-from training.model import CompactVisionForConditionalGeneration
-from training.stream import Batch
+from training.model.model import CompactVisionForConditionalGeneration
+from training.stream.stream import Batch
 
 
 class TrainableModel(ComposerModel):  # type: ignore[misc]

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from training.config import TrainConfig
-from training.memory import CHECKPOINT_BYTES, ModelShape, estimate
+from training.cost.memory import CHECKPOINT_BYTES, ModelShape, estimate
 
 if TYPE_CHECKING:
     from pipeline.schema import StoreSpec
-    from training.model import CompactVisionForConditionalGeneration
+    from training.model.model import CompactVisionForConditionalGeneration
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -61,7 +61,7 @@ def of_run(config: TrainConfig, ranks: Ranks) -> list[Finding]:
     except (ValueError, OSError) as error:
         return [Finding("fail", "store", str(error))]
     try:
-        from training.assemble import empty_model
+        from training.fit.assemble import empty_model
 
         model = empty_model(config, store)
     except (ValueError, OSError) as error:
@@ -94,7 +94,7 @@ def model_fits(
     config: TrainConfig, model: CompactVisionForConditionalGeneration, shape: ModelShape
 ) -> Iterator[Finding]:
     """The parts fit each other (they were put together), and the tokenizer is there."""
-    from training.assemble import load_tokenizer
+    from training.fit.assemble import load_tokenizer
 
     load_tokenizer(config)
     text = f"{', '.join(config.train)} learn: {shape.learning:,} weights, {shape.frozen:,} are frozen"
@@ -105,7 +105,7 @@ def batch(
     config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration, ranks: Ranks
 ) -> Iterator[Finding]:
     """How the global batch falls on ranks and microbatches, and how many steps there are."""
-    from training.stream import Stream
+    from training.stream.stream import Stream
 
     per_rank = config.per_rank(ranks.planned)
     data = config.data
@@ -148,7 +148,7 @@ def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForCondit
     from pipeline.manifest import fingerprint
     from pipeline.schema import tar_path
     from pipeline.storage import Storage
-    from training.stream import read_index
+    from training.stream.stream import read_index
 
     storage = Storage(config.data.store)
     index, examples = read_index(storage, store, model.connector.columns)

@@ -9,7 +9,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from training.config import OptimizerSettings
-from training.model import CompactVisionForConditionalGeneration
+from training.model.model import CompactVisionForConditionalGeneration
 
 
 def build_optimizer(model: CompactVisionForConditionalGeneration, settings: OptimizerSettings) -> torch.optim.Optimizer:

@@ -2,7 +2,7 @@
 
 ddp             whole copies; gradients are averaged
 fsdp            weights, gradients and optimizer state sharded, by Composer's FSDP2: each layer's gathered for its use
-zero1, 2, 3     optimizer state; gradients too; weights too: by DeepSpeed (training/deepspeed.py)
+zero1, 2, 3     optimizer state; gradients too; weights too: by DeepSpeed (training/engines/zero.py)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.config import TrainConfig
-from training.connectors import Connector
+from training.model.connectors import Connector
 
 
 def microbatch_size(config: TrainConfig, world_size: int) -> int | str:
@@ -52,7 +52,7 @@ def make_trainer(config: TrainConfig, not_saved: list[str], **settings: Any) -> 
     `not_saved` are the keys that checkpoints lack.
     """
     if config.parallelism.startswith("zero"):
-        from training.deepspeed import ZeroTrainer
+        from training.engines.zero import ZeroTrainer
 
         return ZeroTrainer(
             stage=int(config.parallelism[-1]),
@@ -131,7 +131,7 @@ def whole_weights(state: State, keep: Callable[[str], bool]) -> dict[str, Tensor
 
     model = state.model
     if hasattr(model, "zero_optimization_stage"):
-        from training.deepspeed import whole_weights as from_engine
+        from training.engines.zero import whole_weights as from_engine
 
         return {name.removeprefix(inner): weight for name, weight in from_engine(model, kept).items()}
     if isinstance(model, DistributedDataParallel):

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from pipeline.schema import StoreSpec
-    from training.model import CompactVisionForConditionalGeneration
+    from training.model.model import CompactVisionForConditionalGeneration
 
 LAST = 10  # steps that the loss at the end is a mean of
 
@@ -80,7 +80,7 @@ def store_facts(store: StoreSpec) -> dict[str, str]:
 
 
 def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
-    from training.flops import connector_flops, encoder_flops, kv_cache_bytes, prefill_flops
+    from training.cost.flops import connector_flops, encoder_flops, kv_cache_bytes, prefill_flops
 
     connector, text, vision = model.connector, model.llm.config, model.config.vision_config
     patches, tokens = connector.config.grid**2, connector.tokens

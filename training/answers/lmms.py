@@ -14,9 +14,9 @@ from typing import Any
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from training.answer import Ranks, load_model, reply
+from training.answers.answer import Ranks, load_model, reply
 
-MANIFEST = ModelManifest(model_id="compact_vision", simple_class_path="training.lmms.CompactVision")
+MANIFEST = ModelManifest(model_id="compact_vision", simple_class_path="training.answers.lmms.CompactVision")
 MAX_NEW_TOKENS = 128  # of a task that does not say
 
 

@@ -1,0 +1,1 @@
+"""From a feature store to this rank's batches: index, order, reader, tars, cache."""

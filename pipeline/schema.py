@@ -20,6 +20,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.encoders import block_of
+
 FORMAT_VERSION: Literal[1] = 1
 SAMPLES = "samples"  # the name of the tar that holds the records, beside the feature columns
 
@@ -73,8 +75,8 @@ class Column(_Record):
 
     @property
     def block(self) -> int:
-        """The CLIP block whose output this is (0 is the embedding after pre-LN)."""
-        return int(self.name[-2:])
+        """The encoder's block whose output this is (0 is the input of the first)."""
+        return block_of(self.name)
 
 
 class EncoderSpec(_Record):

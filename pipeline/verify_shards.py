@@ -228,7 +228,7 @@ def compare_with_live_clip(
 
     from pipeline.codec import decode
     from pipeline.dataset import ImageSource, index_zips
-    from pipeline.encoder import Encoder, describe_encoder, load_image, preprocess
+    from pipeline.encoder import Encoder, describe_encoder, load_image
 
     if describe_encoder(encoder, spec.encoder.revision).revision != spec.encoder.revision:
         raise ValueError(
@@ -245,7 +245,7 @@ def compare_with_live_clip(
     problems, largest = [], 0.0
     for row in rows:
         picture = load_image(source.read(row["image"], [index.get(row["image"]) for index in zips]))
-        features = live(torch.from_numpy(preprocess(picture, spec.aspect, spec.encoder.image_size))[None])
+        features = live(torch.from_numpy(live.pixels(picture, spec.aspect))[None])
         for column in columns:
             path = tar_path(column.name, row["shard"])
             payload = storage.read_range(path, row[f"{column.name}.offset"], row[f"{column.name}.size"])

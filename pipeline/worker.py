@@ -22,7 +22,8 @@ import torch
 from pipeline.codec import encode
 from pipeline.config import BuildConfig
 from pipeline.dataset import ImageSource
-from pipeline.encoder import Encoder, Pixels, load_image, preprocess
+from pipeline.encoder import Encoder, family_of, load_image
+from pipeline.encoders.pixels import Pixels
 from pipeline.manifest import claim, read_commit, write_commit
 from pipeline.schema import (
     SAMPLES,
@@ -79,6 +80,7 @@ class ShardWorker:
         self.storage = Storage(config.store)
         self.source = ImageSource(config.image_roots)
         self.device = "cuda" if torch.cuda.is_available() and config.num_gpus > 0 else "cpu"
+        self.family = family_of(config.encoder, config.revision)
         self._encoders: dict[tuple[str, ...], Encoder] = {}
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,7 +158,7 @@ class ShardWorker:
             data = self.source.read(image, places)
             picture = load_image(data)
             item.size = picture.size
-            item.pixels = preprocess(picture, self.spec.aspect, self.spec.encoder.image_size)
+            item.pixels = self.family.pixels(picture, self.spec.aspect, self.spec.encoder.image_size)
             item.data = data if self.spec.stores_images else None
         except ValueError as error:
             item.fault = str(error)

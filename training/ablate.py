@@ -258,7 +258,7 @@ def open_all(config: AblationConfig) -> Iterator[Any]:
 def measure_encoding(config: AblationConfig, stage: TrainConfig) -> None:
     """Seconds of one pass of every image through CLIP: with all columns, as a store, and with those of each arm."""
     from pipeline.encoder import columns_of, describe_encoder
-    from training.model.connectors import ConnectorConfig
+    from training.model.reducers import connector_config
 
     path = Path(config.run) / "encoding.json"
     if path.exists():
@@ -268,7 +268,9 @@ def measure_encoding(config: AblationConfig, stage: TrainConfig) -> None:
     names = _image_names(config.encoding)
     shape = stage.model.connector.model_dump()
     needed = {
-        arm.name: {int(column[-2:]) for column in ConnectorConfig(**{**shape, **arm.connector}, grid=spec.grid).columns}
+        arm.name: {
+            int(column[-2:]) for column in connector_config(**{**shape, **arm.connector}, grid=spec.grid).columns
+        }
         for arm in config.arms
     }
     seconds = {}
@@ -290,14 +292,14 @@ def _image_names(encoding: Encoding) -> list[str]:
 def _encode_all(encoding: Encoding, columns: Any, names: list[str], size: int) -> float:
     import torch
 
-    from pipeline.encoder import Encoder, load_image, preprocess
+    from pipeline.encoder import Encoder, load_image
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encode = Encoder(encoding.encoder, None, columns, "bfloat16" if device == "cuda" else "float32", device)
     start = time.perf_counter()
     for first in range(0, len(names), encoding.batch_size):
         batch = [Path(encoding.images, name).read_bytes() for name in names[first : first + encoding.batch_size]]
-        pixels = [torch.from_numpy(preprocess(load_image(data), "pad", size)) for data in batch]
+        pixels = [torch.from_numpy(encode.pixels(load_image(data), "pad")) for data in batch]
         for features in encode(torch.stack(pixels)).values():
             features.cpu()
     return time.perf_counter() - start

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from dataclasses import fields
+from functools import cache
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_validator
 
 from pipeline.config import Settings
+from training.model.reducers import DEFAULT, SHAPE, config_class
 
 Part = Literal["connector", "llm"]
 Parallelism = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
@@ -14,19 +18,43 @@ Board = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class ConnectorSettings(Settings):
-    """Columns of CLIP features to vision tokens: MBTF and STF of section 3, or an arm of its ablations."""
+    """Columns of features to vision tokens: `arm`, and the settings that its family declares (model/reducers)."""
 
-    arm: Literal["mbtf+stf", "mbtf", "stf", "mlp", "avgpool", "tokenconcat"] = "mbtf+stf"
-    preset: Literal["paper", "released"] = Field(default="paper", description="as the paper defines it, or as released")
-    blocks: tuple[int, ...] | None = Field(
-        default=None, min_length=1, description="CLIP blocks, in channel order; default: the preset's eight"
-    )
-    block: int = Field(
-        default=23, ge=0, description="the one block of arms without MBTF; 23 is LLaVA's select_layer -2"
-    )
-    kernel_size: int = Field(default=2, gt=0, description="k: a k x k window of patch tokens is fused (Table 4)")
-    fused_tokens: int = Field(default=1, gt=0, description="E: into so many tokens (Table 4)")
-    pool: Literal["before", "after"] = Field(default="before", description="avgpool: before or after the MLP")
+    arm: str = DEFAULT
+
+
+@cache
+def _settings_of(declared: type) -> type[ConnectorSettings]:
+    """The fields of a connector's configuration that a user may set, as settings."""
+    hints = get_type_hints(declared)
+    settings: dict[str, Any] = {
+        field.name: (hints[field.name], Field(default=field.default, **field.metadata))
+        for field in fields(declared)
+        if field.name not in SHAPE
+    }
+    return create_model(declared.__name__, __base__=ConnectorSettings, **settings)
+
+
+def _of_its_family(given: Any) -> Any:
+    """The settings of the arm that is named, checked one by one; whether they fit each other is known with a store.
+
+    Stages' files set those of the default arm: where another family is chosen instead, these are left out.
+    """
+    if not isinstance(given, dict):
+        return given
+    arm = given.get("arm", DEFAULT)
+    family, usual = (_settings_of(config_class(name)) for name in (arm, DEFAULT))
+    given = {k: v for k, v in given.items() if k in family.model_fields or k not in usual.model_fields}
+    for name in given:
+        if name not in family.model_fields:
+            known = [*family.model_fields]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+            raise ValueError(f"{name}: unknown setting of {arm}; {hint}")
+    return family.model_validate(given)
+
+
+Connector = Annotated[SerializeAsAny[ConnectorSettings], BeforeValidator(_of_its_family)]
 
 
 class LoraSettings(Settings):
@@ -43,7 +71,7 @@ class ModelSettings(Settings):
     llm: str = Field(description="Hub id or folder of a Llama-architecture causal language model")
     revision: str | None = None
     tokenizer: str | None = Field(default=None, description="Hub id or folder with tokenizer.model; default: the llm's")
-    connector: ConnectorSettings = ConnectorSettings()
+    connector: Connector = Field(default={}, validate_default=True, description="arm and its settings")
     connector_from: str | None = Field(default=None, description="folder with stage 1's connector.safetensors")
     frozen_dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="dtype of frozen weights")
     activation_checkpointing: bool = Field(default=False, description="compute the LLM's activations twice, keep none")

@@ -300,15 +300,16 @@ def finish(
     from composer.utils import dist
 
     from training.engines.engine import whole_weights
-    from training.export import export_connector, export_model
     from training.fit.assemble import is_exported, whole_model
+    from training.release.connector import export_connector
+    from training.release.folder import export_model
 
     weights = whole_weights(trainer.state, lambda name: is_exported(config, name))
     if dist.get_global_rank() != 0:
         return
     run = Path(config.run)
     whole = whole_model(config, model, weights)
-    export_connector(whole, run / "connector")
+    export_connector(whole.connector, run / "connector")
     if "llm" in config.train:
         export_model(whole, tokenizer, store, run / "model", run=run)
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]

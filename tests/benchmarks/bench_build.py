@@ -41,7 +41,8 @@ from PIL import Image  # noqa: E402
 
 from pipeline.codec import decode, encode, payload_bytes  # noqa: E402
 from pipeline.demo_data import draw  # noqa: E402
-from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image, preprocess  # noqa: E402
+from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image  # noqa: E402
+from pipeline.encoders.clip import Clip  # noqa: E402
 from pipeline.plan import CODECS  # noqa: E402
 from pipeline.schema import Column  # noqa: E402
 from pipeline.shard import TarWriter  # noqa: E402
@@ -137,7 +138,7 @@ def bare_loop(clip: Path, blocks: tuple[int, ...], paths: list[Path], batch: int
     encoder = Encoder(str(clip), None, columns, COMPUTE, "cuda" if CUDA else "cpu")
 
     def forward(part: list[Path]) -> None:
-        pixels = [torch.from_numpy(preprocess(load_image(path.read_bytes()), "pad", 336)) for path in part]
+        pixels = [torch.from_numpy(Clip().pixels(load_image(path.read_bytes()), "pad", 336)) for path in part]
         features = encoder(torch.stack(pixels))
         if CUDA:
             torch.cuda.synchronize()
@@ -272,7 +273,7 @@ def codec(folder: Path) -> tuple[dict[str, Ratio], dict[str, Any]]:
     save_images(folder, 2)
     clip = save_clip(folder / "clip", LARGE)
     columns = columns_of(describe_encoder(str(clip), None), PAPER_BLOCKS, ())
-    pixels = [preprocess(load_image(p.read_bytes()), "pad", 336) for p in sorted((folder / "images").iterdir())]
+    pixels = [Clip().pixels(load_image(p.read_bytes()), "pad", 336) for p in sorted((folder / "images").iterdir())]
     features = Encoder(str(clip), None, columns, "float32")(torch.from_numpy(np.stack(pixels)))
     rows: dict[str, Any] = {}
     for name in CODECS:

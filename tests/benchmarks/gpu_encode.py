@@ -18,13 +18,14 @@ from PIL import Image
 from pipeline.build_shards import read_sources
 from pipeline.codec import encode
 from pipeline.config import BuildConfig
-from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image, preprocess
+from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image
+from pipeline.encoders.clip import Clip
 from pipeline.plan import Work, row_of, shard_records
 from pipeline.schema import Codec
 from pipeline.shard import TarWriter
 from pipeline.worker import ShardWorker, to_host
 from training.cost.flops import encoder_flops
-from training.efficiency import CLIP_L
+from training.cost.shapes import CLIP_L
 
 SIZE = (640, 480)  # most of COCO's photos
 
@@ -106,7 +107,7 @@ class Bench:
         names = [self.images / f"{number}.jpg" for number in range(self.shard)]
 
         def one(path: Path) -> None:
-            preprocess(load_image(path.read_bytes()), "pad", self.encoder.image_size)
+            Clip().pixels(load_image(path.read_bytes()), "pad", self.encoder.image_size)
 
         with ThreadPoolExecutor(self.cores) as pool:
             seconds = median_seconds(lambda: list(pool.map(one, names)), "cpu", rounds=2)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.efficiency import CLIP_L, SIZES
+from training.cost.shapes import CLIP_L, SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["red", "green", "blue", "big", "small", "circle", "square", "left", "right", "above", "one", "two", "the", "a"]

@@ -180,15 +180,15 @@ def model(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-    from training.model.connectors import ConnectorConfig, build_connector
     from training.model.model import CompactVisionForConditionalGeneration
     from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+    from training.model.reducers import build_connector, connector_config
 
     torch.manual_seed(0)
     sides = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=736, initializer_range=0.3, pad_token_id=0, **sides))
     tower = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **sides))
-    connector = build_connector(ConnectorConfig(arm="stf", block=1, grid=4, vision_width=32, llm_width=32))
+    connector = build_connector(connector_config(arm="stf", block=1, grid=4, vision_width=32, llm_width=32))
     whole = CompactVisionForConditionalGeneration.from_parts(llm, connector, tower)
     (tokenizer_file,) = (shared / "parity" / "tiny_tokenizer").glob("*.model")
     tokenizer = CompactVisionTokenizer(str(tokenizer_file), image_token_id=whole.config.image_token_id)

@@ -10,7 +10,7 @@ from training import ablate
 from training.ablate import AblationConfig, runs, stage_config
 from training.benchmarks import AVERAGED
 from training.benchmarks.metrics import Scored, together
-from training.model.connectors import ConnectorConfig
+from training.model.reducers import connector_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "training" / "ablations").glob("*.yaml"))
@@ -41,14 +41,14 @@ def test_arms_differ_in_their_connector_and_folder_alone(path: Path) -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_published_rows_agree_with_themselves_and_with_the_tokens(path: Path) -> None:
     from training.cost.flops import prefill_flops
-    from training.efficiency import shape
+    from training.cost.shapes import shape
 
     config = read(path)
     for arm in config.arms:
         scores = [arm.published[name] for name in AVERAGED]
         # TokenConcat's mean is 65.46, of which the paper prints 65.4
         assert sum(scores) / 8 == pytest.approx(arm.published["avg"], abs=0.07), arm.name
-        tokens = ConnectorConfig(**arm.connector).tokens
+        tokens = connector_config(**arm.connector).tokens
         assert round(prefill_flops(shape("7b").text_config, tokens) / 1e12, 1) == arm.published["tflops"]
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.codec import encode
-from training.model.connectors import ConnectorConfig, build_connector
+from training.model.reducers import build_connector, connector_config
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 
@@ -33,7 +33,7 @@ def test_the_page_holds_the_tables_of_today(scaling: ModuleType) -> None:
 def test_the_connectors_weights_are_counted_right(scaling: ModuleType, size: str) -> None:
     _, width = scaling.LLAMA[size]
     with torch.device("meta"):
-        connector = build_connector(ConnectorConfig(grid=24, vision_width=1024, llm_width=width))
+        connector = build_connector(connector_config(grid=24, vision_width=1024, llm_width=width))
     counted = dict.fromkeys(("mbtf", "stf"), 0)
     for name, weight in connector.named_parameters():
         counted[name.split(".")[0]] += weight.numel()

@@ -18,10 +18,10 @@ from PIL import Image
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from training.chat import Speaker, Talk, main, open_image
-from training.export import write_model
-from training.model.connectors import ConnectorConfig, build_connector
 from training.model.model import CompactVisionForConditionalGeneration
+from training.model.reducers import build_connector, connector_config
 from training.model.tokenizer import Tokenizer
+from training.release.folder import write_model
 from training.text.conversation import prompt_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,7 +32,7 @@ SETTINGS = Namespace(device="cpu", max_new_tokens=6, temperature=0.0)
 def folder(tmp_path_factory: pytest.TempPathFactory, shared: Path, llm_folder: Path, clip_folder: Path) -> Path:
     """A model of random weights that answers something, and always the same."""
     torch.manual_seed(2)
-    connector = build_connector(ConnectorConfig(grid=4, vision_width=32, llm_width=64, blocks=(1, 2, 4)))
+    connector = build_connector(connector_config(grid=4, vision_width=32, llm_width=64, blocks=(1, 2, 4)))
     parts = LlamaForCausalLM.from_pretrained(llm_folder), connector, CLIPVisionModel.from_pretrained(clip_folder)
     out = tmp_path_factory.mktemp("models") / "tiny"
     model = CompactVisionForConditionalGeneration.from_parts(*parts)

@@ -20,9 +20,11 @@ from pipeline.codec import decode
 from pipeline.demo_data import draw
 from pipeline.manifest import read_store
 from pipeline.storage import Storage
-from training.export import export_run, main, push
+from training.export import main
+from training.fit.trained import export_run
 from training.model.model import CompactVisionForConditionalGeneration
 from training.model.processor import CompactVisionProcessor
+from training.release.folder import push
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8

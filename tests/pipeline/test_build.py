@@ -18,7 +18,7 @@ import torch
 import webdataset as wds
 
 from pipeline.codec import decode
-from pipeline.encoder import Encoder, load_image, preprocess
+from pipeline.encoder import Encoder, load_image
 from pipeline.manifest import read_manifest, read_store
 from pipeline.schema import tar_path
 from pipeline.storage import Storage
@@ -53,7 +53,7 @@ def test_cached_features_are_those_of_live_clip(store: Path, scenes: Path, clip:
     rows = read_manifest(storage).to_pylist()
     assert len(rows) == 60
     batch = rows[:8]  # as the job batched them: other batch sizes differ in the last bit
-    pixels = [preprocess(load_image((scenes / "images" / row["image"]).read_bytes()), "pad", 32) for row in batch]
+    pixels = [live.pixels(load_image((scenes / "images" / row["image"]).read_bytes()), "pad") for row in batch]
     features = live(torch.stack([torch.from_numpy(p) for p in pixels]))
     for column in spec.columns:
         for row, expected in zip(batch, features[column.name], strict=True):

@@ -5,15 +5,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pipeline.encoders import block_of, encoder_of, is_cls
 
 if TYPE_CHECKING:
-    from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig
-
-    from training.model.connectors import ConnectorConfig
     from training.model.model import CompactVisionConfig
+    from training.model.reducers.base import ConnectorConfig
 
 # Name, ConnectorConfig's fields, and the TFLOPs that the paper prints for 7B.
 PAPER: tuple[tuple[str, dict[str, Any], float | None], ...] = (
@@ -34,53 +34,68 @@ PAPER: tuple[tuple[str, dict[str, Any], float | None], ...] = (
 )
 
 
-def prefill_flops(text: LlamaConfig, tokens: int) -> int:
-    """One prefill of so many tokens, without the head; of the vision tokens alone it is what Tables 2 to 5 report.
+def layer_flops(text: Any, tokens: int) -> int:
+    """One of the language model's layers over a sequence of tokens.
 
-    L (8 N d^2 + 6 N d m + 4 N^2 d) where every query head has its own keys, as in Llama-2.
+    8 N d^2 + 6 N d m + 4 N^2 d where every query head has its own keys, as in Llama-2.
     """
     d, head = text.hidden_size, text.hidden_size // text.num_attention_heads
     kv = head * text.num_key_value_heads
-    layer = 4 * tokens * d * (d + kv) + 6 * tokens * d * text.intermediate_size + 4 * tokens**2 * d
-    return int(text.num_hidden_layers * layer)
+    return int(4 * tokens * d * (d + kv) + 6 * tokens * d * text.intermediate_size + 4 * tokens**2 * d)
 
 
-def head_flops(text: LlamaConfig) -> int:
+def prefill_flops(text: Any, tokens: int | Sequence[int]) -> int:
+    """One prefill without the head, of as many tokens in every layer, or of `tokens[i]` in layer i.
+
+    Of the vision tokens without text it is what Tables 2 to 5 report.
+    """
+    if isinstance(tokens, int):
+        return int(text.num_hidden_layers) * layer_flops(text, tokens)
+    return sum(layer_flops(text, count) for count in tokens)
+
+
+def head_flops(text: Any) -> int:
     """The language model's head at one position: a prefill needs no more."""
     return int(2 * text.hidden_size * text.vocab_size)
 
 
-def encoder_flops(vision: CLIPVisionConfig, deepest: int) -> int:
-    """One image through CLIP's patch embedding and its first `deepest` blocks."""
-    d, patches = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
-    tokens = patches + 1
-    embedding = 2 * patches * 3 * vision.patch_size**2 * d
-    layer = 8 * tokens * d**2 + 4 * tokens * d * vision.intermediate_size + 4 * tokens**2 * d
-    return int(embedding + deepest * layer)
+def encoder_flops(vision: Any, deepest: int) -> int:
+    """One image through the vision encoder's embedding and its first `deepest` blocks."""
+    return encoder_of(vision.model_type).flops(vision, deepest)
 
 
-def connector_flops(config: ConnectorConfig) -> int:
-    """The columns of one image to its vision tokens."""
-    c1, c3, k, patches = config.vision_width, config.llm_width, config.kernel_size, config.grid**2
-    windows = patches // k**2
-    flops = 0
-    if "mbtf" in config.arm:
-        flops += patches * (len(config.columns) * c1 * 4 * c1 + 4 * c1 * c1)
-    if "stf" in config.arm:
-        narrow = config.fused_width // config.fused_tokens
-        flops += windows * k**2 * c1 * config.fused_width
-        flops += config.tokens * (narrow * 4 * c3 + 4 * c3 * c3 if config.preset == "paper" else narrow * c3)
-    else:
-        width = k * k * c1 if config.arm == "tokenconcat" else c1
-        projected = patches if config.arm == "avgpool" and config.pool == "after" else config.tokens
-        flops += projected * (width * c3 + c3 * c3)
-    return 2 * flops
-
-
-def kv_cache_bytes(text: LlamaConfig, tokens: int, bytes_per_number: int = 2) -> int:
-    """What the language model keeps of so many tokens while it answers: keys and values of every layer."""
+def kv_cache_bytes(text: Any, tokens: int | Sequence[int], bytes_per_number: int = 2) -> int:
+    """Keys and values that the language model keeps of tokens while it answers; `tokens` as in `prefill_flops`."""
     head = text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * text.num_key_value_heads * head * bytes_per_number * tokens)
+    per_token = int(2 * text.num_key_value_heads * head * bytes_per_number)
+    return per_token * int(text.num_hidden_layers * tokens if isinstance(tokens, int) else sum(tokens))
+
+
+class ImageFlops(NamedTuple):
+    """What one image costs, by part. `prefill` is of the vision tokens, `with_text` of them and a prompt's text."""
+
+    encoder: int
+    connector: int
+    prefill: int
+    with_text: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """From pixels to the logits of the first new token."""
+        return self.encoder + self.connector + self.with_text + self.head
+
+
+def image_flops(text: Any, vision: Any, connector: ConnectorConfig, text_tokens: int) -> ImageFlops:
+    """One image and a prompt, through a vision encoder, a connector and a language model of these configurations."""
+    layers = connector.tokens_per_layer(text.num_hidden_layers)
+    return ImageFlops(
+        encoder=encoder_flops(vision, max(map(block_of, connector.columns))),
+        connector=connector.flops(),
+        prefill=prefill_flops(text, layers),
+        with_text=prefill_flops(text, [count + text_tokens for count in layers]),
+        head=head_flops(text),
+    )
 
 
 def counted(call: Callable[[], Any]) -> int:
@@ -104,12 +119,12 @@ def paper_rows(config: CompactVisionConfig, text_tokens: int) -> list[dict[str, 
         AssertionError: if torch counts otherwise than the closed form.
     """
     import torch
-    from transformers import CLIPVisionModel, LlamaModel
+    from transformers import AutoModel
 
     text: Any = config.text_config
     vision: Any = config.vision_config
     with torch.device("meta"):
-        llm, tower = LlamaModel._from_config(text), CLIPVisionModel._from_config(vision)
+        llm, tower = AutoModel.from_config(text), encoder_of(vision.model_type).build(vision)
 
     @cache
     def prefill(tokens: int) -> float:
@@ -128,30 +143,28 @@ def paper_rows(config: CompactVisionConfig, text_tokens: int) -> list[dict[str, 
     return rows
 
 
-def _vision_figures(tower: CLIPVisionModel, given: dict[str, Any], llm_width: int) -> dict[str, float]:
+def _vision_figures(tower: Any, given: dict[str, Any], llm_width: int) -> dict[str, float]:
     """TFLOPs of CLIP up to the deepest block that an arm reads, and of its connector."""
     import torch
 
-    from training.model.connectors import ConnectorConfig, build_connector
+    from training.model.reducers import build_connector, connector_config
 
     vision = tower.config
     grid = vision.image_size // vision.patch_size
-    config = ConnectorConfig(**given, grid=grid, llm_width=llm_width, vision_width=vision.hidden_size)
-    deepest = max(int(column[-2:]) for column in config.columns)
+    config = connector_config(**given, grid=grid, llm_width=llm_width, vision_width=vision.hidden_size)
+    deepest = max(map(block_of, config.columns))
     with torch.device("meta"):
         connector = build_connector(config)
         pixels = torch.zeros(1, 3, vision.image_size, vision.image_size)
-        columns = {column: torch.zeros(1, grid**2, vision.hidden_size) for column in config.columns}
+        columns = {
+            column: torch.zeros(1, 1 if is_cls(column) else grid**2, vision.hidden_size) for column in config.columns
+        }
 
-    def encode() -> None:
-        hidden = tower.pre_layrnorm(tower.embeddings(pixels))
-        for layer in tower.encoder.layers[:deepest]:
-            hidden = layer(hidden, None)
-
+    family = encoder_of(vision.model_type)
     return {
         "tokens": connector.tokens,
-        "encoder": _agreed("encoder", encoder_flops(vision, deepest), encode),
-        "connector": _agreed("connector", connector_flops(config), lambda: connector(columns)),
+        "encoder": _agreed("encoder", encoder_flops(vision, deepest), lambda: family.columns(tower, pixels, columns)),
+        "connector": _agreed("connector", config.flops(), lambda: connector(columns)),
         "connector parameters": sum(p.numel() for p in connector.parameters()),
     }
 

@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 import torch
 
-from training.cost.flops import connector_flops, head_flops, prefill_flops
+from training.cost.flops import head_flops, prefill_flops
 from training.model.model import CompactVisionForConditionalGeneration
 
 # Dense bf16 tensor-core FLOP/s, as the makers state them, by a part of the device's name; the first that fits counts.
@@ -42,10 +42,10 @@ class StepFlops:
 
     def __init__(self, model: CompactVisionForConditionalGeneration, train: Collection[str]) -> None:
         self.text = model.config.text_config
-        layers = model.llm.model.layers
+        layers = model.llm.get_decoder().layers
         learning = sum(p.numel() for p in layers.parameters() if p.requires_grad)
         self.llm_factor = 2 + learning / sum(p.numel() for p in layers.parameters())
-        self.image = connector_flops(model.connector.config) * (3 if "connector" in train else 1)
+        self.image = model.connector.config.flops() * (3 if "connector" in train else 1)
 
     def __call__(self, lengths: Collection[int], images: int, supervised: int) -> float:
         """Of a batch with examples of these lengths (vision tokens included)."""

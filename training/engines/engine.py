@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from training.config import TrainConfig
-from training.model.connectors import Connector
+from training.model.reducers.connector import Connector
 
 
 def microbatch_size(config: TrainConfig, world_size: int) -> int | str:
@@ -63,10 +63,10 @@ def make_trainer(config: TrainConfig, not_saved: list[str], **settings: Any) -> 
     if engine_of(config, dist.get_world_size()) == "ddp":
         return Trainer(precision=config.precision, **settings)
     from composer.utils.parallelism import FSDP2Config
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
     model = settings["model"].model
-    model.fsdp_wrap_fn = lambda module: isinstance(module, LlamaDecoderLayer | Connector)
+    layer = type(model.llm.get_decoder().layers[0])
+    model.fsdp_wrap_fn = lambda module: isinstance(module, layer | Connector)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
         trainer = Trainer(

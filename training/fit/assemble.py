@@ -10,15 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.schema import StoreSpec
 from training.config import TrainConfig
-from training.export import load_connector
 from training.fit.lora import add_lora, merge_lora
-from training.model.connectors import Connector, ConnectorConfig, build_connector
+from training.model.decoders import decoder_of
 from training.model.model import CompactVisionForConditionalGeneration
+from training.model.reducers import build_connector, connector_config
+from training.model.reducers.connector import Connector
 from training.model.tokenizer import Tokenizer
+from training.release.connector import load_connector
 
 
 def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
@@ -33,9 +35,9 @@ def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
         OSError: if the language model cannot be read.
     """
     frozen: torch.dtype = getattr(torch, config.model.frozen_dtype)
-    text = _llama_config(config)
+    text = _text_config(config)
     connector = _connector(config, store, text.hidden_size)
-    llm = LlamaForCausalLM.from_pretrained(
+    llm = AutoModelForCausalLM.from_pretrained(
         config.model.llm,
         revision=config.model.revision,
         dtype=torch.float32 if _learns_whole(config) else frozen,
@@ -76,7 +78,7 @@ def whole_model(
 ) -> CompactVisionForConditionalGeneration:
     """A model of `model`'s shape with the exported `weights` alone, adapters merged; the rest has no contents."""
     with torch.device("meta"):
-        llm = LlamaForCausalLM(model.llm.config)
+        llm = type(model.llm)(model.llm.config)
         if config.model.lora is not None:
             add_lora(llm, config.model.lora)
         whole = CompactVisionForConditionalGeneration.from_parts(
@@ -97,12 +99,12 @@ def empty_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
     Raises:
         ValueError, OSError: as `build_model`.
     """
-    text = _llama_config(config)
+    text = _text_config(config)
     connector = _connector(config, store, text.hidden_size)
     if config.model.connector_from is not None:
         load_connector(connector, Path(config.model.connector_from))
     with torch.device("meta"):
-        llm = LlamaForCausalLM(text)
+        llm = AutoModelForCausalLM.from_config(text)
         model = CompactVisionForConditionalGeneration.from_parts(llm, connector, aspect=store.aspect)
         model.connector.requires_grad_("connector" in config.train)
         model.llm.requires_grad_(_learns_whole(config))
@@ -111,10 +113,12 @@ def empty_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
     return model
 
 
-def _llama_config(config: TrainConfig) -> Any:
+def _text_config(config: TrainConfig) -> Any:
     text = AutoConfig.from_pretrained(config.model.llm, revision=config.model.revision)
-    if text.model_type != "llama":
-        raise ValueError(f"model.llm {config.model.llm} is a {text.model_type} model; Llama's architecture is needed")
+    try:
+        decoder_of(text.model_type)
+    except ValueError as error:
+        raise ValueError(f"model.llm {config.model.llm}: {error}") from error
     if config.data.max_length > text.max_position_embeddings:
         raise ValueError(
             f"data.max_length {config.data.max_length} is more than the {text.max_position_embeddings} positions "
@@ -124,7 +128,7 @@ def _llama_config(config: TrainConfig) -> Any:
 
 
 def _connector(config: TrainConfig, store: StoreSpec, llm_width: int) -> Connector:
-    shape = ConnectorConfig(
+    shape = connector_config(
         **config.model.connector.model_dump(),
         grid=store.encoder.grid,
         vision_width=store.encoder.width,

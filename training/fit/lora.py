@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import torch
-from transformers import LlamaForCausalLM
+from transformers import PreTrainedModel
 
 from training.config import LoraSettings
 
-LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all but the head, as LLaVA-1.5
+
+def linear_layers(llm: PreTrainedModel) -> list[str]:
+    """Names of the linear layers of a language model's layer: all but the head, as LLaVA-1.5."""
+    layer = llm.get_decoder().layers[0]
+    return [name.rpartition(".")[2] for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
 
 
-def add_lora(llm: LlamaForCausalLM, settings: LoraSettings) -> None:
+def add_lora(llm: PreTrainedModel, settings: LoraSettings) -> None:
     """Put adapters into `llm`, in place: they alone learn, in fp32; B is 0, so nothing changes before the first step.
 
     Raises:
@@ -24,7 +28,7 @@ def add_lora(llm: LlamaForCausalLM, settings: LoraSettings) -> None:
         r=settings.rank,
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules=list(LAYERS),
+        target_modules=linear_layers(llm),
     )
     inject_adapter_in_model(config, llm)
     for name, parameter in llm.named_parameters():
@@ -33,7 +37,7 @@ def add_lora(llm: LlamaForCausalLM, settings: LoraSettings) -> None:
             parameter.data = parameter.data.float()
 
 
-def merge_lora(llm: LlamaForCausalLM) -> None:
+def merge_lora(llm: PreTrainedModel) -> None:
     """Add the adapters to the weights they adapt, in place and in fp32, and take them out of the model."""
     from peft.tuners.lora import LoraLayer
 

@@ -1,8 +1,8 @@
-"""The Hugging Face model: a frozen CLIP, the connector, and a Llama.
+"""The Hugging Face model: a frozen vision encoder, the connector, and a language model.
 
-It runs from cached columns (training; no CLIP in memory) or from pixels (inference). This file and `connectors.py`
-travel with every exported model, so that it loads with `trust_remote_code=True` where this project is not installed:
-they import torch and transformers alone.
+It runs from cached columns (training; no encoder in memory) or from pixels (inference). This file and what it imports
+of ours travel with every exported model, so that it loads with `trust_remote_code=True` where this project is not
+installed: they need torch and transformers.
 """
 
 from __future__ import annotations
@@ -16,11 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import (
-    CLIPVisionConfig,
-    CLIPVisionModel,
+    AutoConfig,
+    AutoModelForCausalLM,
     GenerationMixin,
-    LlamaConfig,
-    LlamaForCausalLM,
     LogitsProcessorList,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,9 +26,18 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from .connectors import Connector, ConnectorConfig, build_connector
+from pipeline.encoders import block_of, encoder_of
+from pipeline.encoders.base import grid_of
+
+from .reducers import build_connector, connector_config
+from .reducers.connector import Connector, Text
 
 IGNORED = -100  # label of a token that is not predicted
+AUTO_CLASSES = {  # what transformers' Auto classes make of an exported folder
+    "AutoConfig": "model.CompactVisionConfig",
+    "AutoModel": "model.CompactVisionModel",
+    "AutoModelForImageTextToText": "model.CompactVisionForConditionalGeneration",
+}
 
 
 class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -38,8 +45,8 @@ class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
 
     Attributes:
         text_config: of the language model.
-        vision_config: of CLIP's vision tower; None for a model that is fed cached columns only.
-        connector: fields of ConnectorConfig.
+        vision_config: of the vision tower; None for a model that is fed cached columns only.
+        connector: fields of the connector's configuration (reducers.connector_config).
         image_token_id: placeholder of one vision token in `input_ids`. It lies just outside the vocabulary, so no
             text can contain it and the language model keeps its embeddings as they are.
         image_tokens: placeholders per image (derived from `connector`).
@@ -48,8 +55,8 @@ class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
 
     model_type = "compact_vision"
     sub_configs = {  # noqa: RUF012 - transformers' own way to declare them, in every version
-        "text_config": LlamaConfig,
-        "vision_config": CLIPVisionConfig,
+        "text_config": AutoConfig,
+        "vision_config": AutoConfig,
     }
 
     text_config: dict[str, Any] | PreTrainedConfig | None = None
@@ -62,12 +69,12 @@ class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.text_config, PreTrainedConfig):  # a file gives dicts
-            self.text_config = LlamaConfig(**(self.text_config or {}))
+            self.text_config = _config_of(self.text_config or {}, "llama")
         if isinstance(self.vision_config, dict):
-            self.vision_config = CLIPVisionConfig(**self.vision_config)
+            self.vision_config = _config_of(self.vision_config, "clip_vision_model")
         super().__post_init__(**kwargs)
         text: Any = self.text_config
-        connector = ConnectorConfig(**(self.connector or {"llm_width": text.hidden_size}))
+        connector = connector_config(self.connector or {"llm_width": text.hidden_size})
         if connector.llm_width != text.hidden_size:
             raise ValueError(f"connector.llm_width is {connector.llm_width}, the language model's {text.hidden_size}")
         self.connector = asdict(connector)
@@ -76,7 +83,13 @@ class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
             self.image_token_id = text.vocab_size
         self.tie_word_embeddings = bool(text.tie_word_embeddings)
         if not hasattr(self, "auto_map"):
-            self.auto_map = {"AutoModel": "model.CompactVisionModel"}
+            self.auto_map = dict(AUTO_CLASSES)
+
+
+def _config_of(fields: dict[str, Any], default: str) -> PreTrainedConfig:
+    known = {name: value for name, value in fields.items() if name != "model_type"}
+    config: PreTrainedConfig = AutoConfig.for_model(fields.get("model_type") or default, **known)
+    return config
 
 
 @dataclass
@@ -95,12 +108,12 @@ class CompactVisionOutput(CausalLMOutputWithPast):  # type: ignore[misc]
 
 
 class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """CLIP -> connector -> Llama.
+    """Vision encoder -> connector -> language model.
 
     Attributes:
-        vision_tower: CLIPVisionModel, or None where only cached columns are used.
+        vision_tower: the encoder's module in transformers, or None where only cached columns are used.
         connector: makes vision tokens of the columns it needs.
-        llm: LlamaForCausalLM.
+        llm: a causal language model of transformers.
         loss_chunks: in how many parts a training loss is computed.
     """
 
@@ -118,17 +131,18 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
 
     def __init__(self, config: CompactVisionConfig) -> None:
         super().__init__(config)
-        self.vision_tower = None if config.vision_config is None else CLIPVisionModel._from_config(config.vision_config)
-        self.connector = build_connector(ConnectorConfig(**(config.connector or {})))
-        self.llm = LlamaForCausalLM._from_config(config.text_config)
+        vision: Any = config.vision_config
+        self.vision_tower: Any = None if vision is None else encoder_of(vision.model_type).build(vision)
+        self.connector = build_connector(connector_config(config.connector))
+        self.llm: Any = AutoModelForCausalLM.from_config(config.text_config)
         self.post_init()
 
     @classmethod
     def from_parts(
         cls,
-        llm: LlamaForCausalLM,
+        llm: PreTrainedModel,
         connector: Connector,
-        vision_tower: CLIPVisionModel | None = None,
+        vision_tower: PreTrainedModel | None = None,
         aspect: str = "pad",
     ) -> CompactVisionForConditionalGeneration:
         """Put loaded parts together; no weight is copied or changed.
@@ -172,12 +186,9 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         """The language model's."""
         self.llm.set_output_embeddings(value)
 
-    @torch.no_grad()  # CLIP is frozen always
+    @torch.no_grad()  # the encoder is frozen always
     def encode_images(self, pixel_values: Tensor) -> dict[str, Tensor]:
-        """(n, 3, S, S) -> the columns that the connector needs, (n, grid*grid, C1) each.
-
-        Column i is hidden state i: the output of block i, 0 is the embedding after pre-LN; the CLS token is dropped.
-        No block above the deepest needed one runs.
+        """(n, 3, S, S) -> the columns that the connector needs, (n, grid*grid, C1) each, a CLS column (n, 1, C1).
 
         Raises:
             ValueError: if the model has no vision tower.
@@ -185,21 +196,13 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         tower = self.vision_tower
         if tower is None:
             raise ValueError("this model has no vision tower; give it columns, or export it with its encoder")
-        wanted = {int(name[-2:]): name for name in self.connector.columns}
         if tower.device.type != "meta":  # weights that a device_map keeps elsewhere come to their input
             pixel_values = pixel_values.to(tower.device)
-        hidden = tower.pre_layrnorm(tower.embeddings(pixel_values))
-        columns = {}
-        for block in range(max(wanted) + 1):
-            if block > 0:
-                hidden = tower.encoder.layers[block - 1](hidden, None)
-            if block in wanted:
-                columns[wanted[block]] = hidden[:, 1:]
-        return columns
+        return encoder_of(tower.config.model_type).columns(tower, pixel_values, self.connector.columns)
 
-    def get_image_features(self, pixel_values: Tensor) -> Tensor:
+    def get_image_features(self, pixel_values: Tensor, text: Text | None = None) -> Tensor:
         """(n, 3, S, S) -> vision tokens (n, tokens, width of the language model)."""
-        features: Tensor = self.connector(self.encode_images(pixel_values))
+        features: Tensor = self.connector(self.encode_images(pixel_values), text)
         return features
 
     @can_return_tuple  # type: ignore[untyped-decorator]
@@ -229,21 +232,22 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             position_ids: (batch, length).
             past_key_values, cache: keys and values of the positions before; from transformers 5.24 on `cache`.
             logits_to_keep: only the last so many positions, or those at these indices; 0 keeps all.
-            **kwargs: to LlamaModel, `use_cache` among them.
+            **kwargs: to the language model without its head, `use_cache` among them.
 
         Raises:
             ValueError: if placeholders and vision tokens differ in number.
         """
-        inputs_embeds, vision = self._inputs(input_ids, inputs_embeds, columns, pixel_values)
+        text = self._text(input_ids, attention_mask, labels)
+        inputs_embeds, vision = self._inputs(input_ids, inputs_embeds, columns, pixel_values, text)
         # Named above for `generate`, which reads the signature; a version knows one name of the cache alone.
         given = {"position_ids": position_ids, "past_key_values": past_key_values, "cache": cache}
         kwargs |= {name: value for name, value in given.items() if value is not None}
-        outputs = self.llm.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        outputs = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
         hidden = outputs.last_hidden_state
         logits = None
         if labels is None or not self.training:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.llm.lm_head(hidden[:, keep])
+            logits = self.llm.get_output_embeddings()(hidden[:, keep])
         return CompactVisionOutput(
             loss=None if labels is None else self._loss(hidden, labels, vision),
             logits=logits,
@@ -251,14 +255,26 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
         )
 
+    def _text(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None) -> Text | None:
+        """What a connector that reads text is given: of each row with an image, all tokens that are not predicted."""
+        if not self.connector.config.reads_text or input_ids is None:
+            return None
+        shown = input_ids == self.config.image_token_id
+        mask = ~shown if attention_mask is None else ~shown & attention_mask[:, -input_ids.shape[1] :].bool()
+        if labels is not None:
+            mask = mask & (labels == IGNORED)
+        rows = shown.any(dim=1)
+        return Text(self.get_input_embeddings()(input_ids[rows].masked_fill(~mask[rows], 0)), mask[rows])
+
     def _inputs(
         self,
         input_ids: Tensor | None,
         inputs_embeds: Tensor | None,
         columns: Mapping[str, Tensor] | None,
         pixel_values: Tensor | None,
+        text: Text | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """What Llama reads, (batch, length, width), and the vision tokens in it."""
+        """What the language model reads, (batch, length, width), and the vision tokens in it."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is not None:
@@ -266,7 +282,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         assert input_ids is not None
         if columns is None and pixel_values is not None:
             columns = self.encode_images(pixel_values)
-        vision: Tensor | None = None if columns is None else self.connector(columns)
+        vision: Tensor | None = None if columns is None else self.connector(columns, text)
         return self._embed(input_ids, vision), vision
 
     def _embed(self, input_ids: Tensor, vision: Tensor | None) -> Tensor:
@@ -312,7 +328,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
 
     def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Sum over (tokens, width) and (tokens,)."""
-        return F.cross_entropy(self.llm.lm_head(hidden).float(), targets, reduction="sum")
+        return F.cross_entropy(self.llm.get_output_embeddings()(hidden).float(), targets, reduction="sum")
 
     def _get_logits_processor(self, *args: Any, encoder_input_ids: Any = None, **kwargs: Any) -> LogitsProcessorList:
         """transformers' list, which never sees an id beyond the vocabulary."""
@@ -346,8 +362,9 @@ class CompactVisionModel(CompactVisionForConditionalGeneration):
         **kwargs: Any,
     ) -> Any:
         """As the parent's, without labels and logits -> BaseModelOutputWithPast."""
-        embeds, _ = self._inputs(input_ids, inputs_embeds, columns, pixel_values)
-        return self.llm.model(inputs_embeds=embeds, **kwargs)
+        text = self._text(input_ids, kwargs.get("attention_mask"), None)
+        embeds, _ = self._inputs(input_ids, inputs_embeds, columns, pixel_values, text)
+        return self.llm.get_decoder()(inputs_embeds=embeds, **kwargs)
 
 
 class _VocabularyOnly(LogitsProcessorList):  # type: ignore[misc]
@@ -369,18 +386,17 @@ def _within(input_ids: Tensor, image_token_id: int) -> Tensor:
     return torch.where(input_ids == image_token_id, first, input_ids)
 
 
-def _check_tower(vision: CLIPVisionConfig, connector: Connector) -> None:
-    grid = vision.image_size // vision.patch_size
+def _check_tower(vision: PreTrainedConfig, connector: Connector) -> None:
+    found = (grid_of(vision), vision.hidden_size)
     expected = (connector.config.grid, connector.config.vision_width)
-    if (grid, vision.hidden_size) != expected:
+    if found != expected:
         raise ValueError(
-            f"the vision tower makes {grid} x {grid} tokens of width {vision.hidden_size}; the connector expects "
-            f"{expected[0]} x {expected[0]} of width {expected[1]}"
+            f"the vision tower makes {found[0]} x {found[0]} tokens of width {found[1]}; the connector expects "
+            f"{expected[0]} x {expected[0]} of width {expected[1]}: give it the encoder of its store"
         )
-    deepest = max(int(name[-2:]) for name in connector.columns)
+    deepest = max(map(block_of, connector.columns))
     if deepest > vision.num_hidden_layers:
-        raise ValueError(f"the connector needs block {deepest}; the vision tower has {vision.num_hidden_layers}")
-
-
-CompactVisionConfig.register_for_auto_class()
-CompactVisionForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+        raise ValueError(
+            f"the connector needs block {deepest}; the vision tower has {vision.num_hidden_layers}: give it the "
+            "encoder of its store"
+        )

@@ -1,6 +1,6 @@
 """Images and text to what the model reads, exactly as LLaVA-1.5: pixels bit for bit, token ids one by one.
 
-This file and `tokenizer.py` travel with every exported model: Pillow, numpy, sentencepiece and transformers suffice.
+It travels with every exported model: Pillow, numpy, sentencepiece and transformers suffice.
 """
 
 from __future__ import annotations
@@ -10,55 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizer, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import make_flat_list_of_images
 
+from pipeline.encoders import encoder_of
+from pipeline.encoders.pixels import Pixels, upright_rgb
+
 from .tokenizer import Tokenizer
 
 IMAGE = "<image>"
-MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, of RGB in 0..1
-STD = (0.26862954, 0.26130258, 0.27577711)
-PAD_COLOUR = (122, 116, 104)  # int(mean * 255), as LLaVA-1.5's expand2square
-
-# Vicuna's template, LLaVA-1.5's `v1`: an image goes first in its message, and nothing follows an answer's </s>.
-CHAT_TEMPLATE = """\
-{%- if messages and messages[0]['role'] == 'system' -%}
-    {%- set system, turns = messages[0]['content'], messages[1:] -%}
-    {%- if system is not string -%}
-        {%- set system = system | map(attribute='text') | join('\n') -%}
-    {%- endif -%}
-{%- else -%}
-    {%- set system = "A chat between a curious user and an artificial intelligence assistant. "
-        "The assistant gives helpful, detailed, and polite answers to the user's questions." -%}
-    {%- set turns = messages -%}
-{%- endif -%}
-{{- system + ' ' -}}
-{%- for turn in turns -%}
-    {%- if turn['content'] is string -%}
-        {%- set text = turn['content'] -%}
-    {%- else -%}
-        {%- set images = turn['content'] | selectattr('type', 'equalto', 'image') | list -%}
-        {%- set text = turn['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\n') -%}
-        {%- if images -%}
-            {%- set text = ('<image>' * (images | length) + '\n' + text.strip()).strip() -%}
-        {%- endif -%}
-    {%- endif -%}
-    {%- if turn['role'] == 'user' -%}
-        {{- 'USER: ' + text + ' ' -}}
-    {%- elif turn['role'] == 'assistant' -%}
-        {{- 'ASSISTANT: ' + text + '</s>' -}}
-    {%- else -%}
-        {{- raise_exception("roles are user and assistant, and system for the first message; found " + turn['role']) -}}
-    {%- endif -%}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- 'ASSISTANT:' -}}
-{%- endif -%}
-"""
 
 
 class CompactVisionTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
@@ -125,19 +88,23 @@ class CompactVisionTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
 
 
 class CompactVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
-    """LLaVA-1.5's preprocessing, bit for bit: pad to a square or not, then CLIP's with Pillow.
+    """The vision encoder's preprocessing; of CLIP as LLaVA-1.5's, bit for bit: pad to a square or not, then CLIP's.
 
     Attributes:
         aspect: `pad` pads to a square, `square` crops its centre.
         image_size: side of the result in pixels.
+        encoder: model type of the vision encoder.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
 
-    def __init__(self, aspect: str = "pad", image_size: int = 336, **kwargs: Any) -> None:
+    def __init__(
+        self, aspect: str = "pad", image_size: int = 336, encoder: str = "clip_vision_model", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self.aspect = aspect
         self.image_size = image_size
+        self.encoder = encoder
 
     def __call__(self, images: Any, return_tensors: str | None = None, **_: Any) -> BatchFeature:
         """As `preprocess`."""
@@ -145,48 +112,23 @@ class CompactVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **_: Any) -> BatchFeature:
         """PIL images, or uint8 arrays (H, W[, C]), any nesting -> pixel_values (n, 3, S, S), float32."""
-        pixels = [self.pixels(_upright_rgb(image)) for image in make_flat_list_of_images(images)]
+        pixels = [self.pixels(upright_rgb(_as_image(image))) for image in make_flat_list_of_images(images)]
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
-    def pixels(self, image: Image.Image) -> npt.NDArray[np.float32]:
-        """RGB image -> (3, S, S): bicubic with the short side to S, centre crop, normalised."""
-        size = self.image_size
-        if self.aspect == "pad":
-            image = _padded(image)
-        width, height = image.size
-        other = int(size * max(width, height) / min(width, height))
-        resized = image.resize((size, other) if width <= height else (other, size), Image.Resampling.BICUBIC)
-        left, top = (resized.width - size) // 2, (resized.height - size) // 2
-        cropped = np.asarray(resized.crop((left, top, left + size, top + size)))
-        scaled = (cropped * (1 / 255)).astype(np.float32)
-        normalised = (scaled - np.array(MEAN, dtype=np.float32)) / np.array(STD, dtype=np.float32)
-        return np.ascontiguousarray(normalised.transpose(2, 0, 1))
+    def pixels(self, image: Image.Image) -> Pixels:
+        """RGB image -> (3, S, S)."""
+        return encoder_of(self.encoder).pixels(image, self.aspect, self.image_size)
 
 
-def _upright_rgb(image: Any) -> Image.Image:
-    if not isinstance(image, Image.Image):
-        array = np.asarray(image)
-        if array.dtype != np.uint8:
-            raise ValueError(f"an image array must be uint8, found {array.dtype}; give PIL images otherwise")
-        if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
-            array = array.transpose(1, 2, 0)  # channels first
-        image = Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
-    upright: Image.Image = ImageOps.exif_transpose(image)
-    if upright.mode.startswith(("I", "F")):  # 16 and 32 bit grey, which `convert` alone would clip to white
-        numbers = np.asarray(upright).astype(np.float64)
-        top = 255.0 if numbers.max(initial=0) <= 255 else 65535.0
-        upright = Image.fromarray(np.clip(numbers * (255.0 / top), 0, 255).astype(np.uint8))
-    return upright.convert("RGB")
-
-
-def _padded(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    side = max(width, height)
-    if width == height:
+def _as_image(image: Any) -> Image.Image:
+    if isinstance(image, Image.Image):
         return image
-    square = Image.new("RGB", (side, side), PAD_COLOUR)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+    array = np.asarray(image)
+    if array.dtype != np.uint8:
+        raise ValueError(f"an image array must be uint8, found {array.dtype}; give PIL images otherwise")
+    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+        array = array.transpose(1, 2, 0)  # channels first
+    return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 
 
 class CompactVisionProcessor(ProcessorMixin):  # type: ignore[misc]
@@ -205,14 +147,15 @@ class CompactVisionProcessor(ProcessorMixin):  # type: ignore[misc]
         self.image_tokens = image_tokens
         self.image_token = IMAGE
         self.image_token_id = tokenizer.image_id
-        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
 
     @classmethod
     def _get_arguments_from_pretrained(cls, name: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
         """Both parts are known classes: nothing is looked up by name, and nothing needs to be trusted again."""
         kwargs.pop("trust_remote_code", None)
         settings = (processor_dict or {}).get("image_processor", {})
-        images = CompactVisionImageProcessor(aspect=settings["aspect"], image_size=settings["image_size"])
+        known = {name: settings[name] for name in ("aspect", "image_size", "encoder") if name in settings}
+        images = CompactVisionImageProcessor(**known)
         return [images, CompactVisionTokenizer.from_pretrained(name, **kwargs)]
 
     def replace_image_token(self, image_inputs: Any, image_idx: int, **kwargs: Any) -> str:
@@ -239,8 +182,3 @@ class CompactVisionProcessor(ProcessorMixin):  # type: ignore[misc]
 
         count = len(image_sizes or [])
         return MultiModalData(num_image_tokens=[self.image_tokens] * count, num_image_patches=[1] * count)
-
-
-CompactVisionTokenizer.register_for_auto_class("AutoTokenizer")
-CompactVisionImageProcessor.register_for_auto_class("AutoImageProcessor")
-CompactVisionProcessor.register_for_auto_class("AutoProcessor")

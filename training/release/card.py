@@ -80,14 +80,15 @@ def store_facts(store: StoreSpec) -> dict[str, str]:
 
 
 def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
-    from training.cost.flops import connector_flops, encoder_flops, kv_cache_bytes, prefill_flops
+    from training.cost.flops import image_flops, kv_cache_bytes, prefill_flops
 
     connector, text, vision = model.connector, model.llm.config, model.config.vision_config
     patches, tokens = connector.config.grid**2, connector.tokens
-    deepest = max(int(column[-2:]) for column in connector.columns)
-    parts = [encoder_flops(vision, deepest), connector_flops(connector.config), prefill_flops(text, tokens)]
+    flops = image_flops(text, vision, connector.config, text_tokens=0)
+    parts = (flops.encoder, flops.connector, flops.prefill)
     encoder, fusion, prefill = map(_flops_text, parts)
-    kept, instead = (kv_cache_bytes(text, count, model.llm.dtype.itemsize) / 2**20 for count in (tokens, patches))
+    size, layers = model.llm.dtype.itemsize, connector.config.tokens_per_layer(text.num_hidden_layers)
+    kept, instead = (kv_cache_bytes(text, count, size) / 2**20 for count in (layers, patches))
     return {
         "vision tokens per image": f"{tokens} of {patches} patch tokens",
         "prefill of the vision tokens": f"{prefill}, instead of "

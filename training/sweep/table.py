@@ -103,12 +103,12 @@ def _sizes(folder: Path) -> dict[str, Any]:
     """Tokens, parameters and FLOPs, from the trained model's own configuration."""
     from safetensors import safe_open
 
-    from training.cost.flops import connector_flops, encoder_flops, head_flops, prefill_flops
-    from training.model.connectors import ConnectorConfig
+    from training.cost.flops import image_flops
     from training.model.model import CompactVisionConfig
+    from training.model.reducers import connector_config
 
     model: Any = CompactVisionConfig.from_pretrained(folder / "finetune" / "model")
-    connector = ConnectorConfig(**model.connector)
+    connector = connector_config(model.connector)
     with safe_open(folder / "finetune" / "connector" / "connector.safetensors", framework="np") as file:
         shapes = [file.get_slice(name).get_shape() for name in file.keys()]  # noqa: SIM118 - no mapping
     parameters = 0
@@ -117,15 +117,13 @@ def _sizes(folder: Path) -> dict[str, Any]:
         for side in shape:
             size *= side
         parameters += size
-    text, deepest = model.text_config, max(int(column[-2:]) for column in connector.columns)
-    total = encoder_flops(model.vision_config, deepest) + connector_flops(connector)
-    total += prefill_flops(text, connector.tokens + TEXT_TOKENS) + head_flops(text)
+    flops = image_flops(model.text_config, model.vision_config, connector, TEXT_TOKENS)
     return {
         "tokens": connector.tokens,
         "columns": len(connector.columns),
         "parameters": parameters,
-        "prefill_flops": prefill_flops(text, connector.tokens),
-        "total_flops": total,
+        "prefill_flops": flops.prefill,
+        "total_flops": flops.total,
     }
 
 

@@ -164,11 +164,12 @@ def see(captions: dict[str, str], images: Path, tokenizer: Tokenizer, seed: int)
     import torch
     from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
-    from pipeline.encoder import load_image, preprocess
+    from pipeline.encoder import load_image
+    from pipeline.encoders.clip import Clip
 
     size = CLIP["image_size"]
     pixels = torch.stack(
-        [torch.from_numpy(preprocess(load_image((images / name).read_bytes()), "pad", size)) for name in captions]
+        [torch.from_numpy(Clip().pixels(load_image((images / name).read_bytes()), "pad", size)) for name in captions]
     )
     texts = [[*tokenizer.encode(text)[: MAX_CAPTION - 1], tokenizer.eos_id] for text in captions.values()]
     ids = torch.full((len(texts), max(map(len, texts))), tokenizer.eos_id)

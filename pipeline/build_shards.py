@@ -73,7 +73,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--price", type=float, default=0.023, help="$ per GB and month (default: %(default)s)")
     parser.add_argument("--step-time", type=float, default=1.0, help="s per training step (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="images per GPU and training step (default: %(default)s)")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if min(arguments.rate, arguments.step_time) <= 0:
+        parser.error(f"--rate is {arguments.rate:g}, --step-time is {arguments.step_time:g}; give numbers above 0")
+    return arguments
 
 
 def _setting_lines() -> Iterator[str]:
@@ -99,8 +102,11 @@ def read_sources(config: BuildConfig) -> tuple[Dataset, StoreSpec]:
     gc.freeze()
     gc.enable()
     if not dataset.records:
-        first = dataset.failures[0].reason if dataset.failures else "the files are empty"
-        raise ValueError(f"data: no usable record in {', '.join(config.data_files)} ({first})")
+        first = "; ".join(f"{failure.source}: {failure.reason}" for failure in dataset.failures[:1])
+        raise ValueError(
+            f"data: no usable record in {', '.join(config.data_files)} ({first or 'the files are empty'}); "
+            "give LLaVA records, each with its conversations"
+        )
     encoder = describe_encoder(config.encoder, config.revision)
     spec = StoreSpec(
         dataset=dataset.digest,
@@ -173,7 +179,10 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
     failures = len(dataset.failures) + spec.samples - samples
     print(f"done: {samples} samples, {failures} failures (failures.jsonl), {time.perf_counter() - start:.0f} s")
     if samples == 0:
-        raise ValueError(f"every one of {spec.samples} samples failed; see {config.store}/failures.jsonl")
+        raise ValueError(
+            f"every one of {spec.samples} samples failed; see {config.store}/failures.jsonl for the reasons, mend the "
+            "data and build a new store"
+        )
 
 
 class TooManyFailuresError(ValueError):
@@ -257,7 +266,9 @@ def schedule(
         for outcome in outcomes.iter_rows():
             yield json.loads(outcome["outcome"])
     except RayTaskError as error:
-        raise ValueError(f"a worker failed: {error.cause}") from error
+        raise ValueError(
+            f"a worker failed: {error.cause}\nThe shards that are done stay. Mend this, then run the same command again"
+        ) from error
     except (ActorDiedError, WorkerCrashedError) as error:
         raise ValueError(
             f"a worker died {ATTEMPTS} times on one shard, most likely for want of memory; lower batch_size, or give "

@@ -56,13 +56,15 @@ def load_config(kind: type[S], path: str | Path | None, overrides: list[str]) ->
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"configuration file {str(path)!r} does not exist (current folder: {Path.cwd()})")
+        raise ConfigError(
+            f"configuration file {str(path)!r} does not exist (current folder: {Path.cwd()}); give a YAML file"
+        )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}; correct it there") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, a mapping of settings was expected")
+        raise ConfigError(f"{path} holds {str(tree)[:80]!r}; expected settings, each as `name: value`")
     return {key: value for key, value in tree.items() if not str(key).startswith("_")}
 
 
@@ -70,12 +72,14 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     """Apply one `a.b=value` in place; the value is read as YAML. Returns a problem, or None."""
     dotted, sign, value = text.partition("=")
     if not sign or not dotted:
-        return f"argument {text!r} is not of the form key=value"
+        return f"argument {text!r} is not of the form key=value; write for example seed=1"
     *parents, last = dotted.split(".")
     for parent in parents:
         child = tree.setdefault(parent, {})
         if not isinstance(child, dict):
-            return f"argument {text!r}: {parent} holds {child!r}, it has no settings below it"
+            return (
+                f"argument {text!r}: {parent} holds {child!r}, which has no settings below it; set {parent}=... itself"
+            )
         tree = child
     try:
         tree[last] = yaml.safe_load(value)
@@ -87,7 +91,7 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in error["loc"]) or "(whole file)"
     if error["type"] == "missing":
-        return f"{place}: required, but not given"
+        return f"{place}: required, but not given; add {place}=..."
     if error["type"] == "extra_forbidden":
         known = _fields_at(kind, error["loc"][:-1])
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)

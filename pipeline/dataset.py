@@ -102,22 +102,24 @@ def _raw_records(files: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         try:
             data = Storage(root or ".").read(name)
         except FileNotFoundError as error:
-            raise ValueError(f"data: {file} does not exist") from error
+            raise ValueError(f"data: {file} does not exist; give a JSON or JSONL file, local or s3://") from error
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"data: {file} is not UTF-8 text: {error}") from error
+            raise ValueError(f"data: {file} is not UTF-8 text: {error}; save it as UTF-8") from error
         if text.lstrip().startswith("["):
             try:
                 records = json.loads(text)
             except ValueError as error:
-                raise ValueError(f"data: {file} is not JSON: {error}") from error
+                raise ValueError(f"data: {file} is not JSON: {error}; correct it there, or copy it again") from error
             yield from ((f"{name}#{index}", record) for index, record in enumerate(records))
             continue
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         parsed = [(number, _parsed(line)) for number, line in lines]
         if all(isinstance(record, ValueError) for _, record in parsed):
-            raise ValueError(f"data: {file} is neither a JSON list nor JSON lines of LLaVA records")
+            raise ValueError(
+                f"data: {file} is neither a JSON list nor JSON lines, it begins with {text[:40]!r}; give LLaVA records"
+            )
         yield from ((f"{name}:{number}", record) for number, record in parsed)
 
 
@@ -133,10 +135,10 @@ def _checked(raw: Any) -> tuple[str | None, dict[str, Any]] | str:
     if isinstance(raw, ValueError):
         return f"not JSON: {raw}"
     if not isinstance(raw, dict):
-        return f"a record is a mapping, this is {type(raw).__name__}"
+        return f"a record must be a mapping, this is a {type(raw).__name__}"
     image, turns = raw.get("image"), raw.get("conversations")
     if not isinstance(turns, list) or not turns:
-        return "no conversations"
+        return f"no conversations: found {repr(turns)[:80]}, expected a list of turns"
     try:
         conversation = Conversation(id=str(raw.get("id", "")), turns=turns)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -154,15 +156,15 @@ def _wrong_turns(turns: tuple[Turn, ...]) -> str | None:
     speakers = [turn.speaker for turn in turns]
     speakers = speakers[1:] if speakers[0] == "gpt" else speakers  # a leading answer is dropped, as LLaVA-1.5
     if not speakers or any(s != ("human", "gpt")[i % 2] for i, s in enumerate(speakers)):
-        return f"conversations: speakers do not alternate ({', '.join(speakers[:6])})"
+        return f"conversations: speakers do not alternate ({', '.join(speakers[:6])}); expected human, gpt, human, ..."
     return None
 
 
 def _wrong_name(image: Any) -> str | None:
     if not isinstance(image, str) or not image:
-        return f"image is {image!r}, a path was expected"
+        return f"image is {image!r}; expected a path"
     if image[0] == "/" or ".." in image.split("/") or "\\" in image or "\0" in image or "://" in image:
-        return f"image {image!r} leaves the image folder: refused"
+        return f"image {image!r} leaves the image folder: refused; expected a path within it"
     return None
 
 
@@ -203,8 +205,8 @@ class ImageSource:
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 continue
             except PermissionError as error:
-                raise ValueError(f"permission denied: {name}") from error
-        raise ValueError("missing image")
+                raise ValueError(f"permission denied: {name}; allow the job to read it") from error
+        raise ValueError("missing image: no image folder or archive has it; add it to one")
 
 
 def is_zip(root: str) -> bool:
@@ -222,9 +224,13 @@ def _read_member(storage: Storage, archive: str, place: ZipMember) -> bytes:
             packed if place.method == zipfile.ZIP_STORED else zlib.decompressobj(-15).decompress(packed, place.size + 1)
         )
     except zlib.error as error:
-        raise ValueError(f"damaged in the archive: {error}") from error
-    if len(data) != place.size or zlib.crc32(data) != place.crc:
-        raise ValueError("damaged in the archive: wrong checksum")
+        raise ValueError(f"damaged in the archive: {error}; copy the archive again") from error
+    crc = zlib.crc32(data)
+    if len(data) != place.size or crc != place.crc:
+        raise ValueError(
+            f"damaged in the archive: wrong checksum {crc:08x} of {len(data)} bytes, where its index says "
+            f"{place.crc:08x} of {place.size}; copy the archive again"
+        )
     return data
 
 
@@ -247,9 +253,9 @@ def index_zips(roots: tuple[str, ...]) -> list[dict[str, ZipMember]]:
                                 info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC
                             )
             except FileNotFoundError as error:
-                raise ValueError(f"images: {root} does not exist") from error
+                raise ValueError(f"images: {root} does not exist; give a folder or a .zip file") from error
             except zipfile.BadZipFile as error:
-                raise ValueError(f"images: {root} is not a zip archive: {error}") from error
+                raise ValueError(f"images: {root} is not a zip archive: {error}; copy it again") from error
         found.append(index)
     return found
 
@@ -273,4 +279,4 @@ def check_roots(roots: tuple[str, ...]) -> None:
     """
     missing = [root for root in roots if "://" not in root and not Path(root).exists()]
     if missing:
-        raise ValueError(f"images: {', '.join(missing)} does not exist")
+        raise ValueError(f"images: {', '.join(missing)} does not exist; give image folders or .zip files")

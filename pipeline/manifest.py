@@ -29,6 +29,7 @@ from pipeline.storage import Storage
 
 READERS = 16  # commit records read at a time: on S3 each is a round trip
 SPEC, MANIFEST, FAILURES = "store.json", "manifest.parquet", "failures.jsonl"
+_RESTORE = "restore it from a copy of the store, or build a new one with pipeline/build_shards.py"
 
 _DIFFERENT = {  # what a difference in store.json means to the person who asked
     "dataset": "the records of data=... (or their texts) are others",
@@ -41,7 +42,7 @@ def read_store(storage: Storage) -> StoreSpec:
     """The identity of a store, the columns added later included.
 
     Raises:
-        ValueError: if there is no store, or one of another format version.
+        ValueError: if there is no store, one of another format version, or one whose identity is damaged.
     """
     try:
         data = storage.read(SPEC)
@@ -50,8 +51,17 @@ def read_store(storage: Storage) -> StoreSpec:
             f"{storage.root} is not a feature store: it has no {SPEC}; build one with pipeline/build_shards.py"
         ) from error
     spec = _parse_spec(data, storage.root)
-    added = [Column.model_validate_json(storage.read(name)) for name in storage.list("columns")]
+    added = [_parse_column(storage.read(name), f"{storage.root}/{name}") for name in storage.list("columns")]
     return spec.model_copy(update={"columns": (*spec.columns, *added)})
+
+
+def _parse_column(data: bytes, path: str) -> Column:
+    try:
+        return Column.model_validate_json(data)
+    except ValidationError as error:
+        raise ValueError(
+            f"{path} is damaged ({error.errors()[0]['msg']}); delete it, then build again with this column"
+        ) from error
 
 
 def _parse_spec(data: bytes, root: str) -> StoreSpec:
@@ -59,7 +69,7 @@ def _parse_spec(data: bytes, root: str) -> StoreSpec:
         tree = json.loads(data)
         version = tree.get("format_version") if isinstance(tree, dict) else None
     except ValueError as error:
-        raise ValueError(f"{root}/{SPEC} is not JSON: {error}") from error
+        raise ValueError(f"{root}/{SPEC} is not JSON: {error}; {_RESTORE}") from error
     if isinstance(tree, dict) and version not in (None, FORMAT_VERSION):
         raise ValueError(
             f"{root} is a store of format version {version!r}, this program reads version {FORMAT_VERSION}: "
@@ -70,7 +80,7 @@ def _parse_spec(data: bytes, root: str) -> StoreSpec:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{root}/{SPEC}: {place}: {first['msg']} (found {first['input']!r})") from error
+        raise ValueError(f"{root}/{SPEC}: {place}: {first['msg']} (found {first['input']!r}); {_RESTORE}") from error
 
 
 def create_or_check(storage: Storage, spec: StoreSpec) -> StoreSpec:
@@ -237,7 +247,11 @@ def _commits(storage: Storage, shards: int, added: str | None) -> list[Commit]:
     found = _read_commits(storage, range(shards), added)
     missing = [shard for shard, commit in enumerate(found) if commit is None]
     if missing:
-        raise ValueError(f"{storage.root} lacks {len(missing)} of {shards} shards, the first is {missing[0]}")
+        of = "" if added is None else f" of column {added}"
+        raise ValueError(
+            f"{storage.root} lacks {len(missing)} of {shards} shards{of}, the first is {missing[0]}; "
+            "run pipeline/build_shards.py again"
+        )
     return [commit for commit in found if commit is not None]
 
 

@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4, help="files read at a time (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.deep and not arguments.images:
-        parser.error("--deep encodes the source images again: say where they are with --images")
+        parser.error(f"--deep encodes the images of {arguments.store} again: say where they are with --images")
+    if min(arguments.sample, arguments.threads) < 1:
+        parser.error(f"--sample is {arguments.sample}, --threads is {arguments.threads}; give at least 1")
     storage = Storage(arguments.store)
     try:
         spec = read_store(storage)
@@ -80,7 +82,8 @@ def main() -> None:
     print("\n".join(str(problem) for problem in problems))
     if arguments.repair:
         print(repair(storage, problems))
-    sys.exit(f"{storage.root}: {len(problems)} problem(s)")
+    again = "" if arguments.repair else "; run this again with --repair, then build again"
+    sys.exit(f"{storage.root}: {len(problems)} problem(s){again}")
 
 
 def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]:
@@ -230,9 +233,11 @@ def compare_with_live_clip(
     from pipeline.dataset import ImageSource, index_zips
     from pipeline.encoder import Encoder, describe_encoder, load_image, preprocess
 
-    if describe_encoder(encoder, spec.encoder.revision).revision != spec.encoder.revision:
+    weights = describe_encoder(encoder, spec.encoder.revision).revision
+    if weights != spec.encoder.revision:
         raise ValueError(
-            f"--encoder {encoder} is not the CLIP of this store, whose weights are {spec.encoder.revision}"
+            f"--encoder {encoder} is not the CLIP of this store: its weights are {weights}, those of the store are "
+            f"{spec.encoder.revision}; name the model that the store was built with"
         )
     table = read_manifest(storage)
     table = table.filter(table.column("image").is_valid())
@@ -244,7 +249,10 @@ def compare_with_live_clip(
     allowed = _CODEC_ERROR[spec.codec] + _COMPUTE_ERROR[spec.compute]
     problems, largest = [], 0.0
     for row in rows:
-        picture = load_image(source.read(row["image"], [index.get(row["image"]) for index in zips]))
+        try:
+            picture = load_image(source.read(row["image"], [index.get(row["image"]) for index in zips]))
+        except ValueError as fault:
+            raise ValueError(f"{row['key']} ({row['image']}): {fault}; see --images") from fault
         features = live(torch.from_numpy(preprocess(picture, spec.aspect, spec.encoder.image_size))[None])
         for column in columns:
             path = tar_path(column.name, row["shard"])

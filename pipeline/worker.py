@@ -177,7 +177,7 @@ class ShardWorker:
         for item, is_fine in zip(sound, fine, strict=True):
             item.pixels = None
             if not is_fine:
-                item.fault = "features hold NaN or infinity"
+                item.fault = f"features hold NaN or infinity (compute={self.spec.compute})"
         payload = {name: encode(value, self.spec.codec) for name, value in features.items()}
         return to_host(payload if all(fine) else {name: value[finite] for name, value in payload.items()})
 
@@ -192,8 +192,8 @@ class ShardWorker:
         if base.keys != commit.keys:
             lost = [f for f in commit.failures if f.key in set(base.keys)]
             raise ValueError(
-                f"shard {commit.shard}: the store holds {len(base.keys)} samples, {len(commit.keys)} can be read now"
-                + "".join(f"\n  {f.source}: {f.reason}" for f in lost[:5])
+                f"shard {commit.shard}: the store holds {len(base.keys)} samples, {len(commit.keys)} can be read now; "
+                "give the images of the first build" + "".join(f"\n  {f.source}: {f.reason}" for f in lost[:5])
             )
 
     def _publish(self, commit: Commit, folder: Path, base: bool) -> bool:
@@ -227,7 +227,7 @@ class ShardWorker:
         if path.startswith(f"{SAMPLES}/") or places != expected:
             raise ValueError(
                 f"{self.storage.root}/{path} is there without a commit record, and holds something else; "
-                "run pipeline/verify_shards.py STORE --repair, then build again"
+                "delete it, then run pipeline/build_shards.py again"
             )
         return mine.model_copy(update={"sha256": sha256, "bytes": theirs.stat().st_size})
 

@@ -40,7 +40,7 @@ OBJECT_STORE = 256 * 2**20  # bytes of a local Ray's object store: only rows of 
 
 
 def main() -> None:
-    """Command line: configuration -> plan -> encode -> manifest."""
+    """Command line: configuration -> plan -> shards -> manifest."""
     arguments = parse_arguments()
     try:
         settings = [s for s in [arguments.config, *arguments.settings] if s and "=" in s]
@@ -168,7 +168,7 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
         # Base shards first: a column is only added to samples that are there.
         for part in ([w for w in work if w.base], [w for w in work if not w.base]):
             if part:
-                encode(config, dataset, spec, part, storage)
+                build_on_ray(config, dataset, spec, part, storage)
     except TooManyFailuresError:
         write_failures(storage, dataset.failures)
         raise
@@ -189,7 +189,7 @@ class TooManyFailuresError(ValueError):
     """The rate of failures is above what the configuration allows."""
 
 
-def encode(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Work], storage: Storage) -> None:
+def build_on_ray(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Work], storage: Storage) -> None:
     """Let Ray Data spread the shards over a pool of workers: one row is one shard, no feature passes through Ray."""
     from pipeline.dataset import index_zips
     from pipeline.manifest import claimed, known_failures

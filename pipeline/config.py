@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -52,6 +53,18 @@ def load_config(kind: type[S], path: str | Path | None, overrides: list[str]) ->
             f"{len(problems)} problem(s) in the configuration from {where}:\n  - " + "\n  - ".join(problems)
         )
     return config
+
+
+def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], there: str = "there") -> list[str]:
+    """`name: 'x' there, 'y' now` for each name of `mine` under which `theirs` holds something else, or nothing (None).
+
+    Names that only `theirs` has are left out. `there` says where `theirs` was found, e.g. "in the checkpoint".
+    """
+    return [
+        f"{name}: {theirs.get(name)!r} {there}, {value!r} now"
+        for name, value in mine.items()
+        if theirs.get(name) != value
+    ]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -22,7 +22,7 @@ if __name__ == "__main__":
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.manifest import FAILURES, read_commits, read_manifest, read_store
+from pipeline.manifest import FAILURES, existing_commits, read_manifest, read_store
 from pipeline.schema import SAMPLES, Column, Failure, Sample, StoreSpec, tar_path
 from pipeline.shard import read_sample
 from pipeline.storage import Storage
@@ -92,7 +92,7 @@ def _columns(spec: StoreSpec, manifest: Any, shown: list[dict[str, Any]]) -> lis
 
 def _shards(storage: Storage) -> dict[str, Any]:
     """Bytes of every shard, as bars of equal width."""
-    sizes = [sum(file.bytes for file in commit.files.values()) for commit in read_commits(storage)]
+    sizes = [sum(file.bytes for file in commit.files.values()) for commit in existing_commits(storage)]
     largest = max(sizes, default=1)
     return {"sizes": sizes, "largest": largest, "total": sum(sizes), "percents": [100 * s / largest for s in sizes]}
 

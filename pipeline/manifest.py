@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from pipeline.config import differences
 from pipeline.schema import (
     FORMAT_VERSION,
     SAMPLES,
@@ -31,10 +32,10 @@ READERS = 16  # commit records read at a time: on S3 each is a round trip
 SPEC, MANIFEST, FAILURES = "store.json", "manifest.parquet", "failures.jsonl"
 _RESTORE = "restore it from a copy of the store, or build a new one with pipeline/build_shards.py"
 
-_DIFFERENT = {  # what a difference in store.json means to the person who asked
-    "dataset": "the records of data=... (or their texts) are others",
-    "encoder": "the features would come from another CLIP",
-    "seed": "the samples would come in another order",
+_MEANING = {  # of a difference in store.json, for the person who asked
+    "dataset": " (the records of data=..., or their texts, are others)",
+    "encoder.revision": " (the features would come from another CLIP)",
+    "seed": " (the samples would come in another order)",
 }
 
 
@@ -107,18 +108,11 @@ def check(storage: Storage, spec: StoreSpec) -> StoreSpec:
         ValueError: naming every difference, but for columns that one of them lacks.
     """
     found = read_store(storage)
-    differing = []
-    for name in StoreSpec.model_fields:
-        theirs, mine = getattr(found, name), getattr(spec, name)
-        if name == "encoder" and theirs.revision == mine.revision:
-            mine = mine.model_copy(update={"id": theirs.id})  # the same weights, by another name
-        if name != "columns" and theirs != mine:
-            why = _DIFFERENT.get(name)
-            differing.append(f"{name}: {_brief(theirs)} there, {_brief(mine)} now" + (f" ({why})" if why else ""))
-    known = {column.name: column for column in found.columns}
-    for column in spec.columns:
-        if known.get(column.name, column) != column:
-            differing.append(f"column {_brief(known[column.name])} there, {_brief(column)} now")
+    theirs, mine = _identity(found), _identity(spec)
+    if theirs["encoder.revision"] == mine["encoder.revision"]:
+        mine["encoder.id"] = theirs["encoder.id"]  # the same weights, by another name
+    shared = {name: value for name, value in mine.items() if name in theirs}
+    differing = [line + _MEANING.get(line.partition(":")[0], "") for line in differences(theirs, shared)]
     if differing:
         raise ValueError(
             f"{storage.root} is a store of another build; take another store=..., or the same settings:\n  - "
@@ -127,11 +121,11 @@ def check(storage: Storage, spec: StoreSpec) -> StoreSpec:
     return found
 
 
-def _brief(value: Any) -> str:
-    if hasattr(value, "model_dump"):
-        return " ".join(f"{name}={item}" for name, item in value.model_dump().items())
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _identity(spec: StoreSpec) -> dict[str, Any]:
+    """What two builds must share, by name: `codec`, `encoder.revision`, `column block03` as (tokens, width), ..."""
+    plain = spec.model_dump(exclude={"encoder", "columns"})
+    encoder = {f"encoder.{name}": value for name, value in spec.encoder.model_dump().items()}
+    return plain | encoder | {f"column {c.name}": (c.tokens, c.width) for c in spec.columns}
 
 
 def added_columns(storage: Storage) -> tuple[str, ...]:
@@ -208,12 +202,12 @@ def write_failures(storage: Storage, failures: Iterable[Failure]) -> None:
 
 def known_failures(storage: Storage) -> list[Failure]:
     """What could not be stored of the shards that are there, in their order."""
-    return [failure for commit in read_commits(storage) for failure in commit.failures]
+    return [failure for commit in existing_commits(storage) for failure in commit.failures]
 
 
-def read_commits(storage: Storage) -> list[Commit]:
+def existing_commits(storage: Storage) -> list[Commit]:
     """The commit records of the shards that are there, in their order."""
-    return [commit for commit in _read_commits(storage, sorted(committed(storage)), None) if commit is not None]
+    return [commit for commit in _commits_or_none(storage, sorted(committed(storage)), None) if commit is not None]
 
 
 def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
@@ -224,11 +218,11 @@ def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
     Raises:
         ValueError: if a shard is missing.
     """
-    base = _commits(storage, spec.shards, None)
+    base = _all_commits(storage, spec.shards, None)
     files: list[dict[str, ColumnFile]] = [dict(commit.files) for commit in base]
     for name in added_columns(storage):
         if len(committed(storage, name)) == spec.shards:
-            for shard, commit in enumerate(_commits(storage, spec.shards, name)):
+            for shard, commit in enumerate(_all_commits(storage, spec.shards, name)):
                 files[shard][name] = commit.files[name]
     table: dict[str, Any] = {
         "key": pa.array([key for commit in base for key in commit.keys], pa.string()),
@@ -243,8 +237,8 @@ def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
     return pa.table(table)
 
 
-def _commits(storage: Storage, shards: int, added: str | None) -> list[Commit]:
-    found = _read_commits(storage, range(shards), added)
+def _all_commits(storage: Storage, shards: int, added: str | None) -> list[Commit]:
+    found = _commits_or_none(storage, range(shards), added)
     missing = [shard for shard, commit in enumerate(found) if commit is None]
     if missing:
         of = "" if added is None else f" of column {added}"
@@ -255,7 +249,7 @@ def _commits(storage: Storage, shards: int, added: str | None) -> list[Commit]:
     return [commit for commit in found if commit is not None]
 
 
-def _read_commits(storage: Storage, shards: Iterable[int], added: str | None) -> list[Commit | None]:
+def _commits_or_none(storage: Storage, shards: Iterable[int], added: str | None) -> list[Commit | None]:
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda shard: read_commit(storage, shard, added), shards))
 

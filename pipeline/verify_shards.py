@@ -93,7 +93,7 @@ def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]
     there = storage.list()
     added = added_columns(storage)
     base = tuple(column.name for column in spec.columns if column.name not in added)
-    problems, commits = _read_commits(storage, spec, added)
+    problems, commits = _readable_commits(storage, spec, added)
     expected = {SPEC, FAILURES, MANIFEST, *DERIVED, *(f"columns/{name}.json" for name in added)}
     jobs = []
     for (shard, extra), commit in commits.items():
@@ -117,7 +117,7 @@ def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]
     return problems
 
 
-def _read_commits(
+def _readable_commits(
     storage: Storage, spec: StoreSpec, added: Iterable[str]
 ) -> tuple[list[Problem], dict[tuple[int, str | None], Commit]]:
     problems: list[Problem] = []

@@ -62,7 +62,7 @@ class _Batch:
     """Consecutive samples of a shard, of which up to `batch_size` have images."""
 
     items: list[_Item]
-    features: dict[str, torch.Tensor]  # (images that are sound, tokens, width)
+    payloads: dict[str, torch.Tensor]  # column -> uint8 (images that CLIP has seen, payload bytes), on the CPU
 
 
 class ShardWorker:
@@ -126,7 +126,7 @@ class ShardWorker:
             writing = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
             written: Future[None] | None = None
             for items in self._decoded(row, stack):
-                batch = _Batch(items, self._features(items, columns))
+                batch = _Batch(items, self._payloads(items, columns))
                 if written is not None:
                     written.result()
                 written = writing.submit(shard.add, batch)
@@ -162,8 +162,14 @@ class ShardWorker:
             item.fault = str(error)
         return item
 
-    def _features(self, items: list[_Item], columns: tuple[Column, ...]) -> dict[str, torch.Tensor]:
-        """CLIP's columns of the sound images, on the CPU; an image whose features are not finite becomes a fault."""
+    def _payloads(self, items: list[_Item], columns: tuple[Column, ...]) -> dict[str, torch.Tensor]:
+        """CLIP's columns of the sound images in the codec's bytes: {column: uint8 (images, payload bytes)}, on the CPU.
+
+        An image whose features are not finite gets a fault and no row.
+
+        Raises:
+            ValueError: if a feature does not fit the codec.
+        """
         sound = [item for item in items if item.pixels is not None]
         if not sound:
             return {}
@@ -171,15 +177,19 @@ class ShardWorker:
         if names not in self._encoders:
             self._encoders = {names: self._encoder(columns)}
         pixels = torch.from_numpy(np.stack([item.pixels for item in sound if item.pixels is not None]))
-        features = self._encoders[names](pixels)
+        features = self._encoders[names](pixels)  # {column: (images, tokens, width)}
+        # (images,): whether every number of an image is finite, in every column
         finite = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in features.values()]).all(dim=0)
         fine = finite.tolist()
         for item, is_fine in zip(sound, fine, strict=True):
             item.pixels = None
             if not is_fine:
                 item.fault = f"features hold NaN or infinity (compute={self.spec.compute})"
-        payload = {name: encode(value, self.spec.codec) for name, value in features.items()}
-        return to_host(payload if all(fine) else {name: value[finite] for name, value in payload.items()})
+        try:
+            payloads = {name: encode(value, self.spec.codec) for name, value in features.items()}
+        except ValueError as error:
+            raise ValueError(f"in the images {sound[0].key} to {sound[-1].key}: {error}") from error
+        return to_host(payloads if all(fine) else {name: value[finite] for name, value in payloads.items()})
 
     def _encoder(self, columns: tuple[Column, ...]) -> Encoder:
         config = self.config
@@ -248,7 +258,7 @@ class _ShardInTheMaking:
 
     def add(self, batch: _Batch) -> None:
         """Write the samples of a batch that have no fault, in order."""
-        payload = {name: value.numpy() for name, value in batch.features.items()}
+        payloads = {name: value.numpy() for name, value in batch.payloads.items()}
         row = 0
         for item in batch.items:
             if item.fault is not None:
@@ -264,7 +274,7 @@ class _ShardInTheMaking:
                 elif item.image is None:
                     writer.skip()
                 else:
-                    writer.add(f"{item.key}.{name}.{self.spec.codec}", payload[name][row])
+                    writer.add(f"{item.key}.{name}.{self.spec.codec}", payloads[name][row])
             if item.data is not None and SAMPLES in self.writers:
                 suffix = (item.image or "").rpartition(".")[2].lower()
                 suffix = suffix if suffix.isalnum() and suffix != "json" else "img"
@@ -284,12 +294,12 @@ class _ShardInTheMaking:
         )
 
 
-def to_host(payload: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Columns of (images, bytes) on the CPU: from a GPU through page-locked memory, all copies at once."""
-    if all(value.device.type == "cpu" for value in payload.values()):
-        return payload
-    host = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for name, value in payload.items()}
-    for name, value in payload.items():
+def to_host(payloads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Columns of uint8 (images, payload bytes), on the CPU: from a GPU through page-locked memory, all at once."""
+    if all(value.device.type == "cpu" for value in payloads.values()):
+        return payloads
+    host = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for name, value in payloads.items()}
+    for name, value in payloads.items():
         host[name].copy_(value, non_blocking=True)
     torch.cuda.synchronize()
     return host

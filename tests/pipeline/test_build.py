@@ -77,13 +77,18 @@ def test_the_same_settings_give_the_same_bytes_with_one_worker(
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"), [("aspect=square", "aspect"), ("seed=3", "seed"), ("codec=fp16", "codec")]
+    ("setting", "said"),
+    [
+        ("aspect=square", "aspect: 'pad' there, 'square' now"),
+        ("seed=3", "seed: 0 there, 3 now (the samples would come in another order)"),
+        ("codec=fp16", "codec: 'bf16' there, 'fp16' now"),
+    ],
 )
 def test_another_build_on_the_same_store_is_refused_by_name(
     store: Path, settings: Settings, run: Run, setting: str, said: str
 ) -> None:
     output = run(BUILD, *settings(store), setting, fails=True)
-    assert f"- {said}:" in output
+    assert f"- {said}\n" in output
     assert "Traceback" not in output
 
 

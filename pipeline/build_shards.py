@@ -235,11 +235,22 @@ def connected(config: BuildConfig) -> Iterator[int]:
             )
         yield config.workers or int(fit)
     finally:
-        # A thread of Ray Data that calls Ray after the shutdown takes the whole process with it, exit code and all.
-        for thread in threading.enumerate():
-            if thread.name.startswith(("StreamingExecutor", "ray-data-")):
-                thread.join(timeout=30)
+        _end_threads_of_ray_data()
         ray.shutdown()
+
+
+def _end_threads_of_ray_data() -> None:
+    """Stop Ray Data's executor and wait for its threads, however long their last step takes.
+
+    A thread that calls Ray after `ray.shutdown` takes the whole process with it, exit code and all. No clock is needed:
+    an executor that was told to stop leaves its loop after the present step, and tells its metadata thread to stop.
+    """
+    threads = [t for t in threading.enumerate() if t.name.startswith(("StreamingExecutor-", "ray-data-metadata-"))]
+    for thread in threads:
+        if (stop := getattr(thread, "shutdown", None)) is not None:  # the executor; nothing happens if it was stopped
+            stop(force=True)
+    for thread in threads:
+        thread.join()
 
 
 def schedule(

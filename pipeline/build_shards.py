@@ -207,6 +207,7 @@ def build_on_ray(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: l
         while rows:
             for outcome in schedule(config, spec, rows, min(workers, len(rows))):
                 progress(outcome)
+            # Another job had claimed the postponed shards. What it has not finished by now is built here.
             rows = [{**row, "insist": True} for row in rows if row["shard"] in progress.postponed]
             progress.postponed.clear()
     progress.close()
@@ -271,6 +272,7 @@ def schedule(
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus or None,
+        # Ray starts a dead worker again, as often as it takes, and tries its shard ATTEMPTS times in all.
         ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": ATTEMPTS - 1},
     )
     try:

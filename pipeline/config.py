@@ -102,6 +102,7 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
 
 
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
+    """One of pydantic's errors as a line: the setting, what is wrong, and the value found or a hint."""
     place = ".".join(str(part) for part in error["loc"]) or "(whole file)"
     if error["type"] == "missing":
         return f"{place}: required, but not given; add {place}=..."
@@ -159,12 +160,12 @@ class BuildConfig(Settings):
 
     @property
     def data_files(self) -> tuple[str, ...]:
-        """`data`, as several."""
+        """The files of `data`: one or several."""
         return (self.data,) if isinstance(self.data, str) else self.data
 
     @property
     def image_roots(self) -> tuple[str, ...]:
-        """`images`, as several."""
+        """The roots of `images`: one or several."""
         return (self.images,) if isinstance(self.images, str) else self.images
 
     @field_validator("blocks", "cls")

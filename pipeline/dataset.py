@@ -55,9 +55,8 @@ def read_dataset(data: tuple[str, ...], seed: int, limit: int | None) -> Dataset
     Raises:
         ValueError: if a file is not there, or is neither JSON nor JSON lines.
     """
-    grouped: dict[str, Record] = {}
-    texts: list[Record] = []
-    order: list[Record] = []
+    grouped: dict[str, Record] = {}  # by image, so that each image is stored once
+    order: list[Record] = []  # as they first occur in the files
     failures: list[Failure] = []
     digest = hashlib.sha256()
     seen: set[bytes] = set()
@@ -78,7 +77,6 @@ def read_dataset(data: tuple[str, ...], seed: int, limit: int | None) -> Dataset
         counts["conversations"] += 1
         if image is None:
             order.append(Record(None, [conversation]))
-            texts.append(order[-1])
         elif image in grouped:
             grouped[image].conversations.append(conversation)
             counts["merged"] += 1
@@ -124,6 +122,7 @@ def _raw_records(files: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
 
 
 def _parsed(line: str) -> Any:
+    """The record of a line, or the error as a value: a broken line must not cost the others."""
     try:
         return json.loads(line)
     except ValueError as error:
@@ -153,6 +152,7 @@ def _checked(raw: Any) -> tuple[str | None, dict[str, Any]] | str:
 
 
 def _wrong_turns(turns: tuple[Turn, ...]) -> str | None:
+    """Why these turns are no conversation, or None if they are one."""
     speakers = [turn.speaker for turn in turns]
     speakers = speakers[1:] if speakers[0] == "gpt" else speakers  # a leading answer is dropped, as LLaVA-1.5
     if not speakers or any(s != ("human", "gpt")[i % 2] for i, s in enumerate(speakers)):
@@ -161,6 +161,7 @@ def _wrong_turns(turns: tuple[Turn, ...]) -> str | None:
 
 
 def _wrong_name(image: Any) -> str | None:
+    """Why this is not the name of an image below an image root, or None if it is one."""
     if not isinstance(image, str) or not image:
         return f"image is {image!r}; expected a path"
     if image[0] == "/" or ".." in image.split("/") or "\\" in image or "\0" in image or "://" in image:
@@ -215,6 +216,7 @@ def is_zip(root: str) -> bool:
 
 
 def _read_member(storage: Storage, archive: str, place: ZipMember) -> bytes:
+    """Two range reads: the local header, whose two lengths say where the data start, then the data."""
     header = storage.read_range(archive, place.offset, LOCAL_HEADER)
     name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
     start = place.offset + LOCAL_HEADER + name_length + extra_length
@@ -237,8 +239,10 @@ def _read_member(storage: Storage, archive: str, place: ZipMember) -> bytes:
 def index_zips(roots: tuple[str, ...]) -> list[dict[str, ZipMember]]:
     """For each root, where the members of its archive lie (empty for folders).
 
+    Only stored and deflated members can be read in place. Others are left out, so they count as missing images.
+
     Raises:
-        ValueError: if an archive is not there, is none, or is packed in a way that cannot be read in place.
+        ValueError: if an archive is not there, or is none.
     """
     found = []
     for root in roots:

@@ -87,7 +87,7 @@ def _parse_spec(data: bytes, root: str) -> StoreSpec:
 def create_or_check(storage: Storage, spec: StoreSpec) -> StoreSpec:
     """Write the identity of a new store, or check that the store that is there has the same one.
 
-    Columns that the store lacks are added to it, those that it has beyond are left alone. Returns what is there now.
+    Columns that the store lacks are added to it; columns that only the store has stay. Returns what is there now.
 
     Raises:
         ValueError: naming every difference between `spec` and the store.
@@ -105,7 +105,7 @@ def check(storage: Storage, spec: StoreSpec) -> StoreSpec:
     """The identity of the store that is there, after checking that a build of `spec` may go on with it.
 
     Raises:
-        ValueError: naming every difference, but for columns that one of them lacks.
+        ValueError: naming every difference. A column that only one of them has is none.
     """
     found = read_store(storage)
     theirs, mine = _identity(found), _identity(spec)
@@ -166,7 +166,7 @@ def write_commit(storage: Storage, commit: Commit, added: str | None = None) -> 
 def claim(storage: Storage, shard: int, job: str) -> bool:
     """Let `job` work on a shard; False if another job does, or did until it was killed.
 
-    A claim saves double work, no more: correctness rests on files that are only ever created.
+    A claim only saves double work. Correctness rests on files that are created once and then never changed.
     """
     name = claim_path(shard)
     try:
@@ -219,11 +219,12 @@ def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
         ValueError: if a shard is missing.
     """
     base = _all_commits(storage, spec.shards, None)
-    files: list[dict[str, ColumnFile]] = [dict(commit.files) for commit in base]
+    files: list[dict[str, ColumnFile]] = [dict(commit.files) for commit in base]  # per shard: by column
     for name in added_columns(storage):
         if len(committed(storage, name)) == spec.shards:
             for shard, commit in enumerate(_all_commits(storage, spec.shards, name)):
                 files[shard][name] = commit.files[name]
+    # One row per sample: what the commits list per sample, one shard after the other.
     table: dict[str, Any] = {
         "key": pa.array([key for commit in base for key in commit.keys], pa.string()),
         "shard": pa.array([commit.shard for commit in base for _ in commit.keys], pa.int32()),
@@ -238,6 +239,7 @@ def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
 
 
 def _all_commits(storage: Storage, shards: int, added: str | None) -> list[Commit]:
+    """The commit records of shards 0 to `shards` - 1, or a ValueError that says how many are missing."""
     found = _commits_or_none(storage, range(shards), added)
     missing = [shard for shard, commit in enumerate(found) if commit is None]
     if missing:
@@ -250,6 +252,7 @@ def _all_commits(storage: Storage, shards: int, added: str | None) -> list[Commi
 
 
 def _commits_or_none(storage: Storage, shards: Iterable[int], added: str | None) -> list[Commit | None]:
+    """The commit record of each of `shards`, None where there is none, read side by side."""
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda shard: read_commit(storage, shard, added), shards))
 

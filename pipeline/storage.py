@@ -190,7 +190,7 @@ class Storage:
         if self._local is None or not (self._local / SCRATCH).is_dir():
             return
         for folder in (self._local / SCRATCH).iterdir():
-            host, _, rest = folder.name.partition(".")
+            host, _, rest = folder.name.partition(".")  # host.pid.random, as `scratch` names it
             pid = rest.partition(".")[0]
             here = host == os.uname().nodename.partition(".")[0] and pid.isdigit()
             if not _alive(int(pid)) if here else folder.stat().st_mtime < time.time() - SCRATCH_LASTS:
@@ -243,6 +243,7 @@ class Storage:
 
 
 def _checked(name: str) -> str:
+    """`name`, if it cannot lead out of the folder that it is relative to; else a ValueError."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
         raise ValueError(f"{name!r} is not a relative path within its folder; expected one such as samples/00000.tar")
@@ -250,6 +251,7 @@ def _checked(name: str) -> str:
 
 
 def _list_local(root: Path, prefix: str) -> dict[str, int]:
+    """As `Storage.list`, of a local folder; the scratch folder is not part of it."""
     top = root / _checked(prefix) if prefix else root
     found = {}
     for folder, folders, files in os.walk(top):
@@ -261,6 +263,7 @@ def _list_local(root: Path, prefix: str) -> dict[str, int]:
 
 
 def _link(source: Path, target: Path) -> bool:
+    """Give a file its final name: a hard link appears at once, and is refused where the name is taken (False)."""
     sync(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -281,6 +284,7 @@ def sync(path: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process of this machine runs, whoever owns it: signal 0 is not delivered, only checked."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]:
-    """Everything that is wrong with a store, but for the features' numbers."""
+    """Everything that is wrong with a store, except for the numbers of its features: `compare_with_live_clip`."""
     from tqdm import tqdm
 
     there = storage.list()
@@ -120,6 +120,7 @@ def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]
 def _readable_commits(
     storage: Storage, spec: StoreSpec, added: Iterable[str]
 ) -> tuple[list[Problem], dict[tuple[int, str | None], Commit]]:
+    """(a problem for each commit record that is missing or damaged, the others by shard and added column)."""
     problems: list[Problem] = []
     commits: dict[tuple[int, str | None], Commit] = {}
     for extra in (None, *added):
@@ -139,7 +140,7 @@ def _readable_commits(
 
 
 def _faults(commit: Commit, shard: int, base: Commit | None, spec: StoreSpec, names: tuple[str, ...]) -> Iterator[str]:
-    """What a commit record says that cannot be."""
+    """What cannot be true in a commit record. `base`: the record of the whole shard, if it can be read."""
     from pipeline.codec import payload_bytes
 
     if commit.shard != shard:
@@ -193,6 +194,7 @@ def _check_tar(storage: Storage, spec: StoreSpec, commit: Commit, name: str, add
 def _wrong_members(
     found: list[tuple[str, int, int]], commit: Commit, name: str, file: ColumnFile, spec: StoreSpec
 ) -> str | None:
+    """How `found`, (name, offset, size) of a tar's members, differ from those of the commit record, if they do."""
     suffix = "json" if name == SAMPLES else f"{name}.{spec.codec}"
     listed = [
         (f"{key}.{suffix}", offset, size)
@@ -208,6 +210,7 @@ def _wrong_members(
 
 
 def _wrong_records(data: io.BufferedReader, commit: Commit, file: ColumnFile) -> str | None:
+    """What is wrong with the first bad record of a samples tar, if there is one."""
     for key, image, offset, size in zip(commit.keys, commit.images, file.offsets, file.sizes, strict=True):
         data.seek(offset)
         try:
@@ -241,6 +244,7 @@ def compare_with_live_clip(
         )
     table = read_manifest(storage)
     table = table.filter(table.column("image").is_valid())
+    # `sample` rows, evenly spread over the store.
     rows = table.take(list(range(0, len(table), max(1, len(table) // sample)))[:sample]).to_pylist()
     columns = tuple(column for column in spec.columns if f"{column.name}.offset" in table.column_names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -258,6 +262,7 @@ def compare_with_live_clip(
             path = tar_path(column.name, row["shard"])
             payload = storage.read_range(path, row[f"{column.name}.offset"], row[f"{column.name}.size"])
             raw = torch.frombuffer(bytearray(payload), dtype=torch.uint8)[None]
+            # Both (1, tokens, width); the difference is relative to the length of the whole.
             stored, expected = decode(raw, column, spec.codec, torch.float32), features[column.name].float().cpu()
             error = float((stored - expected).norm() / expected.norm())
             largest = max(largest, error)

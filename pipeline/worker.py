@@ -51,9 +51,9 @@ class _Item:
     key: str
     image: str | None
     conversations: list[dict[str, Any]]
-    pixels: Pixels | None = None
+    pixels: Pixels | None = None  # float32 (3, side, side), until CLIP has seen them
     data: bytes | None = None  # of the source image, if it is to be stored
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None = None  # width and height of the upright image, in pixels
     fault: str | None = None
 
 
@@ -110,6 +110,7 @@ class ShardWorker:
         return {**outcome, "seconds": time.perf_counter() - start}
 
     def _is_there(self, shard: int, base: bool, names: tuple[str, ...]) -> bool:
+        """Whether the commit records exist: one for a whole shard (`base`), else one per added column."""
         wanted = [None] if base else list(names)
         return all(read_commit(self.storage, shard, name) is not None for name in wanted)
 
@@ -149,6 +150,7 @@ class ShardWorker:
             yield [future.result() for future in waiting.popleft()]
 
     def _decode(self, key: str, image: str | None, conversations: list[dict[str, Any]], places: Any) -> _Item:
+        """Fetch, decode and preprocess one image, in a thread; what is wrong with it becomes its fault."""
         item = _Item(key, image, conversations)
         if image is None:
             return item
@@ -196,7 +198,7 @@ class ShardWorker:
         return Encoder(config.encoder, config.revision, columns, self.spec.compute, self.device)
 
     def _same_samples(self, commit: Commit) -> None:
-        """A column that is added must cover what the store holds, no more and no less."""
+        """Check that an added column has exactly the samples that the store holds."""
         base = read_commit(self.storage, commit.shard)
         assert base is not None, "the base of a shard comes first"
         if base.keys != commit.keys:
@@ -243,6 +245,7 @@ class ShardWorker:
 
 
 def _only(commit: Commit, name: str, file: ColumnFile) -> Commit:
+    """The commit record of one added column."""
     return commit.model_copy(update={"files": {name: file}})
 
 
@@ -259,7 +262,7 @@ class _ShardInTheMaking:
     def add(self, batch: _Batch) -> None:
         """Write the samples of a batch that have no fault, in order."""
         payloads = {name: value.numpy() for name, value in batch.payloads.items()}
-        row = 0
+        row = 0  # of the payloads, which have one for each image without a fault
         for item in batch.items:
             if item.fault is not None:
                 self.failures.append(Failure(key=item.key, source=item.image or "", reason=item.fault))

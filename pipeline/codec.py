@@ -20,7 +20,7 @@ _LARGEST = {"fp8": 448.0, "int8": 127.0}  # the scale maps a token's largest mag
 def payload_bytes(column: Column, codec: Codec) -> int:
     """Bytes of one image's features in a column."""
     if codec in _LARGEST:
-        return column.tokens * (column.width + 4)
+        return column.tokens * (column.width + 4)  # 4: a token's float32 scale
     return column.tokens * column.width * 2
 
 
@@ -38,7 +38,7 @@ def encode(features: torch.Tensor, codec: Codec) -> torch.Tensor:
             raise ValueError(f"a feature of magnitude {float(features.abs().max()):.4g} does not fit fp16; use bf16")
         return _bytes(half)
     numbers = features.float()
-    scale = numbers.abs().amax(dim=-1, keepdim=True) / _LARGEST[codec]
+    scale = numbers.abs().amax(dim=-1, keepdim=True) / _LARGEST[codec]  # (n, tokens, 1)
     scaled = numbers / torch.where(scale > 0, scale, 1.0)
     limited = scaled.clamp(-448.0, 448.0)  # rounding may have gone beyond, where e4m3 has only NaN
     small = limited.to(torch.float8_e4m3fn) if codec == "fp8" else scaled.round().to(torch.int8)
@@ -52,7 +52,7 @@ def decode(payload: torch.Tensor, column: Column, codec: Codec, dtype: torch.dty
         return payload.view(torch.bfloat16).view(shape).to(dtype)
     if codec == "fp16":
         return payload.view(torch.float16).view(shape).to(dtype)
-    split = column.tokens * 4
+    split = column.tokens * 4  # bytes of the scales, which come first
     scale = payload[:, :split].contiguous().view(torch.float32).view(shape[0], column.tokens, 1)
     small = payload[:, split:].contiguous()
     numbers = small.view(torch.float8_e4m3fn) if codec == "fp8" else small.view(torch.int8)

@@ -42,13 +42,15 @@ def load_image(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # about odd EXIF, and the bomb that is refused below
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels: refused as a decompression bomb")
+                raise ValueError(
+                    f"{image.width}x{image.height} pixels: refused as a decompression bomb; make it smaller"
+                )
             image.load()
             return upright_rgb(image)
     except ValueError:
         raise
     except Image.DecompressionBombError as error:
-        raise ValueError("refused as a decompression bomb") from error
+        raise ValueError(f"refused as a decompression bomb: {error}; make it smaller") from error
     except Exception as error:  # Pillow's decoders raise whatever they meet: OSError, SyntaxError, struct.error, ...
         reason = _ADDRESS.sub("", str(error)).strip() or type(error).__name__
         raise ValueError(f"unreadable image: {reason}") from error

@@ -67,7 +67,10 @@ class Sample(_Record):
 
 
 class Column(_Record):
-    """A feature column, (tokens, width) per image: `block03` is hidden state 3 without CLS, `cls23` its CLS alone."""
+    """A feature column, (tokens, width) per image.
+
+    `block03` is hidden state 3 without its CLS token, `cls23` is the CLS token of hidden state 23.
+    """
 
     name: str = Field(pattern=r"^(block|cls)\d{2}$")
     tokens: int = Field(gt=0)

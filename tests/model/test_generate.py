@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from training.model.model import CompactVisionConfig, CompactVisionForConditionalGeneration
 from training.model.reducers import build_connector, connector_config
+from training.release.code import write_code
 
 IMAGE = 736
 ROWS = [[1, 5, *[IMAGE] * 4, 8, 9], [1, 60, 61, 62], [1, *[IMAGE] * 4, 70]]
@@ -179,5 +180,7 @@ def test_a_connector_of_another_width_is_refused(make_model) -> None:
 
 
 def test_auto_config_needs_no_trust_once_the_class_is_known(make_model, tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path)
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    write_code(model, tmp_path)
     assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).model_type == "compact_vision"

@@ -33,11 +33,6 @@ from .reducers import build_connector, connector_config
 from .reducers.connector import Connector, Text
 
 IGNORED = -100  # label of a token that is not predicted
-AUTO_CLASSES = {  # what transformers' Auto classes make of an exported folder
-    "AutoConfig": "model.CompactVisionConfig",
-    "AutoModel": "model.CompactVisionModel",
-    "AutoModelForImageTextToText": "model.CompactVisionForConditionalGeneration",
-}
 
 
 class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -82,8 +77,6 @@ class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
         if self.image_token_id is None:
             self.image_token_id = text.vocab_size
         self.tie_word_embeddings = bool(text.tie_word_embeddings)
-        if not hasattr(self, "auto_map"):
-            self.auto_map = dict(AUTO_CLASSES)
 
 
 def _config_of(fields: dict[str, Any], default: str) -> PreTrainedConfig:

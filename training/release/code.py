@@ -18,10 +18,17 @@ if TYPE_CHECKING:
 
 ROOTS = ("training.model", "pipeline.encoders")  # what may travel; it imports nothing else of ours
 ENTRIES = ("training.model.model", "training.model.processor")
-AUTO_CLASSES = {
-    "AutoTokenizer": ["processor.CompactVisionTokenizer", None],
-    "AutoImageProcessor": "processor.CompactVisionImageProcessor",
-    "AutoProcessor": "processor.CompactVisionProcessor",
+AUTO_CLASSES: dict[str, dict[str, Any]] = {  # file -> what transformers' Auto classes make of the folder
+    "config.json": {
+        "AutoConfig": "model.CompactVisionConfig",
+        "AutoModel": "model.CompactVisionModel",
+        "AutoModelForImageTextToText": "model.CompactVisionForConditionalGeneration",
+    },
+    "tokenizer_config.json": {"AutoTokenizer": ["processor.CompactVisionTokenizer", None]},
+    "processor_config.json": {
+        "AutoImageProcessor": "processor.CompactVisionImageProcessor",
+        "AutoProcessor": "processor.CompactVisionProcessor",
+    },
 }
 _BY_NAME = 'f"{__name__}.{file}"'  # how a registry opens a file of its folder
 
@@ -30,12 +37,13 @@ def write_code(model: CompactVisionForConditionalGeneration, folder: Path) -> No
     """Write the code of `model` into an exported folder, and name its classes where transformers looks for them."""
     for name, text in flat_code(families_of(model)).items():
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
-    for file in ("processor_config.json", "tokenizer_config.json"):
-        settings = json.loads((folder / file).read_text(encoding="utf-8"))
-        for part in (settings, settings.get("image_processor")):
-            if part is not None:
-                part["auto_map"] = AUTO_CLASSES
-        (folder / file).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    for path in map(folder.joinpath, AUTO_CLASSES):
+        if path.is_file():
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            for part in (settings, settings.get("image_processor")):
+                if part is not None:
+                    part["auto_map"] = AUTO_CLASSES[path.name]
+            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def families_of(model: CompactVisionForConditionalGeneration) -> list[str]:

@@ -16,7 +16,8 @@ if __name__ == "__main__":
 if TYPE_CHECKING:
     import torch
 
-    from training.stream.stream import Example, Stream
+    from training.stream.stream import Stream
+    from training.text.collate import Example
 
 
 MICROBATCH = 4  # examples that are padded to one length in the description; stage 2's default

@@ -97,30 +97,15 @@ def assemble(
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
     from training.fit.assemble import build_model, load_tokenizer
-    from training.stream.stream import Example, Stream
-    from training.text.batch import collate, encode
+    from training.stream.stream import Stream
+    from training.text.collate import Collator
 
     config.per_rank(world_size)
     store = read_store(Storage(config.data.store))
     tokenizer = load_tokenizer(config)
     model = build_model(config, store)
     data = config.data
-
-    def to_batch(examples: list[Example]) -> dict[str, Any]:
-        encoded = [
-            encode(
-                [{"from": turn.speaker, "value": turn.value} for turn in example.conversation.turns],
-                tokenizer,
-                data.template,
-                example.has_image,
-                model.connector.tokens,
-                data.max_length,
-                model.config.image_token_id,
-            )
-            for example in examples
-        ]
-        return collate(encoded, tokenizer.pad_id)
-
+    image_tokens, image_id = model.connector.tokens, model.config.image_token_id
     stream = Stream(
         data.store,
         columns=model.connector.columns,
@@ -128,7 +113,7 @@ def assemble(
         seed=data.seed,
         rank=rank,
         world_size=world_size,
-        collate=to_batch,
+        collate=Collator(tokenizer, data.template, data.max_length, image_tokens, image_id),
         shuffle=data.shuffle,
         window_shards=data.window_shards,
         group_by_length=data.group_by_length,

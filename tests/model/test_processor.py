@@ -11,7 +11,7 @@ from PIL import Image
 
 from pipeline.encoder import load_image, preprocess
 from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
-from training.text.conversation import prompt_for
+from training.text.templates import prompt_for
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

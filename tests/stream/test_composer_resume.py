@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from training.stream.stream import Batch, Example, Stream, split
+from training.stream.stream import Batch, Stream, split
+from training.text.collate import Example
 
 BATCHES = 5  # per epoch
 Become = Callable[[int, int, int, Path], None]

@@ -13,7 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from training.stream.stream import Batch, Example, Stream, split
+from training.stream.stream import Batch, Stream, split
+from training.text.collate import Example
 
 COLUMNS = ("block03", "cls23")
 

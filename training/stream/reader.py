@@ -19,20 +19,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.schema import SAMPLES, Conversation, tar_path
+from pipeline.schema import SAMPLES, tar_path
 from pipeline.shard import read_sample
 from training.stream.order import Examples, Ints
 from training.stream.tars import Tars
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation: what the text side of a batch is made from."""
-
-    key: str
-    conversation: Conversation
-    has_image: bool
-
+from training.text.collate import Example
 
 Collate = Callable[[list[Example]], dict[str, torch.Tensor]]
 

@@ -24,10 +24,10 @@ from pipeline.schema import SAMPLES, StoreSpec, tar_path
 from pipeline.storage import Storage
 from training.stream.cache import Ahead, ShardCache, Use, most_bytes_in_use
 from training.stream.order import Examples, Ints, OrderSettings, epoch_batches, use_of_shards
-from training.stream.reader import Batch, Collate, Example, Index, Reader
+from training.stream.reader import Batch, Collate, Index, Reader
 from training.stream.tars import FileTars, RangeTars, Tars, local_tars
 
-__all__ = ["Batch", "Example", "Stream", "split"]
+__all__ = ["Batch", "Stream", "split"]
 
 DOWNLOADS = 4  # tars of a remote store that each rank fetches ahead at a time
 

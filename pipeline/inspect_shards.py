@@ -130,10 +130,10 @@ def _map(payload: bytes, column: Column, spec: StoreSpec) -> dict[str, Any]:
     """A column of one image: the mean length of its tokens, and the heat map of a patch grid."""
     import torch
 
-    from pipeline.codec import decode
+    from pipeline.codec import from_payload
 
     raw = torch.frombuffer(bytearray(payload), dtype=torch.uint8)[None]
-    features = decode(raw, column, spec.codec, torch.float32)[0]
+    features = from_payload(raw, column, spec.codec, torch.float32)[0]
     distance = (features - features.mean(dim=0)).norm(dim=-1).numpy()
     picture = _heat(distance.reshape(spec.encoder.grid, -1)) if column.tokens == spec.encoder.grid**2 else None
     return {"name": column.name, "norm": float(features.norm(dim=-1).mean()), "picture": picture}

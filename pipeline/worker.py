@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.codec import encode
+from pipeline.codec import to_payload
 from pipeline.config import BuildConfig
 from pipeline.dataset import ImageSource
 from pipeline.encoder import Encoder, Pixels, load_image, preprocess
@@ -178,7 +178,7 @@ class ShardWorker:
             item.pixels = None
             if not is_fine:
                 item.fault = "features hold NaN or infinity"
-        payload = {name: encode(value, self.spec.codec) for name, value in features.items()}
+        payload = {name: to_payload(value, self.spec.codec) for name, value in features.items()}
         return to_host(payload if all(fine) else {name: value[finite] for name, value in payload.items()})
 
     def _encoder(self, columns: tuple[Column, ...]) -> Encoder:

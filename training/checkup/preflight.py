@@ -144,7 +144,7 @@ def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForCondit
     """The first image's features are there and decode to numbers, and how long one read takes."""
     import torch
 
-    from pipeline.codec import decode
+    from pipeline.codec import from_payload
     from pipeline.manifest import fingerprint
     from pipeline.schema import tar_path
     from pipeline.storage import Storage
@@ -165,7 +165,9 @@ def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForCondit
             text = f"{name} of {index.keys[sample]} is cut off; run pipeline/verify_shards.py {config.data.store}"
             yield Finding("fail", "store", text)
             return
-        features = decode(torch.frombuffer(data, dtype=torch.uint8)[None], known[name], store.codec, torch.float32)
+        features = from_payload(
+            torch.frombuffer(data, dtype=torch.uint8)[None], known[name], store.codec, torch.float32
+        )
         read += len(data)
         if not bool(torch.isfinite(features).all()):
             text = f"{name} of {index.keys[sample]} holds NaN or infinity; run pipeline/verify_shards.py --repair"

@@ -32,7 +32,7 @@ class Batch(dict[str, Any]):
     """One rank's part of a global batch.
 
     - what `collate` made of the examples, e.g. `input_ids`, `labels`, `attention_mask`, (B, L);
-    - `columns`: {name: uint8 (images, bytes)}, in the store's codec: `pipeline.codec.decode` on the device;
+    - `columns`: {name: uint8 (images, bytes)}, in the store's codec: `pipeline.codec.from_payload` on the device;
     - `image_rows`: int64 (images,), ascending: the example that each image belongs to;
     - `keys`: B strings `<sample key>#<conversation>`.
 

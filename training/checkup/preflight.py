@@ -105,23 +105,14 @@ def batch(
     config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration, ranks: Ranks
 ) -> Iterator[Finding]:
     """How the global batch falls on ranks and microbatches, and how many steps there are."""
+    from training.stream.order import Order
+    from training.stream.reader import Reading
     from training.stream.stream import Stream
 
     per_rank = config.per_rank(ranks.planned)
     data = config.data
-    stream = Stream(
-        data.store,
-        model.connector.columns,
-        global_batch_size=config.global_batch_size,
-        collate=lambda examples: {},
-        window_shards=data.window_shards,
-        group_by_length=data.group_by_length,
-        together=data.together,
-        last_batch=data.last_batch,
-        cache_dir=data.cache_dir,
-        cache_bytes=int(data.cache_gb * 1e9),
-        limit=data.limit,
-    )
+    order = Order.of(data, config.global_batch_size)
+    stream = Stream(data.store, model.connector.columns, order, Reading.of(data), lambda examples: {})
     examples, steps = len(stream.examples), config.steps or config.epochs * len(stream)
     if not len(stream):
         text = f"{examples} examples are fewer than one batch of {config.global_batch_size}; "
@@ -148,7 +139,7 @@ def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForCondit
     from pipeline.manifest import fingerprint
     from pipeline.schema import tar_path
     from pipeline.storage import Storage
-    from training.stream.stream import read_index
+    from training.stream.index import read_index
 
     storage = Storage(config.data.store)
     index, examples = read_index(storage, store, model.connector.columns)

@@ -10,7 +10,7 @@ from composer.models import ComposerModel
 from pipeline.codec import from_payload
 from pipeline.schema import Codec, Column
 from training.model.model import CompactVisionForConditionalGeneration
-from training.stream.stream import Batch
+from training.stream.batch import Batch
 
 
 class TrainableModel(ComposerModel):  # type: ignore[misc]

@@ -79,7 +79,7 @@ class OrderSettings(Settings):
 
     seed: int = 0
     shuffle: bool = Field(default=True, description="false gives the store's own order")
-    window_shards: int = Field(default=16, gt=0, description="examples are shuffled within so many shards")
+    window_shards: int = Field(default=16, gt=0, description="examples are shuffled within this many shards")
     together: bool = Field(default=False, description="conversations of an image one after another: fewest reads")
     group_by_length: bool = Field(default=False, description="batches of one modality and similar length")
     last_batch: Literal["drop", "pad"] = Field(

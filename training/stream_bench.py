@@ -69,7 +69,7 @@ def _positive(text: str) -> int:
 
 
 def no_text(examples: list[Example]) -> dict[str, torch.Tensor]:
-    """A collate function for measurements: the features alone."""
+    """A collate function for measurements: only the features count."""
     return {}
 
 
@@ -145,7 +145,7 @@ def drop_pages(stream: Stream, url: str) -> bool:
 
 
 def measure(stream: Stream, batches: int) -> dict[str, Any]:
-    """Read so many batches of the coming epoch; seconds, feature bytes, examples and the wait for the first batch."""
+    """Read at most `batches` of the coming epoch; seconds, feature bytes, examples and the wait for the first one."""
     start = time.perf_counter()
     first = 0.0
     read = examples = 0

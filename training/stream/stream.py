@@ -30,7 +30,7 @@ DOWNLOADS = 4  # tars of a remote store that each rank fetches ahead at a time
 class Stream(IterableDataset[Batch]):
     """This rank's batches of one epoch after another, for `DataLoader(stream, batch_size=None, num_workers=0)`.
 
-    The global batches are a function of the store, `order` and the epoch alone. Rank r of R takes B / R examples of
+    The global batches are a function of the store, `order` and the epoch. Rank r of R takes B / R examples of
     each (`Order.share`), so every R that divides the global batch size B sees the same global batches, and all ranks
     have equally many. Each `iter()` starts the next epoch, or goes on in the middle of one after `load_state_dict`.
     Features lie in reused buffers: a batch is valid until the next one is asked for.

@@ -1,4 +1,4 @@
-"""Features to bytes and back, on whatever device they are.
+"""Features to payloads (bytes) and back, on whatever device they are.
 
     bf16, fp16   2 bytes a number
     fp8          1 byte a number (e4m3), and a scale per token
@@ -24,7 +24,7 @@ def payload_bytes(column: Column, codec: Codec) -> int:
     return column.tokens * column.width * 2
 
 
-def encode(features: torch.Tensor, codec: Codec) -> torch.Tensor:
+def to_payload(features: torch.Tensor, codec: Codec) -> torch.Tensor:
     """(n, tokens, width) of any float dtype -> uint8 (n, payload bytes), on the same device.
 
     Raises:
@@ -45,7 +45,7 @@ def encode(features: torch.Tensor, codec: Codec) -> torch.Tensor:
     return torch.cat([_bytes(scale), _bytes(small)], dim=1)
 
 
-def decode(payload: torch.Tensor, column: Column, codec: Codec, dtype: torch.dtype) -> torch.Tensor:
+def from_payload(payload: torch.Tensor, column: Column, codec: Codec, dtype: torch.dtype) -> torch.Tensor:
     """uint8 (n, payload bytes) -> (n, tokens, width) in `dtype`, on the same device."""
     shape = (payload.shape[0], column.tokens, column.width)
     if codec == "bf16":

@@ -132,10 +132,10 @@ def _map(payload: bytes, column: Column, spec: StoreSpec) -> dict[str, Any]:
     """A column of one image: the mean length of its tokens, and the heat map if the tokens are the patch grid."""
     import torch
 
-    from pipeline.codec import decode
+    from pipeline.codec import from_payload
 
     raw = torch.frombuffer(bytearray(payload), dtype=torch.uint8)[None]
-    features = decode(raw, column, spec.codec, torch.float32)[0]  # (tokens, width)
+    features = from_payload(raw, column, spec.codec, torch.float32)[0]  # (tokens, width)
     distance = (features - features.mean(dim=0)).norm(dim=-1).numpy()  # (tokens,): from the mean of all tokens
     picture = _heat(distance.reshape(spec.encoder.grid, -1)) if column.tokens == spec.encoder.grid**2 else None
     return {"name": column.name, "norm": float(features.norm(dim=-1).mean()), "picture": picture}

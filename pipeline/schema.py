@@ -41,7 +41,7 @@ class Turn(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
 
-    speaker: Literal["human", "gpt"] = Field(alias="from")
+    speaker: Literal["human", "gpt"] = Field(validation_alias="from", serialization_alias="from")
     value: str
 
 

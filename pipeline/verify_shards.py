@@ -232,7 +232,7 @@ def compare_with_live_clip(
     """
     import torch
 
-    from pipeline.codec import decode
+    from pipeline.codec import from_payload
     from pipeline.dataset import ImageSource, index_zips
     from pipeline.encoder import Encoder, describe_encoder, load_image
 
@@ -263,7 +263,7 @@ def compare_with_live_clip(
             payload = storage.read_range(path, row[f"{column.name}.offset"], row[f"{column.name}.size"])
             raw = torch.frombuffer(bytearray(payload), dtype=torch.uint8)[None]
             # Both (1, tokens, width); the difference is relative to the length of the whole.
-            stored, expected = decode(raw, column, spec.codec, torch.float32), features[column.name].float().cpu()
+            stored, expected = from_payload(raw, column, spec.codec, torch.float32), features[column.name].float().cpu()
             error = float((stored - expected).norm() / expected.norm())
             largest = max(largest, error)
             if not error <= allowed:

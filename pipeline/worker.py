@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.codec import encode
+from pipeline.codec import to_payload
 from pipeline.config import BuildConfig
 from pipeline.dataset import ImageSource
 from pipeline.encoder import Encoder, family_of, load_image
@@ -190,7 +190,7 @@ class ShardWorker:
             if not is_fine:
                 item.fault = f"features hold NaN or infinity (compute={self.spec.compute})"
         try:
-            payloads = {name: encode(value, self.spec.codec) for name, value in features.items()}
+            payloads = {name: to_payload(value, self.spec.codec) for name, value in features.items()}
         except ValueError as error:
             raise ValueError(f"in the images {sound[0].key} to {sound[-1].key}: {error}") from error
         return to_host(payloads if all(fine) else {name: value[finite] for name, value in payloads.items()})

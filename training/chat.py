@@ -147,7 +147,8 @@ class Talk:
         Raises:
             ValueError: if the question is empty, holds `<image>`, or the conversation is too long for the model.
         """
-        from training.text.conversation import IMAGE, prompt_for
+        from training.text.image import IMAGE
+        from training.text.templates import prompt_for
 
         text = question.strip()
         if not text or IMAGE in text:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import difflib
 from dataclasses import fields
 from functools import cache
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, field_validator, model_validator
 
 from pipeline.config import Settings
 from training.model.reducers import DEFAULT, SHAPE, config_class
+from training.text.templates import TEMPLATES
 
 Part = Literal["connector", "llm"]
 Parallelism = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
@@ -86,23 +87,59 @@ class ModelSettings(Settings):
     lora: LoraSettings | None = Field(default=None, description="{} for LLaVA-1.5's; merged into the exported model")
 
 
-class DataSettings(Settings):
-    """The feature store, and the order in which it is read."""
+class ExampleSettings(Settings):
+    """Which store the examples come from, and how a conversation becomes tokens."""
 
     store: str = Field(description="feature store of pipeline/build_shards.py, local or s3://")
-    template: Literal["plain", "v1"] = Field(description="plain for captions (stage 1), v1 for conversations (stage 2)")
+    template: str = Field(description="plain for captions (stage 1), v1 for conversations (stage 2)")
     max_length: int = Field(default=2048, gt=8, description="tokens per example, image tokens included")
+
+    @field_validator("template")
+    @classmethod
+    def _known_template(cls, name: str) -> str:
+        if name not in TEMPLATES:
+            raise ValueError(f"expected one of {', '.join(TEMPLATES)}")
+        return name
+
+
+class OrderSettings(Settings):
+    """In which order examples come: with the store and the global batch size, all that decides it."""
+
     seed: int = 0
-    shuffle: bool = True
-    window_shards: int = Field(default=16, gt=0, description="examples are shuffled within so many shards")
+    shuffle: bool = Field(default=True, description="false gives the store's own order")
+    window_shards: int = Field(default=16, gt=0, description="examples are shuffled within this many shards")
     together: bool = Field(default=False, description="conversations of an image one after another: fewest reads")
     group_by_length: bool = Field(default=False, description="batches of one modality and similar length")
-    last_batch: Literal["drop", "pad"] = "drop"
+    last_batch: Literal["drop", "pad"] = Field(
+        default="drop", description="an epoch's last, partial batch is left out, or filled up with examples before it"
+    )
+    limit: int | None = Field(default=None, gt=0, description="only the first N examples of the store's own order")
+
+    @model_validator(mode="after")
+    def _together_or_grouped(self) -> Self:
+        if self.together and self.group_by_length:
+            raise ValueError(
+                "together keeps an image's conversations adjacent, group_by_length sorts them apart: choose one"
+            )
+        return self
+
+
+class ReadSettings(Settings):
+    """How a rank reads its examples; this changes neither their order nor their contents."""
+
     threads: int = Field(default=4, gt=0, description="reader threads per rank")
-    prefetch: int = Field(default=2, gt=0, description="batches read ahead")
+    prefetch: int = Field(default=2, gt=0, description="batches read ahead; memory is one batch more")
     cache_dir: str | None = Field(default=None, description="where shards of a remote store are kept on this node")
-    cache_gb: float = Field(default=200, gt=0)
-    limit: int | None = Field(default=None, gt=0, description="only the first N examples")
+    cache_gb: float = Field(default=200, gt=0, description="most that the whole folder may hold, in 10^9 bytes")
+
+    @property
+    def cache_bytes(self) -> int:
+        """`cache_gb` in bytes."""
+        return round(self.cache_gb * 1e9)
+
+
+class DataSettings(ReadSettings, OrderSettings, ExampleSettings):
+    """The feature store, and how it is read; a run's file says all of it under `data`."""
 
 
 class OptimizerSettings(Settings):
@@ -162,8 +199,11 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if self.data.template == "plain" and "llm" in self.train:
-            raise ValueError("data.template: plain is for stage 1, where train is [connector]; use v1 to train the llm")
+        if TEMPLATES[self.data.template].captions_only and "llm" in self.train:
+            raise ValueError(
+                f"data.template: {self.data.template} is for stage 1, where train is [connector]; use v1 to train the "
+                "llm"
+            )
         for part in ("connector", "llm"):
             if getattr(self.optimizer, f"{part}_lr") is not None and part not in self.train:
                 raise ValueError(f"optimizer.{part}_lr has no effect: train is {list(self.train)}; leave it out")

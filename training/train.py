@@ -97,50 +97,21 @@ def assemble(
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
     from training.fit.assemble import build_model, load_tokenizer
-    from training.stream.stream import Example, Stream
-    from training.text.batch import collate, encode
+    from training.stream.order import Order
+    from training.stream.reader import Reading
+    from training.stream.stream import Stream
+    from training.text.collate import Collator
 
     config.per_rank(world_size)
     store = read_store(Storage(config.data.store))
     tokenizer = load_tokenizer(config)
     model = build_model(config, store)
     data = config.data
-
-    def to_batch(examples: list[Example]) -> dict[str, Any]:
-        encoded = [
-            encode(
-                [{"from": turn.speaker, "value": turn.value} for turn in example.conversation.turns],
-                tokenizer,
-                data.template,
-                example.has_image,
-                model.connector.tokens,
-                data.max_length,
-                model.config.image_token_id,
-            )
-            for example in examples
-        ]
-        return collate(encoded, tokenizer.pad_id)
-
-    stream = Stream(
-        data.store,
-        columns=model.connector.columns,
-        global_batch_size=config.global_batch_size,
-        seed=data.seed,
-        rank=rank,
-        world_size=world_size,
-        collate=to_batch,
-        shuffle=data.shuffle,
-        window_shards=data.window_shards,
-        group_by_length=data.group_by_length,
-        together=data.together,
-        last_batch=data.last_batch,
-        threads=data.threads,
-        prefetch=data.prefetch,
-        cache_dir=data.cache_dir,
-        cache_bytes=int(data.cache_gb * 1e9),
-        pin_memory=_has_gpu(),
-        limit=data.limit,
-    )
+    order = Order.of(data, config.global_batch_size)
+    reading = Reading.of(data, rank, world_size, pin_memory=_has_gpu())
+    image_tokens, image_id = model.connector.tokens, model.config.image_token_id
+    collator = Collator(tokenizer, data.template, data.max_length, image_tokens, image_id)
+    stream = Stream(data.store, model.connector.columns, order, reading, collator)
     if len(stream) == 0:
         raise ValueError(
             f"{data.store} holds fewer examples than one global batch of {config.global_batch_size}; "
@@ -169,7 +140,7 @@ def build_trainer(
     from training.fit.callbacks import StepLog, StopOnBadLoss, boards
     from training.fit.composer_model import TrainableModel, token_counts
     from training.fit.optimizer import build_optimizer, build_schedule
-    from training.stream.stream import split
+    from training.stream.batch import split
 
     columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
     dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16

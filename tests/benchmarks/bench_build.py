@@ -39,7 +39,7 @@ import torch  # noqa: E402
 import torch.utils.flop_counter  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from pipeline.codec import decode, encode, payload_bytes  # noqa: E402
+from pipeline.codec import from_payload, payload_bytes, to_payload  # noqa: E402
 from pipeline.demo_data import draw  # noqa: E402
 from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image  # noqa: E402
 from pipeline.encoders.clip import Clip  # noqa: E402
@@ -211,7 +211,7 @@ def write(folder: Path) -> tuple[dict[str, Ratio], dict[str, Any]]:
     def ours() -> None:
         for name, value in features.items():
             with TarWriter(folder / f"{name}.tar") as tar:
-                for row, payload in enumerate(encode(value, "bf16").numpy()):
+                for row, payload in enumerate(to_payload(value, "bf16").numpy()):
                     tar.add(f"{row:09d}.{name}.bf16", payload)
                 tar.finish()
 
@@ -281,11 +281,11 @@ def codec(folder: Path) -> tuple[dict[str, Ratio], dict[str, Any]]:
         for column in columns:
             value = features[column.name]
             bf16 = value.bfloat16()
-            payload = _timed(seconds, "encode", lambda bf16=bf16, name=name: encode(bf16, name))
+            payload = _timed(seconds, "encode", lambda bf16=bf16, name=name: to_payload(bf16, name))
             back = _timed(
                 seconds,
                 "decode",
-                lambda payload=payload, column=column, name=name: decode(payload, column, name, torch.bfloat16),
+                lambda payload=payload, column=column, name=name: from_payload(payload, column, name, torch.bfloat16),
             )
             error[column.name] = float((back.float() - value).norm() / value.norm())
         megabytes = sum(value.numel() * 2 for value in features.values()) / 1e6

@@ -35,7 +35,7 @@ from pipeline.storage import Storage  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 from training.fit.composer_model import TrainableModel  # noqa: E402
 from training.fit.optimizer import build_optimizer  # noqa: E402
-from training.stream.stream import Batch  # noqa: E402
+from training.stream.batch import Batch  # noqa: E402
 from training.train import assemble  # noqa: E402
 
 BLOCKS, GRID, WIDTH = (2, 3, 4, 5, 6, 7, 8), 24, 128

@@ -16,7 +16,7 @@ from gpu_part import BLOCKS, TINY_CLIP, Job, Rows, median_seconds
 from PIL import Image
 
 from pipeline.build_shards import read_sources
-from pipeline.codec import encode
+from pipeline.codec import to_payload
 from pipeline.config import BuildConfig
 from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image
 from pipeline.encoders.clip import Clip
@@ -119,8 +119,8 @@ class Bench:
         shape = (count, self.columns[0].tokens, self.columns[0].width)
         numbers = torch.randn(shape, device=self.job.device, dtype=torch.bfloat16)
         names = [column.name for column in self.columns]
-        ours = lambda: to_host({name: encode(numbers, codec) for name in names})  # noqa: E731
-        plain = lambda: [encode(numbers, codec).cpu() for _ in names]  # noqa: E731
+        ours = lambda: to_host({name: to_payload(numbers, codec) for name in names})  # noqa: E731
+        plain = lambda: [to_payload(numbers, codec).cpu() for _ in names]  # noqa: E731
         seconds, peer = (median_seconds(call, self.job.device, rounds=3) for call in (ours, plain))
         return {"images_per_s": count / seconds, "peer": "pageable copies", "x": peer / seconds}
 
@@ -128,7 +128,7 @@ class Bench:
         """Images/s of the tars alone: eight files with their checksums, one thread that writes, as in the worker."""
         count = 8 if self.job.cpu else 64
         features = torch.randn(1, self.columns[0].tokens, self.columns[0].width, dtype=torch.bfloat16)
-        payload = encode(features, codec).numpy()[0]
+        payload = to_payload(features, codec).numpy()[0]
         target = self.job.scratch / "tars"
         target.mkdir(exist_ok=True)
 

@@ -30,7 +30,7 @@ from training.cost.mfu import StepFlops
 from training.fit.callbacks import StepLog
 from training.fit.composer_model import TrainableModel, supervised_tokens
 from training.fit.optimizer import build_optimizer
-from training.stream.stream import split
+from training.stream.batch import split
 
 WARM_UP = 2  # steps of each run that do not count
 CONNECTOR = {"blocks": BLOCKS}

@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from pipeline.codec import encode
+from pipeline.codec import to_payload
 from training.model.reducers import build_connector, connector_config
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
@@ -56,7 +56,7 @@ def test_the_language_models_weights_are_counted_right(scaling: ModuleType) -> N
 
 def test_an_image_has_the_bytes_that_the_codec_writes(scaling: ModuleType) -> None:
     features = torch.zeros(len(scaling.BLOCKS), 576, 1024)
-    assert encode(features, "bf16").numel() == scaling.IMAGE
+    assert to_payload(features, "bf16").numel() == scaling.IMAGE
 
 
 def test_at_the_break_even_bandwidth_both_ways_take_as_long(scaling: ModuleType) -> None:

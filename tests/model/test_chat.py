@@ -22,7 +22,7 @@ from training.model.model import CompactVisionForConditionalGeneration
 from training.model.reducers import build_connector, connector_config
 from training.model.tokenizer import Tokenizer
 from training.release.folder import write_model
-from training.text.conversation import prompt_for
+from training.text.templates import prompt_for
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Namespace(device="cpu", max_new_tokens=6, temperature=0.0)

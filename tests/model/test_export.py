@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
-from pipeline.codec import decode, encode
+from pipeline.codec import from_payload, to_payload
 from pipeline.encoder import Encoder, columns_of, describe_encoder
 from pipeline.schema import StoreSpec
 from training.config import TrainConfig
@@ -149,7 +149,9 @@ def test_the_exported_model_sees_what_it_was_trained_on(
     assert {p.dtype for p in live.parameters()} == {torch.bfloat16}
     pixels = torch.randn(2, 3, 32, 32)
     features = Encoder(str(clip_folder), None, store.columns, store.compute)(pixels)
-    stored = {c.name: decode(encode(features[c.name], "bf16"), c, "bf16", torch.bfloat16) for c in store.columns}
+    stored = {
+        c.name: from_payload(to_payload(features[c.name], "bf16"), c, "bf16", torch.bfloat16) for c in store.columns
+    }
     seen = live.encode_images(pixels.bfloat16())
     assert stored.keys() == seen.keys()
     assert all(torch.equal(stored[name], seen[name]) for name in seen)

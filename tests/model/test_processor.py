@@ -13,7 +13,7 @@ from pipeline.encoder import load_image
 from pipeline.encoders.clip import Clip
 from training.model.decoders.llama import CHAT_TEMPLATE
 from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
-from training.text.conversation import prompt_for
+from training.text.templates import prompt_for
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "

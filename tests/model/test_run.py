@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline.codec import decode
+from pipeline.codec import from_payload
 from pipeline.demo_data import draw
 from pipeline.manifest import read_store
 from pipeline.storage import Storage
@@ -98,7 +98,7 @@ def _columns(store: Path, spec, commit: dict, batch: slice) -> dict[str, torch.T
             members = [f"{key}.{column.name}.bf16" for key in commit["keys"][batch]]
             payload = b"".join(tar.extractfile(name).read() for name in members)
         rows = torch.frombuffer(bytearray(payload), dtype=torch.uint8).view(len(members), -1)
-        columns[column.name] = decode(rows, column, "bf16", torch.bfloat16)
+        columns[column.name] = from_payload(rows, column, "bf16", torch.bfloat16)
     return columns
 
 

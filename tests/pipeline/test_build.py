@@ -17,7 +17,7 @@ import pytest
 import torch
 import webdataset as wds
 
-from pipeline.codec import decode
+from pipeline.codec import from_payload
 from pipeline.encoder import Encoder, load_image
 from pipeline.manifest import read_manifest, read_store
 from pipeline.schema import tar_path
@@ -59,7 +59,9 @@ def test_cached_features_are_those_of_live_clip(store: Path, scenes: Path, clip:
         for row, expected in zip(batch, features[column.name], strict=True):
             name = tar_path(column.name, row["shard"])
             payload = storage.read_range(name, row[f"{column.name}.offset"], row[f"{column.name}.size"])
-            got = decode(torch.frombuffer(bytearray(payload), dtype=torch.uint8)[None], column, "bf16", torch.bfloat16)
+            got = from_payload(
+                torch.frombuffer(bytearray(payload), dtype=torch.uint8)[None], column, "bf16", torch.bfloat16
+            )
             assert torch.equal(got[0], expected.bfloat16())
 
 

@@ -203,7 +203,7 @@ def reply(model: Any, processor: Any, texts: Sequence[str], pictures: Sequence[A
     """Greedy answers to texts, each with one PIL picture or None; padded on the left, the same as each by itself."""
     import torch
 
-    from training.text.conversation import prompt_for
+    from training.text.templates import prompt_for
 
     asked = zip(texts, pictures, strict=True)
     prompts = [prompt_for(text if picture is None else f"<image>\n{text}") for text, picture in asked]

@@ -105,23 +105,14 @@ def batch(
     config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration, ranks: Ranks
 ) -> Iterator[Finding]:
     """How the global batch falls on ranks and microbatches, and how many steps there are."""
+    from training.stream.order import Order
+    from training.stream.reader import Reading
     from training.stream.stream import Stream
 
     per_rank = config.per_rank(ranks.planned)
     data = config.data
-    stream = Stream(
-        data.store,
-        model.connector.columns,
-        global_batch_size=config.global_batch_size,
-        collate=lambda examples: {},
-        window_shards=data.window_shards,
-        group_by_length=data.group_by_length,
-        together=data.together,
-        last_batch=data.last_batch,
-        cache_dir=data.cache_dir,
-        cache_bytes=int(data.cache_gb * 1e9),
-        limit=data.limit,
-    )
+    order = Order.of(data, config.global_batch_size)
+    stream = Stream(data.store, model.connector.columns, order, Reading.of(data), lambda examples: {})
     examples, steps = len(stream.examples), config.steps or config.epochs * len(stream)
     if not len(stream):
         text = f"{examples} examples are fewer than one batch of {config.global_batch_size}; "
@@ -144,11 +135,11 @@ def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForCondit
     """The first image's features are there and decode to numbers, and how long one read takes."""
     import torch
 
-    from pipeline.codec import decode
+    from pipeline.codec import from_payload
     from pipeline.manifest import fingerprint
     from pipeline.schema import tar_path
     from pipeline.storage import Storage
-    from training.stream.stream import read_index
+    from training.stream.index import read_index
 
     storage = Storage(config.data.store)
     index, examples = read_index(storage, store, model.connector.columns)
@@ -165,7 +156,9 @@ def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForCondit
             text = f"{name} of {index.keys[sample]} is cut off; run pipeline/verify_shards.py {config.data.store}"
             yield Finding("fail", "store", text)
             return
-        features = decode(torch.frombuffer(data, dtype=torch.uint8)[None], known[name], store.codec, torch.float32)
+        features = from_payload(
+            torch.frombuffer(data, dtype=torch.uint8)[None], known[name], store.codec, torch.float32
+        )
         read += len(data)
         if not bool(torch.isfinite(features).all()):
             text = f"{name} of {index.keys[sample]} holds NaN or infinity; run pipeline/verify_shards.py --repair"

@@ -21,7 +21,7 @@ from composer.utils import dist
 from training.cost.mfu import peak_flops
 from training.engines.engine import engine_norm, gradient_norm
 from training.stream.stream import Stream
-from training.text.batch import IGNORE
+from training.text.templates import IGNORE
 
 
 class StepLog(LoggerDestination):  # type: ignore[misc]

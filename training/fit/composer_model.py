@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from composer.models import ComposerModel
 
-from pipeline.codec import decode
+from pipeline.codec import from_payload
 from pipeline.schema import Codec, Column
 from training.model.model import CompactVisionForConditionalGeneration
-from training.stream.stream import Batch
+from training.stream.batch import Batch
 
 
 class TrainableModel(ComposerModel):  # type: ignore[misc]
@@ -35,7 +35,7 @@ class TrainableModel(ComposerModel):  # type: ignore[misc]
         A batch without images sends zero images through the connector, so that every rank has a gradient, if of
         zeros, for each of its parameters: without one, DDP would wait for ever.
         """
-        columns = {c.name: decode(batch["columns"][c.name], c, self.codec, self.dtype) for c in self.columns}
+        columns = {c.name: from_payload(batch["columns"][c.name], c, self.codec, self.dtype) for c in self.columns}
         return self.model(
             input_ids=batch["input_ids"],
             attention_mask=batch["attention_mask"],

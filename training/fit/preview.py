@@ -12,7 +12,7 @@ from training.config import TrainConfig
 from training.model.model import CompactVisionForConditionalGeneration
 from training.model.tokenizer import Tokenizer
 from training.stream.stream import Stream
-from training.text.batch import IGNORE
+from training.text.templates import IGNORE
 
 SUPERVISED, IMAGE, PLAIN = "\033[32m", "\033[36m", "\033[0m"  # green, cyan, the terminal's own
 

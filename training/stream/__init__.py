@@ -1,1 +1,1 @@
-"""From a feature store to this rank's batches: index, order, reader, tars, cache."""
+"""From a feature store to this rank's batches: stream.py puts the others together and says how."""

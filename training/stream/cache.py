@@ -5,9 +5,16 @@
     <folder>/<store>/block03/00007.tar.lock   held (flock) by who fetches it; holds the bytes it has reserved
     <folder>/room.lock                        held while room is made
 
-Locks are the kernel's, so those of a killed process are free at once; what it left behind is swept by the next one
-that needs room. The bound is over the whole folder. The objects that came first go first, except that those which the
-epoch still needs are spared while others are left. The folder must be on a disk of the node, not on NFS.
+Locks are the kernel's, so those of a killed process are free at once; the next process that needs room sweeps what it
+left behind. The folder must be on a disk of the node, not on NFS.
+
+The bound is over the whole folder, for all processes together:
+
+    bytes of the complete objects + bytes reserved for those on their way <= max_bytes
+
+Whoever fetches an object first reserves its bytes, under room.lock. To make room for them, a process evicts objects
+that it neither uses nor has fetched ahead, then the others; of either kind, the object that came first goes first. Only
+complete objects are evicted, so a cache that is smaller than what is on its way at once does exceed its bound.
 """
 
 from __future__ import annotations
@@ -15,12 +22,9 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import heapq
 import logging
 import os
-import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 from pipeline.schema import Commit, commit_path
@@ -34,10 +38,10 @@ class ShardCache:
 
     Args:
         storage: the remote store. identity: names the store within the folder (its fingerprint).
-        max_bytes: most bytes of the whole folder; None for no bound.
+        max_bytes: most bytes of the whole folder.
     """
 
-    def __init__(self, storage: Storage, folder: Path, identity: str, max_bytes: int | None) -> None:
+    def __init__(self, storage: Storage, folder: Path, identity: str, max_bytes: int) -> None:
         self.storage = storage
         self.folder = folder
         self.root = folder / identity[:16]
@@ -52,7 +56,7 @@ class ShardCache:
             ValueError: if the object's bytes are wrong twice, or one object is larger than the cache.
             OSError: if it cannot be fetched.
         """
-        while True:
+        while True:  # it may be evicted between the fetch and the opening
             try:
                 return os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
@@ -87,6 +91,7 @@ class ShardCache:
         return self._commits[path].files[column].bytes, self._commits[path].files[column].sha256
 
     def _download(self, name: str, path: Path, size: int, sha256: str) -> None:
+        """Fetch the object beside `path` and rename it once it is whole: nobody sees half of it."""
         part = path.with_name(path.name + ".part")
         found = ""
         for attempt in (1, 2):
@@ -108,39 +113,46 @@ class ShardCache:
         )
 
     def _make_room(self, lock: int, size: int, name: str) -> None:
-        """Reserve `size` bytes, evicting the oldest objects first."""
-        if self.max_bytes is not None and size > self.max_bytes:
-            raise ValueError(f"{name} has {size} bytes, the whole cache may hold {self.max_bytes}; raise cache_bytes")
+        """Reserve `size` bytes for `name` in its lock file, and evict objects until they fit."""
+        if size > self.max_bytes:
+            raise ValueError(f"{name} has {size} bytes, the whole cache may hold {self.max_bytes}; raise cache_gb")
         with _locked(self.folder / "room.lock", wait=True):
-            reserved = _reservations(self.folder)
+            reserved = _reservations(self.folder)  # of others: ours is written next
             os.pwrite(lock, str(size).encode(), 0)
-            if self.max_bytes is None:
-                return
-            objects: list[tuple[bool, int, int, Path]] = []
-            needed = {self.root / other for other in self.needed.copy()}
-            for path in self.folder.glob("*/*/*.tar"):
-                with contextlib.suppress(FileNotFoundError):  # replaced or removed by hand since it was listed
-                    status = path.stat()
-                    objects.append((path in needed, status.st_mtime_ns, status.st_size, path))
-            # What was just fetched is there while its reservation still stands: it counts once.
+            objects = self._objects()
             there = {path for *_, path in objects}
             total = size + sum(length for *_, length, _ in objects)
+            # An object that was renamed just now is there while its reservation still stands: it counts once.
             total += sum(length for path, length in reserved.items() if path not in there)
             for *_, length, path in sorted(objects):
                 if total <= self.max_bytes:
                     break
-                path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # who has it open reads on
                 total -= length
+
+    def _objects(self) -> list[tuple[bool, int, int, Path]]:
+        """The complete objects, as (is needed, time it came, bytes, path): sorted, the first is evicted first."""
+        objects = []
+        needed = {self.root / name for name in self.needed.copy()}  # a copy, as other threads add to it
+        for path in self.folder.glob("*/*/*.tar"):
+            with contextlib.suppress(FileNotFoundError):  # replaced or removed by hand since it was listed
+                status = path.stat()
+                objects.append((path in needed, status.st_mtime_ns, status.st_size, path))
+        return objects
 
 
 def _reservations(folder: Path) -> dict[Path, int]:
-    """The objects that live processes are fetching, and the bytes reserved for each; what dead ones left is removed."""
+    """The objects that live processes are fetching, and the bytes reserved for each.
+
+    A lock file with a number in it is a reservation. If its lock is free, the process that wrote it is dead: the number
+    and the half object beside it are removed.
+    """
     reserved: dict[Path, int] = {}
     for path in folder.glob("*/*/*.lock"):
         if not path.stat().st_size:
             continue
         with _locked(path, wait=False) as lock:
-            if lock is None:
+            if lock is None:  # held: its owner is alive. It may have let go of the bytes since we looked (0)
                 reserved[path.with_name(path.name.removesuffix(".lock"))] = int(path.read_text() or 0)
             else:
                 path.with_name(path.name.removesuffix(".lock") + ".part").unlink(missing_ok=True)
@@ -172,88 +184,3 @@ def _sha256(descriptor: int) -> str:
         digest.update(memoryview(buffer)[:got])
         offset += got
     return digest.hexdigest()
-
-
-@dataclass(frozen=True)
-class Use:
-    """A tar of the coming epoch: its bytes, and the first and last global batch that needs it."""
-
-    name: str
-    bytes: int
-    first: int
-    last: int
-
-
-class Ahead:
-    """Fetches the tars of an epoch in the order of their first use, as far ahead as the cache has room.
-
-    Room is what is left beside the tars that are in use: those are never pushed out by what is fetched ahead. All ranks
-    of a node run one; an object that another rank is fetching is passed over, so they share the work.
-    """
-
-    def __init__(self, cache: ShardCache, uses: Sequence[Use], start: int, threads: int) -> None:
-        self._cache = cache
-        self._uses = sorted((use for use in uses if use.last >= start), key=lambda use: (use.first, use.name))
-        self._next = 0
-        self._held: list[tuple[int, int, str]] = []  # heap of (last batch, bytes, name) of what was taken
-        self._held_bytes = 0
-        self._batch = start
-        self._stop = False
-        self._changed = threading.Condition()
-        self._threads = [threading.Thread(target=self._run, name=f"ahead-{i}", daemon=True) for i in range(threads)]
-        for thread in self._threads:
-            thread.start()
-
-    def at(self, batch: int) -> None:
-        """The trainer has come to this global batch."""
-        with self._changed:
-            self._batch = batch
-            self._changed.notify_all()
-
-    def close(self) -> None:
-        """Stop after the downloads under way."""
-        with self._changed:
-            self._stop = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-        self._cache.needed.clear()
-
-    def _take(self) -> Use | None:
-        with self._changed:
-            while not self._stop and self._next < len(self._uses):
-                use = self._uses[self._next]
-                while self._held and self._held[0][0] < self._batch:
-                    _, size, name = heapq.heappop(self._held)
-                    self._held_bytes -= size
-                    self._cache.needed.discard(name)
-                limit = self._cache.max_bytes
-                if limit is None or self._held_bytes + use.bytes <= limit or use.first <= self._batch:
-                    self._next += 1
-                    self._held_bytes += use.bytes
-                    heapq.heappush(self._held, (use.last, use.bytes, use.name))
-                    self._cache.needed.add(use.name)
-                    return use
-                self._changed.wait()
-            return None
-
-    def _run(self) -> None:
-        while (use := self._take()) is not None:
-            try:
-                self._cache.fetch(use.name, wait=False)
-            except (OSError, ValueError) as error:
-                # The reader that needs the tar tries again, and its error reaches the trainer.
-                log.warning("fetching %s ahead failed: %s", use.name, error)
-
-
-def most_bytes_in_use(uses: Sequence[Use]) -> int:
-    """The most bytes that are needed at one moment of the epoch."""
-    steps: dict[int, int] = {}
-    for use in uses:
-        steps[use.first] = steps.get(use.first, 0) + use.bytes
-        steps[use.last + 1] = steps.get(use.last + 1, 0) - use.bytes
-    most = now = 0
-    for batch in sorted(steps):
-        now += steps[batch]
-        most = max(most, now)
-    return most

@@ -10,84 +10,64 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from pydantic import Field
 
-from pipeline.schema import SAMPLES, Conversation, tar_path
+from pipeline.schema import SAMPLES, tar_path
 from pipeline.shard import read_sample
+from training.config import ReadSettings
+from training.stream.batch import Batch
+from training.stream.index import Index
 from training.stream.order import Examples, Ints
 from training.stream.tars import Tars
-
-
-@dataclass(frozen=True)
-class Example:
-    """One conversation: what the text side of a batch is made from."""
-
-    key: str
-    conversation: Conversation
-    has_image: bool
-
+from training.text.collate import Example
 
 Collate = Callable[[list[Example]], dict[str, torch.Tensor]]
 
 
-class Batch(dict[str, Any]):
-    """One rank's part of a global batch.
+class Reading(ReadSettings):
+    """Which part of each global batch this process reads, and how."""
 
-    - what `collate` made of the examples, e.g. `input_ids`, `labels`, `attention_mask`, (B, L);
-    - `columns`: {name: uint8 (images, bytes)}, in the store's codec: `pipeline.codec.decode` on the device;
-    - `image_rows`: int64 (images,), ascending: the example that each image belongs to;
-    - `keys`: B strings `<sample key>#<conversation>`.
+    rank: int = Field(default=0, ge=0)
+    world_size: int = Field(default=1, gt=0, description="ranks that share each global batch")
+    pin_memory: bool = Field(default=False, description="page-locked buffers, for asynchronous copies to a GPU")
 
-    The columns lie in buffers that are used again: they are valid until the consumer asks for the next batch.
-    """
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Batch:
-        """A new dict over the same tensors.
-
-        Composer deep-copies each microbatch so that code which replaces entries of `state.batch` cannot change the
-        cached one. A shallow copy keeps that promise, because nothing here writes into a batch's tensors; a deep one
-        would copy gigabytes of features per step.
-        """
-        return Batch(self)
-
-
-@dataclass(frozen=True)
-class Index:
-    """Where the members of a store lie: arrays over samples (rows of the manifest), dicts over opened columns."""
-
-    keys: Sequence[str]
-    shard: Ints
-    offsets: dict[str, Ints]  # `samples` and every wanted column
-    sizes: dict[str, Ints]
-    payload: dict[str, int]  # wanted columns only: bytes of one image's features
+    @classmethod
+    def of(cls, settings: ReadSettings, rank: int = 0, world_size: int = 1, pin_memory: bool = False) -> Reading:
+        """How a rank reads by `settings` (a run's `config.data`)."""
+        chosen = settings.model_dump(include=set(ReadSettings.model_fields))
+        return cls(rank=rank, world_size=world_size, pin_memory=pin_memory, **chosen)
 
 
 class _Buffers:
-    """Room for one batch's features; `ready` is the device's promise to have read what was there before."""
+    """Room for one batch's features: uint8 (rows, bytes of an image) for each column.
+
+    A copy from pinned memory to the device runs on after the call that asked for it. So whoever fills these buffers
+    again first waits for an event of the device's queue, which `release` put behind all copies of the last batch.
+    """
 
     def __init__(self, payload: dict[str, int], rows: int, pin: bool) -> None:
         self.columns = {
             name: torch.empty((rows, size), dtype=torch.uint8, pin_memory=pin) for name, size in payload.items()
         }
-        self.rows = {name: tensor.numpy() for name, tensor in self.columns.items()}
+        self.rows = {name: tensor.numpy() for name, tensor in self.columns.items()}  # the same memory, to read into
         self._pinned = pin
         self._event: Any = None
 
     def release(self) -> None:
-        """Copies from pinned memory run behind the consumer's back: note where the device's queue stands now."""
+        """The consumer has asked for all its copies: note where the device's queue stands now."""
         if self._pinned:
             self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._event.record()
 
     def wait(self) -> None:
-        """Block until the device has read what was released."""
+        """Block until the device has made those copies."""
         if self._event is not None:
             self._event.synchronize()
 
@@ -96,27 +76,17 @@ class Reader:
     """Turns lists of examples into batches. One iteration at a time: the buffers are shared between them."""
 
     def __init__(
-        self,
-        tars: Tars,
-        index: Index,
-        examples: Examples,
-        rows: int,
-        collate: Collate,
-        threads: int,
-        prefetch: int,
-        pin_memory: bool,
+        self, tars: Tars, index: Index, examples: Examples, rows: int, collate: Collate, reading: Reading
     ) -> None:
-        for name, value in {"threads": threads, "prefetch": prefetch}.items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
         self.tars = tars
         self.index = index
         self.examples = examples
-        self.threads = threads
+        self.threads = reading.threads
         self.collate = collate
         self.collate_lock = threading.Lock()  # so that the caller's function need not be safe for threads
         self.data_wait = 0.0
-        self._free = [_Buffers(index.payload, rows, pin_memory) for _ in range(prefetch + 1)]
+        # A ring: one batch is with the consumer, the others are being filled or are full.
+        self._free = [_Buffers(index.payload, rows, reading.pin_memory) for _ in range(reading.prefetch + 1)]
 
     def read(self, batches: Ints) -> Generator[Batch, None, None]:
         """Yield a batch for each row of `batches`, example indices of shape (batches, rows), in order.
@@ -126,13 +96,14 @@ class Reader:
             OSError: if a tar cannot be read.
         """
         todo = iter(batches)
-        waiting: deque[_Job] = deque()
+        waiting: deque[_Job] = deque()  # in the order in which they are handed out
         free, self._free = self._free, []
         assert free, "two iterations over one stream share its buffers: finish the first"
-        every = list(free)
+        every = list(free)  # for the next iteration, wherever this one ends
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="stream")
         try:
             while True:
+                # Begin a batch for each free buffer, then hand out the oldest.
                 while free and (rows := next(todo, None)) is not None:
                     waiting.append(_Job(self, rows, free.pop()))
                     waiting[-1].start(pool)
@@ -153,7 +124,11 @@ class Reader:
 
 
 class _Job:
-    """One batch in the making."""
+    """One batch in the making: parts of it run in threads, and the one that ends last completes it.
+
+    Args:
+        rows: example indices, (B,). buffers: free ones, which are this job's until its batch is let go.
+    """
 
     def __init__(self, reader: Reader, rows: npt.NDArray[np.int64], buffers: _Buffers) -> None:
         self.reader = reader
@@ -162,13 +137,13 @@ class _Job:
         self.done: Future[Batch] = Future()
         examples = reader.examples
         self._examples: list[Example | None] = [None] * len(rows)
-        self._image_rows = np.flatnonzero(examples.has_image[rows])
-        self._slot = {int(row): slot for slot, row in enumerate(self._image_rows)}
+        self._image_rows = np.flatnonzero(examples.has_image[rows])  # (I,), the rows that have an image
+        self._slot = {int(row): slot for slot, row in enumerate(self._image_rows)}  # row -> its place in the buffers
         self._users: dict[int, list[int]] = {}  # sample -> its rows in this batch: read once, copied to the others
         for row, sample in enumerate(examples.sample[rows].tolist()):
             self._users.setdefault(sample, []).append(row)
-        self._left = 0
-        self._lock = threading.Lock()
+        self._left = 0  # parts that still run
+        self._lock = threading.Lock()  # guards `_left`, and who sets `done`
 
     def start(self, pool: ThreadPoolExecutor) -> None:
         """Share the samples out in order of place, so that each thread stays in few files."""
@@ -179,6 +154,7 @@ class _Job:
             pool.submit(self._run, part)
 
     def _run(self, samples: list[int]) -> None:
+        """Read one part's samples; the last part to end also makes the batch."""
         try:
             if not self.done.done():  # another part may have failed
                 self.buffers.wait()
@@ -201,6 +177,7 @@ class _Job:
                 self.done.set_exception(error)
 
     def _read_sample(self, sample: int, rows: list[int]) -> None:
+        """Read a sample's record, and its features if it has an image, for all `rows` of the batch that use it."""
         index, reader = self.reader.index, self.reader
         shard = int(index.shard[sample])
         text = bytearray(int(index.sizes[SAMPLES][sample]))
@@ -220,6 +197,7 @@ class _Job:
                     target[slot] = target[first]
 
     def _finish(self) -> Batch:
+        """The batch, once all its samples are read."""
         examples = [example for example in self._examples if example is not None]
         assert len(examples) == len(self.rows)
         with self.reader.collate_lock:

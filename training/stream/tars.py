@@ -21,7 +21,11 @@ class Tars(Protocol):
 
 
 class FileTars:
-    """Reads tars that `open_tar(name)` opens (it returns a file descriptor) with positioned reads."""
+    """Reads tars on a disk, with positioned reads; the tars that were read last stay open.
+
+    Args:
+        open_tar: from a tar's name to a file descriptor, which is closed here.
+    """
 
     def __init__(self, open_tar: Callable[[str], int]) -> None:
         self._open_tar = open_tar
@@ -29,14 +33,14 @@ class FileTars:
         self._lock = threading.Lock()
 
     def read_into(self, name: str, offset: int, target: memoryview) -> None:
-        """Fill `target` straight from the page cache or the disk.
+        """Fill `target` straight from the page cache or the disk: no copy in between.
 
         Raises:
             ValueError: if the tar ends before `target` is full.
         """
         file = self._file(name)
         done = 0
-        while done < len(target):
+        while done < len(target):  # a read may end early
             got = os.preadv(file.descriptor, [target[done:]], offset + done)
             if got == 0:
                 raise ValueError(
@@ -53,7 +57,7 @@ class FileTars:
                 return file
         file = _File(self._open_tar(name))  # outside the lock: it may wait for a download
         with self._lock:
-            # An evicted tar takes room on the disk for as long as it is open.
+            # The cache may have unlinked tars that are open here. They take room on the disk until they are closed.
             for evicted in [key for key, other in self._files.items() if os.fstat(other.descriptor).st_nlink == 0]:
                 del self._files[evicted]
             self._files[name] = file
@@ -63,7 +67,7 @@ class FileTars:
 
 
 class _File:
-    """A descriptor that closes when the last thread that reads from it lets go."""
+    """A descriptor that closes when the last reference goes: a thread may still read what `_files` has dropped."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor

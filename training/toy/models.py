@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedModel
 
     from training.model.tokenizer import Tokenizer
-    from training.text.batch import Encoded
+    from training.text.labels import Labelled
 
 
 class Training(TypedDict):
@@ -103,7 +103,7 @@ def train_tokenizer(captions: dict[str, str], conversations: list[dict[str, Any]
     """A SentencePiece model (BPE with byte fallback, as Llama's) of the texts at hand."""
     import sentencepiece
 
-    from training.text.conversation import prompt_for
+    from training.text.templates import prompt_for
 
     texts = set(captions.values())
     texts |= {turn["value"].replace("<image>", "").strip() for r in conversations for turn in r["conversations"]}
@@ -133,27 +133,31 @@ def train_tokenizer(captions: dict[str, str], conversations: list[dict[str, Any]
 
 def reading_matter(
     captions: dict[str, str], conversations: list[dict[str, Any]], tokenizer: Tokenizer
-) -> list[Encoded]:
+) -> list[Labelled]:
     """Every caption after itself, and every conversation after its image's caption: it stands where the image will."""
-    from training.text.batch import IGNORE, Encoded, encode
+    from pipeline.schema import Turn
+    from training.text.collate import Collator
+    from training.text.labels import Labelled
+    from training.text.templates import IGNORE
 
+    collator = Collator(tokenizer, "v1", MAX_LENGTH, image_tokens=0, image_token_id=-1)
     matter = []
     for text in captions.values():
         ids = tokenizer.encode(f"{text}\n")[1:]
-        matter.append(Encoded([tokenizer.bos_id, *ids, *ids], [IGNORE] * (1 + len(ids)) + ids, False))
+        matter.append(Labelled([tokenizer.bos_id, *ids, *ids], [IGNORE] * (1 + len(ids)) + ids))
     for record in conversations:
         text = captions.get(record["image"], "")
-        turns = [{**turn, "value": turn["value"].replace("<image>", text)} for turn in record["conversations"]]
-        matter.append(encode(turns, tokenizer, "v1", False, 0, MAX_LENGTH, -1))
+        turns = [Turn(speaker=t["from"], value=t["value"].replace("<image>", text)) for t in record["conversations"]]
+        matter.append(collator.labelled(turns, has_image=False))
     return [example for example in matter if any(label != IGNORE for label in example.labels)]
 
 
-def read(llm: LlamaForCausalLM, matter: list[Encoded], pad_id: int, seed: int) -> None:
+def read(llm: LlamaForCausalLM, matter: list[Labelled], pad_id: int, seed: int) -> None:
     """Ordinary language modelling: the answers, given what stands before them."""
-    from training.text.batch import collate
+    from training.text.collate import pad
 
     def loss(chosen: list[int]) -> Tensor:
-        result: Tensor = llm(**collate([matter[i] for i in chosen], pad_id)).loss
+        result: Tensor = llm(**pad([matter[i] for i in chosen], pad_id)).loss
         return result
 
     _train("read", llm, loss, len(matter), READING, seed)

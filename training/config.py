@@ -58,7 +58,9 @@ class ModelSettings(Settings):
     frozen_dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="dtype of frozen weights")
     activation_checkpointing: bool = Field(default=False, description="compute the LLM's activations twice, keep none")
     loss_chunks: int = Field(
-        default=1, gt=0, description="logits of so many parts of the supervised tokens, one after another; 1 keeps them"
+        default=1,
+        gt=0,
+        description="parts in which logits of the supervised tokens are made, one after another; 1 keeps all",
     )
     compile: tuple[Literal["connector", "llm"], ...] = Field(
         default=(),
@@ -125,7 +127,7 @@ class TrainConfig(Settings):
     global_batch_size: int = Field(gt=0, description="examples per optimizer step, over all ranks")
     microbatch_size: int | Literal["auto"] = Field(default="auto", description="examples per rank and forward pass")
     epochs: int = Field(default=1, gt=0)
-    steps: int | None = Field(default=None, gt=0, description="stop after so many steps (the schedule follows)")
+    steps: int | None = Field(default=None, gt=0, description="stop after this many steps (the schedule follows)")
     loss: Literal["global", "microbatch"] = Field(
         default="global", description="mean over supervised tokens of the global batch, or mean of microbatch means"
     )
@@ -136,7 +138,9 @@ class TrainConfig(Settings):
     boards: tuple[Board, ...] = Field(default=("tensorboard",), description="where else each step's metrics go")
     project: str = Field(default="compact-vision-tokens", description="the runs' common name on wandb and mlflow")
     stop_on_spike: float | None = Field(
-        default=None, gt=1, description="stop if a loss is so many times the median of the last 100; naming the batch"
+        default=None,
+        gt=1,
+        description="stop and name the batch if a loss is this many times the median of the last 100",
     )
     checkpoint: CheckpointSettings = CheckpointSettings()
     seed: int = 0

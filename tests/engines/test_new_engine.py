@@ -107,15 +107,15 @@ def test_a_new_engine_trains_saves_stops_and_resumes(tmp_path: Path, settings: C
 
 @pytest.mark.usefixtures("toy")
 def test_a_new_engine_is_known_by_its_name_and_its_refusals(tmp_path: Path, settings: Callable[..., Any]) -> None:
-    from training.checkpoints.checkpoint import Mark, _check_engine
+    from training.checkpoints.checkpoint import Mark, check_engine
 
     config = TrainConfig.model_validate(settings(tmp_path, 1, {"parallelism": "toy"}))
     with pytest.raises(ConfigError, match="a toy has no microbatches"):
         load_config(TrainConfig, ROOT / "training" / "pretrain.yaml", ["parallelism=toy", "loss=microbatch"])
     with pytest.raises(ValueError, match=r"saved by toy on 3 ranks, this run is toy on 2; .*start 3"):
-        _check_engine(tmp_path, Mark(1, "toy", 3, "composer.pt", {}), engine_of(config, 2))
+        check_engine(tmp_path, Mark(1, "toy", 3, "composer.pt", {}), engine_of(config, 2))
     with pytest.raises(ValueError, match="saved by ddp on 2 ranks, this run is toy on 2; say parallelism=ddp"):
-        _check_engine(tmp_path, Mark(1, "ddp", 2, "composer.pt", {}), engine_of(config, 2))
+        check_engine(tmp_path, Mark(1, "ddp", 2, "composer.pt", {}), engine_of(config, 2))
 
 
 def test_an_unknown_engine_is_refused_with_those_that_are_known() -> None:

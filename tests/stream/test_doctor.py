@@ -314,7 +314,7 @@ def test_check_shows_groups_and_an_example_with_its_labels(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["train.py", *good, "--check", "precision=amp_bf16"])
     main()
-    assert "precision amp_bf16: Composer takes it on GPUs alone" in capsys.readouterr().out
+    assert "precision amp_bf16: Composer takes it only on GPUs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
 
 def find(folder: Path, settings: CheckpointSettings, engine: Engine) -> Path | None:
-    """What Composer shall load to go on: the newest whole checkpoint on disk or in the bucket; None to start anew.
+    """What Composer has to load to go on: the newest whole checkpoint on disk or in the bucket; None to start anew.
 
     A collective. What this node lacks of it is fetched from the bucket.
 
@@ -250,7 +250,7 @@ def find(folder: Path, settings: CheckpointSettings, engine: Engine) -> Path | N
     if found is None:
         return None
     name, mark = found
-    _check_engine(folder / name, mark, engine)
+    check_engine(folder / name, mark, engine)
     if _is_local_leader():
         _complete(folder / name, mark, remote)
     missing = sum(dist.all_gather_object(len(_missing(folder / name, mark)) if _is_local_leader() else 0))
@@ -262,8 +262,12 @@ def find(folder: Path, settings: CheckpointSettings, engine: Engine) -> Path | N
     return folder / name / mark.load
 
 
-def _check_engine(checkpoint: Path, mark: Mark, engine: Engine) -> None:
-    """Refuse what another engine, or another number of ranks, has saved and this one cannot take up."""
+def check_engine(checkpoint: Path, mark: Mark, engine: Engine) -> None:
+    """Refuse what another engine, or another number of ranks, has saved and this one cannot take up.
+
+    Raises:
+        ValueError: with both, and what to do.
+    """
     if mark.engine != engine.name:
         hint = f"say parallelism={mark.engine}"
     elif not engine.any_ranks and mark.ranks != engine.ranks:

@@ -34,7 +34,7 @@ Check = Callable[[], Iterator[Finding]]
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Launch:
     """Who we are among the processes that the launcher started; `planned` is what the arithmetic is done for."""
 
     rank: int
@@ -52,7 +52,7 @@ def run_check(name: str, check: Check) -> list[Finding]:
         return [Finding("fail", name, str(error))]
 
 
-def of_run(config: TrainConfig, ranks: Ranks) -> list[Finding]:
+def of_run(config: TrainConfig, ranks: Launch) -> list[Finding]:
     """Whether store, model, memory and disk fit what the configuration asks for."""
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
@@ -102,7 +102,7 @@ def model_fits(
     yield Finding("ok", "model", f"{text}; {model.connector.tokens} vision tokens per image")
 
 
-def batch(config: TrainConfig, model: CompactVisionForConditionalGeneration, ranks: Ranks) -> Iterator[Finding]:
+def batch(config: TrainConfig, model: CompactVisionForConditionalGeneration, ranks: Launch) -> Iterator[Finding]:
     """How the global batch falls on ranks and microbatches, and how many steps there are."""
     from training.fit.parts import open_stream
 
@@ -163,7 +163,7 @@ def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForCondit
 
 
 def memory(
-    config: TrainConfig, shape: ModelShape, model: CompactVisionForConditionalGeneration, ranks: Ranks
+    config: TrainConfig, shape: ModelShape, model: CompactVisionForConditionalGeneration, ranks: Launch
 ) -> Iterator[Finding]:
     """What a rank needs against what its device, or its share of the host, has."""
     import torch
@@ -172,18 +172,18 @@ def memory(
     examples = 1 if config.microbatch_size == "auto" else min(config.microbatch_size, per_rank)
     engine = engine_of(config, ranks.planned)
     held = engine.memory(shape)
-    need = activations(config, shape, examples, config.data.max_length - model.connector.tokens)
+    kept = activations(config, shape, examples, config.data.max_length - model.connector.tokens)
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     room = torch.cuda.mem_get_info(ranks.local_rank)[1] if on_gpu else _free_host_memory() / ranks.local_size
     text = "weights {:.1f} + gradients {:.1f} + optimizer {:.1f} + activations about {:.1f} GB".format(
-        *(part / 1e9 for part in (held.weights, held.gradients, held.optimizer, need))
+        *(part / 1e9 for part in (held.weights, held.gradients, held.optimizer, kept))
     )
     text += f" ({engine.name}, {ranks.planned} rank(s), {examples} example(s) of {config.data.max_length} tokens)"
     text += f" of {room / 1e9:.1f} GB"
     hint = "; lower microbatch_size, set model.activation_checkpointing=true, or shard more (parallelism, more ranks)"
     if held.total > room:
         yield Finding("fail", "memory", text + hint)
-    elif held.total + need > 0.95 * room:
+    elif held.total + kept > 0.95 * room:
         yield Finding("warn", "memory", text + hint)
     else:
         yield Finding("ok", "memory", text)

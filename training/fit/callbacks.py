@@ -36,7 +36,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
     Args:
         run: folder of the run.
         engine: measures the gradient, and clips it on this occasion.
-        flops: of a batch with these lengths, so many images and supervised tokens.
+        flops: of a batch, by the lengths of its examples, its number of images and of supervised tokens.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class StopOnBadLoss(Callback):  # type: ignore[misc]
     """Ends a run whose loss is NaN or infinite, or jumps, naming the examples of the batch that caused it.
 
     Args:
-        spike: a step's loss may be at most so many times the median of the last 100; None for any.
+        spike: a step's loss may be at most this many times the median of the last 100; None for any.
     """
 
     def __init__(self, spike: float | None) -> None:

@@ -11,7 +11,7 @@ LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def add_lora(llm: LlamaForCausalLM, settings: LoraSettings) -> None:
-    """Put adapters into `llm`, in place: they alone learn, in fp32; B is 0, so nothing changes before the first step.
+    """Put adapters into `llm`, in place: only they learn, in fp32; B is 0, so nothing changes before the first step.
 
     Raises:
         ValueError: if peft is not installed.

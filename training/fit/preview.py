@@ -35,7 +35,7 @@ def elsewhere(config: TrainConfig) -> str:
     if config.precision == "fp32" or engine_class(config.parallelism).bf16_on_cpu or torch.cuda.is_available():
         return ""
     return (
-        "\n\n--- not on this machine\nprecision amp_bf16: Composer takes it on GPUs alone, and there is none here; "
+        "\n\n--- not on this machine\nprecision amp_bf16: Composer takes it only on GPUs, and there is none here; "
         "precision=fp32 trains on a CPU, as does parallelism=zero2 in bf16"
     )
 

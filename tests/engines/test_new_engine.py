@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import signal
 from collections.abc import Callable, Iterator
@@ -116,6 +117,14 @@ def test_a_new_engine_is_known_by_its_name_and_its_refusals(tmp_path: Path, sett
         check_engine(tmp_path, Mark(1, "toy", 3, "composer.pt", {}), engine_of(config, 2))
     with pytest.raises(ValueError, match="saved by ddp on 2 ranks, this run is toy on 2; say parallelism=ddp"):
         check_engine(tmp_path, Mark(1, "ddp", 2, "composer.pt", {}), engine_of(config, 2))
+
+
+def test_no_file_outside_engines_asks_which_engine_it_is() -> None:
+    for path in sorted((ROOT / "training").rglob("*.py")):
+        if path.parent.name == "engines" or path.name == "config.py":
+            continue
+        words = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert not words & ENGINES.keys(), path
 
 
 def test_an_unknown_engine_is_refused_with_those_that_are_known() -> None:

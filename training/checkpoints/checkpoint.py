@@ -187,7 +187,10 @@ class Checkpoints(Callback):  # type: ignore[misc]
         dist.barrier()
 
     def _mark_remote(self) -> None:
-        """Upload the marks of checkpoints that every node has uploaded."""
+        """Upload the mark of the newest checkpoint once every node has uploaded its files. A collective.
+
+        An older one without a mark was overtaken by it and may lack files: it stays without.
+        """
         if self._remote is None or not self._unmarked:
             return
         waiting = _most(int(not self._remote.idle))
@@ -204,6 +207,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
                 _remove(folder)
 
     def _rotate(self) -> None:
+        """Remove the oldest whole checkpoints beyond `settings.keep`, but for one that is being uploaded."""
         if self.settings.keep < 0:
             return
         whole = [folder for folder in _folders(self.folder) if read_mark(folder) is not None]

@@ -209,7 +209,7 @@ def one_run(config: AblationConfig, run: Run, stages: Mapping[tuple[Path, Stage]
     import torch
     from composer.utils import dist
 
-    from training.train import train
+    from training.fit.stage import train
 
     start = time.perf_counter()
     for stage in STAGES:

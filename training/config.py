@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import fields
 from functools import cache
+from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, field_validator, model_validator
@@ -13,8 +14,17 @@ from pipeline.config import Settings
 from training.model.reducers import DEFAULT, SHAPE, config_class
 from training.text.templates import TEMPLATES
 
+# What `parallelism` may say, and the class that does it: an engine is a file in training/engines and a line here. The
+# classes are named, not imported: they stand above this file.
+ENGINES = {
+    "ddp": "training.engines.ddp:Ddp",
+    "fsdp": "training.engines.fsdp:Fsdp",
+    "zero1": "training.engines.zero:Zero1",
+    "zero2": "training.engines.zero:Zero2",
+    "zero3": "training.engines.zero:Zero3",
+}
+
 Part = Literal["connector", "llm"]
-Parallelism = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 Board = Literal["tensorboard", "wandb", "mlflow"]
 
 
@@ -77,7 +87,9 @@ class ModelSettings(Settings):
     frozen_dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="dtype of frozen weights")
     activation_checkpointing: bool = Field(default=False, description="compute the LLM's activations twice, keep none")
     loss_chunks: int = Field(
-        default=1, gt=0, description="logits of so many parts of the supervised tokens, one after another; 1 keeps them"
+        default=1,
+        gt=0,
+        description="parts in which logits of the supervised tokens are made, one after another; 1 keeps all",
     )
     compile: tuple[Literal["connector", "llm"], ...] = Field(
         default=(),
@@ -180,22 +192,31 @@ class TrainConfig(Settings):
     global_batch_size: int = Field(gt=0, description="examples per optimizer step, over all ranks")
     microbatch_size: int | Literal["auto"] = Field(default="auto", description="examples per rank and forward pass")
     epochs: int = Field(default=1, gt=0)
-    steps: int | None = Field(default=None, gt=0, description="stop after so many steps (the schedule follows)")
+    steps: int | None = Field(default=None, gt=0, description="stop after this many steps (the schedule follows)")
     loss: Literal["global", "microbatch"] = Field(
         default="global", description="mean over supervised tokens of the global batch, or mean of microbatch means"
     )
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
-    parallelism: Parallelism = Field(
-        default="ddp", description="whole copies of the model, Composer's FSDP, or DeepSpeed's ZeRO"
+    parallelism: str = Field(
+        default="ddp", description="the engine: ddp copies the model, fsdp and zero1, zero2, zero3 (DeepSpeed) shard it"
     )
     boards: tuple[Board, ...] = Field(default=("tensorboard",), description="where else each step's metrics go")
     project: str = Field(default="compact-vision-tokens", description="the runs' common name on wandb and mlflow")
     stop_on_spike: float | None = Field(
-        default=None, gt=1, description="stop if a loss is so many times the median of the last 100; naming the batch"
+        default=None,
+        gt=1,
+        description="stop and name the batch if a loss is this many times the median of the last 100",
     )
     checkpoint: CheckpointSettings = CheckpointSettings()
     seed: int = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
+
+    @field_validator("parallelism")
+    @classmethod
+    def _known_engine(cls, value: str) -> str:
+        if value not in ENGINES:
+            raise ValueError(f"no such engine; choose one of {', '.join(map(repr, ENGINES))}")
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
@@ -209,16 +230,7 @@ class TrainConfig(Settings):
                 raise ValueError(f"optimizer.{part}_lr has no effect: train is {list(self.train)}; leave it out")
         if self.model.lora is not None and "llm" not in self.train:
             raise ValueError(f"model.lora adapts the llm, but train is {list(self.train)}; add llm, or leave lora out")
-        if self.model.lora is not None and self.parallelism == "fsdp" and self.model.frozen_dtype != "float32":
-            raise ValueError(
-                "model.lora with parallelism fsdp: FSDP shards the weights of a layer together, in one dtype, and "
-                "adapters are float32; say model.frozen_dtype=float32, or parallelism=zero2"
-            )
-        if self.model.compile and self.parallelism == "zero3":
-            raise ValueError(
-                "model.compile with parallelism zero3: ZeRO-3 gathers weights in Python hooks that "
-                "torch.compile cannot keep; use zero2 or fsdp, or leave it out"
-            )
+        resolve_name(ENGINES[self.parallelism]).check(self)
         return self
 
     def per_rank(self, world_size: int) -> int:

@@ -200,13 +200,14 @@ def test_a_board_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pyt
         boards(("wandb",), tmp_path, "project")
 
 
-def test_composer_algorithms_are_refused_under_zero() -> None:
+def test_composer_algorithms_are_refused_under_zero(settings: Callable[..., Any], tmp_path: Path) -> None:
     from composer.algorithms import GradientClipping
 
-    from training.engines.zero import ZeroTrainer
+    from training.engines import engine_of
 
-    with pytest.raises(ValueError, match="the engine keeps its own"):
-        ZeroTrainer(stage=2, bf16=False, clip_grad_norm=None, algorithms=[GradientClipping("norm", 1.0)])
+    engine = engine_of(TrainConfig.model_validate(settings(tmp_path, 1, {"parallelism": "zero2"})), 1)
+    with pytest.raises(ValueError, match=r"\(GradientClipping\) .* DeepSpeed keeps its own"):
+        engine.trainer([], {"algorithms": [GradientClipping("norm", 1.0)]})
 
 
 def test_the_schedule_is_the_reference_trainers(shared: Path) -> None:

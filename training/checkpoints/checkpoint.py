@@ -31,6 +31,9 @@ from composer.utils import create_interval_scheduler, dist
 from pipeline.storage import sync
 from training.checkpoints.remote import Remote
 from training.config import CheckpointSettings
+from training.cost.memory import CHECKPOINT
+from training.engines import engine_class
+from training.engines.base import Engine
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +52,22 @@ class Mark:
     load: str
     files: dict[str, int]
 
+    @property
+    def whole_file(self) -> bool:
+        """Whether composer.pt holds whole weights, not the shards of one rank.
+
+        Raises:
+            ValueError: if the engine is not known here.
+        """
+        return engine_class(self.engine).whole_file
+
 
 class StopRequest:
-    """Remembers the first of `SIGNALS` that this process got, instead of dying of it."""
+    """Remembers the first of `SIGNALS` that this process got, instead of dying of it.
+
+    A signal may come at any moment, also within a collective. So its handler only takes a note; `Checkpoints` looks at
+    the notes of all ranks after each step, when all are at the same place and the weights are whole.
+    """
 
     def __init__(self) -> None:
         self.signal = 0
@@ -68,9 +84,9 @@ class Checkpoints(Callback):  # type: ignore[misc]
     Args:
         folder: of all checkpoints of the run.
         settings: interval, how many to keep, the bucket.
-        engine: `parallelism`, which a resumed run must share.
+        engine: of the run; a resumed run must have the same.
         stop: says whether a scheduler wants this process to end; one rank's wish is all ranks'.
-        ignore_keys: of Composer's state, left out.
+        left_out: keys of Composer's state that are not saved (`Engine.left_out`).
 
     Attributes:
         stopped: the signal that training stopped for, 0 if for none.
@@ -80,15 +96,15 @@ class Checkpoints(Callback):  # type: ignore[misc]
         self,
         folder: Path,
         settings: CheckpointSettings,
-        engine: str,
+        engine: Engine,
         stop: StopRequest,
-        ignore_keys: list[str],
+        left_out: list[str],
     ) -> None:
         self.folder = folder
         self.settings = settings
         self.engine = engine
         self.stop = stop
-        self.ignore_keys = ignore_keys
+        self.left_out = left_out
         self.stopped = 0
         self._due = create_interval_scheduler(settings.interval)
         self._saved = -1
@@ -135,25 +151,29 @@ class Checkpoints(Callback):  # type: ignore[misc]
             return
         dist.barrier()
         written = composer_checkpoint.save_checkpoint(
-            state, filename=str(target / "composer.pt"), ignore_keys=self.ignore_keys
+            state, filename=str(target / "composer.pt"), ignore_keys=self.left_out
         )
-        if self.engine.startswith("zero"):
-            from training.engines.zero import save_shards
-
-            save_shards(state.model, target)
+        self.engine.save(state, target)
         dist.barrier()  # every rank has written
+        # Composer returns its file, or one within a folder of shards, which is then loaded as a whole; on ranks that
+        # wrote nothing, None.
         load = str(Path(written or target).relative_to(target))
         load = "composer.pt" if load in ("composer.pt", ".") else load.split("/", maxsplit=1)[0]
         self._commit(target, step, load)
 
     def _commit(self, target: Path, step: int, load: str) -> None:
-        """Mark the checkpoint as whole, drop old ones, send it to the bucket."""
+        """Mark the checkpoint as whole, drop old ones, send it to the bucket. A collective.
+
+        The first rank of each node lists the files that it sees: all of them on a common disk, those of its node
+        otherwise. The mark names every file that anyone sees. A file is uploaded by its owner, the lowest rank that
+        sees it. Files are flushed to the disk before the mark: a crash leaves no mark over files that are not there.
+        """
         mine = _sizes(target) if _is_local_leader() else {}
         seen: list[dict[str, int]] = dist.all_gather_object(mine)
-        owner = {name: rank for rank, files in reversed(list(enumerate(seen))) for name in files}
+        owner = {name: rank for rank, files in reversed(list(enumerate(seen))) for name in files}  # the lowest stays
         load = dist.all_gather_object(load)[0]
         files = {name: seen[rank][name] for name, rank in sorted(owner.items())}
-        mark = Mark(step, self.engine, dist.get_world_size(), load, files)
+        mark = Mark(step, self.engine.name, self.engine.ranks, load, files)
         if _is_local_leader():
             for name in mine:
                 sync(target / name)
@@ -167,7 +187,10 @@ class Checkpoints(Callback):  # type: ignore[misc]
         dist.barrier()
 
     def _mark_remote(self) -> None:
-        """Upload the marks of checkpoints that every node has uploaded."""
+        """Upload the mark of the newest checkpoint once every node has uploaded its files. A collective.
+
+        An older one without a mark was overtaken by it and may lack files: it stays without.
+        """
         if self._remote is None or not self._unmarked:
             return
         waiting = _most(int(not self._remote.idle))
@@ -184,6 +207,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
                 _remove(folder)
 
     def _rotate(self) -> None:
+        """Remove the oldest whole checkpoints beyond `settings.keep`, but for one that is being uploaded."""
         if self.settings.keep < 0:
             return
         whole = [folder for folder in _folders(self.folder) if read_mark(folder) is not None]
@@ -200,7 +224,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         self.folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.folder).free
         learning = sum(p.numel() for group in state.optimizers[0].param_groups for p in group["params"])
-        need = 12 * learning  # fp32 weights and Adam's two moments
+        need = CHECKPOINT * learning
         short = _most(int(free < need and _is_local_leader()))
         if short:
             log.error(
@@ -211,8 +235,8 @@ class Checkpoints(Callback):  # type: ignore[misc]
         return bool(short)
 
 
-def find(folder: Path, settings: CheckpointSettings, engine: str) -> Path | None:
-    """What Composer shall load to go on: the newest whole checkpoint on disk or in the bucket; None to start anew.
+def find(folder: Path, settings: CheckpointSettings, engine: Engine) -> Path | None:
+    """What Composer has to load to go on: the newest whole checkpoint on disk or in the bucket; None to start anew.
 
     A collective. What this node lacks of it is fetched from the bucket.
 
@@ -230,14 +254,7 @@ def find(folder: Path, settings: CheckpointSettings, engine: str) -> Path | None
     if found is None:
         return None
     name, mark = found
-    if mark.engine != engine or (engine.startswith("zero") and mark.ranks != dist.get_world_size()):
-        raise ValueError(
-            f"{folder}/{name} was saved by {mark.engine} on {mark.ranks} ranks, this run is {engine} on "
-            f"{dist.get_world_size()}; "
-            + ("ZeRO's shards fit the number of ranks that wrote them alone: start as many, " if mark.engine == engine
-               else "say parallelism=" + mark.engine + ", ")
-            + "or begin another run from the exported weights"
-        )  # fmt: skip
+    check_engine(folder / name, mark, engine)
     if _is_local_leader():
         _complete(folder / name, mark, remote)
     missing = sum(dist.all_gather_object(len(_missing(folder / name, mark)) if _is_local_leader() else 0))
@@ -247,6 +264,24 @@ def find(folder: Path, settings: CheckpointSettings, engine: str) -> Path | None
             "checkpoint.remote"
         )
     return folder / name / mark.load
+
+
+def check_engine(checkpoint: Path, mark: Mark, engine: Engine) -> None:
+    """Refuse what another engine, or another number of ranks, has saved and this one cannot take up.
+
+    Raises:
+        ValueError: with both, and what to do.
+    """
+    if mark.engine != engine.name:
+        hint = f"say parallelism={mark.engine}"
+    elif not engine.any_ranks and mark.ranks != engine.ranks:
+        hint = f"its shards fit only the number of ranks that wrote them: start {mark.ranks}"
+    else:
+        return
+    raise ValueError(
+        f"{checkpoint} was saved by {mark.engine} on {mark.ranks} ranks, this run is {engine.name} on {engine.ranks}; "
+        f"{hint}, or begin another run from the exported weights"
+    )
 
 
 def _newest(folder: Path, remote: Remote | None) -> tuple[str, Mark] | None:

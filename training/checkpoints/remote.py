@@ -1,4 +1,7 @@
-"""A bucket that checkpoints are copied to, through Composer's object store, beside training and whatever it answers."""
+"""A bucket that checkpoints are copied to, by a thread beside training, which goes on whatever the bucket answers.
+
+The copying is done by Composer's object store.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +69,10 @@ class Remote:
         """
         with self._change:
             if not self._change.wait_for(lambda: self._waiting is None and self._current is None, patience_s):
-                raise OSError(f"{self.url} did not take the last checkpoint within {patience_s:g} s: {self._error}")
+                raise OSError(
+                    f"{self.url} did not take the last checkpoint within {patience_s:g} s: {self._error}; it is whole "
+                    "on the local disk: look at the bucket and start the same command again, or copy it yourself"
+                )
 
     def _work(self) -> None:
         while True:
@@ -98,15 +104,16 @@ class Remote:
         return True
 
     def drop_old(self, folders: re.Pattern[str], mark: str, keep: int) -> None:
-        """Of the folders so named, remove all that are older than the `keep` newest with the file `mark`.
+        """Remove every folder of such a name that is older than the `keep` newest ones with the file `mark`.
 
-        What the bucket refuses to remove stays, with a warning: it is in nobody's way.
+        Names sort by age. Marks go first: a folder that is half removed must not look whole. What the bucket refuses
+        to remove stays, with a warning: it is in nobody's way.
         """
         try:
             names = [name for name in self._files.list() if folders.fullmatch(PurePosixPath(name).parts[0])]
             whole = sorted(PurePosixPath(name).parts[0] for name in names if PurePosixPath(name).name == mark)
             old = [name for name in names if whole and PurePosixPath(name).parts[0] < whole[-keep:][0]]
-            marks_first = sorted(old, key=lambda name: PurePosixPath(name).name != mark)  # half is not whole
+            marks_first = sorted(old, key=lambda name: PurePosixPath(name).name != mark)
             for name in marks_first:
                 self._files.delete(name)
         except Exception as error:  # s3fs and botocore raise several families
@@ -139,4 +146,4 @@ class Remote:
         try:
             return call(*arguments, **options)
         except Exception as error:
-            raise OSError(f"{self.url}: {error}") from error
+            raise OSError(f"{self.url}: {error}; look at the address, the keys and AWS_ENDPOINT_URL") from error

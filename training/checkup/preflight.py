@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from training.config import TrainConfig
-from training.cost.memory import CHECKPOINT_BYTES, ModelShape, estimate
+from training.cost.memory import CHECKPOINT, ModelShape, activations
+from training.engines import engine_of
 
 if TYPE_CHECKING:
     from pipeline.schema import StoreSpec
@@ -33,7 +34,7 @@ Check = Callable[[], Iterator[Finding]]
 
 
 @dataclass(frozen=True)
-class Ranks:
+class Launch:
     """Who we are among the processes that the launcher started; `planned` is what the arithmetic is done for."""
 
     rank: int
@@ -51,7 +52,7 @@ def run_check(name: str, check: Check) -> list[Finding]:
         return [Finding("fail", name, str(error))]
 
 
-def of_run(config: TrainConfig, ranks: Ranks) -> list[Finding]:
+def of_run(config: TrainConfig, ranks: Launch) -> list[Finding]:
     """Whether store, model, memory and disk fit what the configuration asks for."""
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
@@ -68,7 +69,7 @@ def of_run(config: TrainConfig, ranks: Ranks) -> list[Finding]:
         return [Finding("fail", "model", str(error))]
     shape = shape_of(model)
     found = run_check("model", lambda: model_fits(config, model, shape))
-    found += run_check("batch", lambda: batch(config, store, model, ranks))
+    found += run_check("batch", lambda: batch(config, model, ranks))
     found += run_check("store", lambda: columns(config, store, model))
     found += run_check("memory", lambda: memory(config, shape, model, ranks))
     found += run_check("disk", lambda: disk(config, shape))
@@ -101,23 +102,13 @@ def model_fits(
     yield Finding("ok", "model", f"{text}; {model.connector.tokens} vision tokens per image")
 
 
-def batch(
-    config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration, ranks: Ranks
-) -> Iterator[Finding]:
+def batch(config: TrainConfig, model: CompactVisionForConditionalGeneration, ranks: Launch) -> Iterator[Finding]:
     """How the global batch falls on ranks and microbatches, and how many steps there are."""
-    from training.stream.order import Order
-    from training.stream.reader import Reading
-    from training.stream.stream import Stream
+    from training.fit.parts import open_stream
 
     per_rank = config.per_rank(ranks.planned)
-    data = config.data
-    order = Order.of(data, config.global_batch_size)
-    stream = Stream(data.store, model.connector.columns, order, Reading.of(data), lambda examples: {})
+    stream = open_stream(config, model.connector.columns, 0, ranks.planned, lambda examples: {})
     examples, steps = len(stream.examples), config.steps or config.epochs * len(stream)
-    if not len(stream):
-        text = f"{examples} examples are fewer than one batch of {config.global_batch_size}; "
-        yield Finding("fail", "batch", text + "lower global_batch_size or set data.last_batch=pad")
-        return
     text = f"{config.global_batch_size} examples / {ranks.planned} rank(s) = {per_rank} each"
     if config.microbatch_size != "auto":
         parts = -(-per_rank // config.microbatch_size)
@@ -174,28 +165,27 @@ def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForCondit
 
 
 def memory(
-    config: TrainConfig, shape: ModelShape, model: CompactVisionForConditionalGeneration, ranks: Ranks
+    config: TrainConfig, shape: ModelShape, model: CompactVisionForConditionalGeneration, ranks: Launch
 ) -> Iterator[Finding]:
     """What a rank needs against what its device, or its share of the host, has."""
     import torch
 
     per_rank = max(1, config.global_batch_size // ranks.planned)
     examples = 1 if config.microbatch_size == "auto" else min(config.microbatch_size, per_rank)
-    need = estimate(config, shape, ranks.planned, examples, config.data.max_length - model.connector.tokens)
+    engine = engine_of(config, ranks.planned)
+    held = engine.memory(shape)
+    kept = activations(config, shape, examples, config.data.max_length - model.connector.tokens)
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     room = torch.cuda.mem_get_info(ranks.local_rank)[1] if on_gpu else _free_host_memory() / ranks.local_size
-    parts = (need.weights, need.gradients, need.optimizer, need.activations)
     text = "weights {:.1f} + gradients {:.1f} + optimizer {:.1f} + activations about {:.1f} GB".format(
-        *(part / 1e9 for part in parts)
+        *(part / 1e9 for part in (held.weights, held.gradients, held.optimizer, kept))
     )
-    text += (
-        f" ({config.parallelism}, {ranks.planned} rank(s), {examples} example(s) of {config.data.max_length} tokens)"
-    )
+    text += f" ({engine.name}, {ranks.planned} rank(s), {examples} example(s) of {config.data.max_length} tokens)"
     text += f" of {room / 1e9:.1f} GB"
     hint = "; lower microbatch_size, set model.activation_checkpointing=true, or shard more (parallelism, more ranks)"
-    if need.total - need.activations > room:
+    if held.total > room:
         yield Finding("fail", "memory", text + hint)
-    elif need.total > 0.95 * room:
+    elif held.total + kept > 0.95 * room:
         yield Finding("warn", "memory", text + hint)
     else:
         yield Finding("ok", "memory", text)
@@ -217,7 +207,7 @@ def disk(config: TrainConfig, shape: ModelShape) -> Iterator[Finding]:
     except OSError as error:
         yield Finding("fail", "disk", f"cannot write to {there} ({error.strerror}); choose another run=...")
         return
-    one = CHECKPOINT_BYTES * shape.learning
+    one = CHECKPOINT * shape.learning
     keep = max(1, config.checkpoint.keep) + 1  # the new one is written before the oldest goes
     free = shutil.disk_usage(there).free
     text = f"a checkpoint takes {one / 1e9:.2f} GB, {keep} of them {keep * one / 1e9:.2f}; {free / 1e9:.1f} GB free"

@@ -1,4 +1,7 @@
-"""How much memory a rank will need: weights, gradients and optimizer state exactly, activations roughly."""
+"""How much memory a rank will need: weights, gradients and optimizer state exactly, activations roughly.
+
+What is exact depends on the engine, which gives it as `Held`.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,10 @@ from dataclasses import dataclass
 
 from training.config import TrainConfig
 
-CHECKPOINT_BYTES = 12  # per learning weight: fp32, and Adam's two moments
+# Bytes per weight that learns, in fp32 under Adam, where nothing is shared between ranks.
+WEIGHT, GRADIENT, MOMENTS = 4, 4, 8
+CHECKPOINT = WEIGHT + MOMENTS  # what a checkpoint keeps of it, under every engine
+
 ACTIVATION_BYTES = 36  # per token, layer and hidden channel, of a Llama layer without its MLP, in bf16 autocast
 MLP_BYTES = 8  # per token, layer and channel of the MLP: gate, its SiLU, up, and their product
 LOGIT_BYTES = 10  # per supervised token and word: bf16 logits, fp32 logits and their gradient
@@ -26,55 +32,44 @@ class ModelShape:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Bytes on one rank's device."""
+class Held:
+    """Bytes that one rank holds from step to step."""
 
     weights: float
     gradients: float
     optimizer: float
-    activations: float
 
     @property
     def total(self) -> float:
         """All of it, without the allocator's own waste."""
-        return self.weights + self.gradients + self.optimizer + self.activations
+        return self.weights + self.gradients + self.optimizer
 
 
-def estimate(config: TrainConfig, shape: ModelShape, ranks: int, examples: int, text_tokens: int) -> Estimate:
-    """Memory of one rank at its peak, with `examples` of `data.max_length` in a microbatch.
+def computed(config: TrainConfig) -> int:
+    """Bytes of a weight as the forward pass computes with it."""
+    return 2 if config.precision == "amp_bf16" else 4
 
-    DDP keeps everything whole and gradients twice, once in the buckets that are reduced; FSDP shards all of it and
-    gathers two layers; ZeRO-1 shards the optimizer's state, with it the fp32 weights (the engine computes in bf16),
-    ZeRO-2 gradients too, ZeRO-3 weights too (Rajbhandari et al., 2020, figure 1).
+
+def stored(config: TrainConfig) -> int:
+    """Bytes of a frozen weight."""
+    return 2 if config.model.frozen_dtype == "bfloat16" else 4
+
+
+def gathered(config: TrainConfig, shape: ModelShape) -> float:
+    """Bytes of the two layers that are whole at a time where weights are sharded: the one in use and the next."""
+    return 2.0 * shape.layer * computed(config)
+
+
+def activations(config: TrainConfig, shape: ModelShape, examples: int, text_tokens: int) -> float:
+    """Bytes that the forward pass of a microbatch keeps for its backward pass, about.
 
     Args:
+        examples: in the microbatch, each of `data.max_length` tokens.
         text_tokens: most supervised tokens of an example.
     """
-    engine: str = config.parallelism
-    half = 2 if config.precision == "amp_bf16" else 4
-    frozen_bytes = 2 if config.model.frozen_dtype == "bfloat16" else 4
-    learning, frozen = float(shape.learning), float(shape.frozen * frozen_bytes)
-    gathered = 2 * shape.layer * half
-    if engine == "ddp":
-        cast = half * learning if half == 2 else 0.0  # autocast keeps the bf16 copies from forward to backward
-        parts = (4 * learning + cast + frozen, 4 * learning * min(ranks, 2), 8 * learning)
-    elif engine == "fsdp":
-        parts = ((4 * learning + frozen) / ranks + gathered, 4 * learning / ranks, 8 * learning / ranks)
-    else:
-        stage = int(engine[-1])
-        weights = half * learning + half * shape.frozen
-        parts = (
-            weights / ranks + gathered if stage == 3 else weights,
-            half * learning / (ranks if stage >= 2 else 1),
-            CHECKPOINT_BYTES * learning / ranks,
-        )
-    return Estimate(*parts, _activations(config, shape, examples, text_tokens, half / 2))
-
-
-def _activations(config: TrainConfig, shape: ModelShape, examples: int, text_tokens: int, wide: float) -> float:
     tokens = examples * config.data.max_length
-    layer = tokens * (ACTIVATION_BYTES * shape.hidden + MLP_BYTES * shape.mlp) * wide
+    layer = tokens * (ACTIVATION_BYTES * shape.hidden + MLP_BYTES * shape.mlp) * computed(config) / 2
     logits = examples * text_tokens * shape.vocabulary * LOGIT_BYTES
     if config.model.activation_checkpointing:
-        return shape.layers * tokens * shape.hidden * 4 + max(layer, logits)
+        return shape.layers * tokens * shape.hidden * 4 + max(layer, logits)  # each layer's input in fp32
     return shape.layers * layer + logits

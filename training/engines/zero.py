@@ -1,153 +1,117 @@
-"""DeepSpeed's ZeRO inside Composer, which has not had it since its version 0.28.
+"""zero1, zero2, zero3: DeepSpeed shards the optimizer's state; gradients too; weights too.
 
-The engine shards and casts, Composer does all the rest: microbatches, schedule, clock, callbacks. What each owns:
-
-    gradients     the engine. It sums over Composer's microbatches and ranks; `step` is always the end of a batch
-    clipping      the engine, by `clip_grad_norm`, 0 being off (DeepSpeed's own default is 1.0)
-    learning rate Composer's schedule writes it into the parameter groups, which the engine's optimizer reads
-    precision     the engine: fp32, or bf16 weights with fp32 master weights. To Composer everything is fp32
-    checkpoints   the engine writes its shards, Composer a small file with clock, random states and position
-    frozen weights are in no parameter group: ZeRO keeps neither gradient, master weight nor moment of them
+DeepSpeed itself enters in training/engines/deepspeed_callback.py, which says how it stands inside Composer.
 """
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
-from composer import Trainer
-from composer.core import Callback, State
-from composer.loggers import Logger
-from composer.utils import dist
-from torch import Tensor
+from training.config import TrainConfig
+from training.cost.memory import CHECKPOINT, Held, ModelShape, computed, gathered
+from training.engines.base import INNER, Engine
 
-if not torch.cuda.is_available():
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, by the import
-
-import deepspeed
-from deepspeed.utils import safe_get_full_fp32_param
-
-if os.environ.get("DS_ACCELERATOR") == "cpu":
-    # Between CPUs gloo will do; DeepSpeed's own shared-memory op would be compiled first, with whatever is at hand.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-
-TAG = "zero"  # of the engine's folder within a checkpoint
+if TYPE_CHECKING:
+    from composer import Trainer
+    from composer.core import State
+    from torch import Tensor, nn
 
 
-class ZeroTrainer(Trainer):  # type: ignore[misc]
-    """Composer's Trainer over a DeepSpeed engine of ZeRO stage 1, 2 or 3.
+class Zero(Engine):
+    """DeepSpeed's ZeRO (Rajbhandari et al., 2020), its stages being subclasses."""
 
-    Args:
-        stage: what is sharded: 1 optimizer state, 2 gradients too, 3 weights too.
-        bf16: weights and activations in bf16, else in fp32.
-        clip_grad_norm: the L2 norm that gradients are clipped to; None for none.
-        **settings: Composer's.
+    stage: ClassVar[int]
+    any_ranks = False
+    bf16_on_cpu = True
 
-    Raises:
-        ValueError: if Composer algorithms are given: they change gradients, which the engine keeps to itself.
-    """
-
-    def __init__(self, *, stage: int, bf16: bool, clip_grad_norm: float | None, **settings: Any) -> None:
-        if settings.get("algorithms"):
-            raise ValueError(
-                "Composer's algorithms read and change p.grad, which is empty under ZeRO: the engine keeps its own "
-                "gradients; use clip_grad_norm for clipping, or parallelism ddp or fsdp"
-            )
-        self._zero = {
-            "zero_optimization": {"stage": stage},
-            "bf16": {"enabled": bf16},
-            "gradient_clipping": clip_grad_norm or 0.0,
-            "gradient_accumulation_steps": 1,
-            "managed_gradient_accumulation": False,
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**12,
-        }
-        if bf16:
-            self._zero["data_types"] = {"grad_accum_dtype": "fp32"}  # microbatches are not added up in bf16
-        settings["callbacks"] = [*settings.get("callbacks", ()), _LoadShards(settings.get("load_path"))]
-        # Trainer.__init__ ends by wrapping the model in DDP; the engine reduces gradients already.
-        with mock.patch("composer.trainer.trainer.prepare_ddp_module", lambda module, *_: module):
-            super().__init__(precision="fp32", **settings)
-
-    def _wrap_model_for_distributed(self, model: Any, optimizers: Any) -> None:
-        (base,) = self.state.optimizers
-        settings = {**self._zero, "train_micro_batch_size_per_gpu": self.state.device_train_microbatch_size}
-        engine, *_ = deepspeed.initialize(
-            model=self.state.model,
-            optimizer=base,
-            model_parameters=[p for group in base.param_groups for p in group["params"]],
-            config=settings,
-            dist_init_required=False,
-        )
-        self.state.model = engine
-        self.state.optimizers = _EngineOptimizer(engine, base)
-        for name in ("model", "optimizers"):  # the engine's shards hold them
-            self.state.serialized_attributes.remove(name)
-
-
-class _EngineOptimizer:
-    """What Composer takes for its optimizer: the groups of the real one, and the engine's step."""
-
-    _step_supports_amp_closure = False
-
-    def __init__(self, engine: Any, base: torch.optim.Optimizer) -> None:
-        self.engine = engine
-        self.base = base
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return self.base.param_groups
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """Left to `step`, which clears what the engine has accumulated."""
-
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None if closure is None else closure()  # Composer's closure runs every microbatch
-        self.engine.step()
-        return loss
-
-
-class _LoadShards(Callback):  # type: ignore[misc]
-    """Loads the engine's shards from beside the file that Composer has loaded."""
-
-    def __init__(self, load_path: str | None) -> None:
-        self.folder = None if load_path is None else Path(load_path).parent
-
-    def after_load(self, state: State, logger: Logger) -> None:
-        """A collective.
+    def trainer(self, left_out: list[str], settings: dict[str, Any]) -> Trainer:
+        """Composer's Trainer with a callback that hands the model to DeepSpeed.
 
         Raises:
-            OSError: if there are none.
+            ValueError: if Composer algorithms are given: they change gradients, which DeepSpeed keeps to itself.
         """
-        if self.folder is None:
-            return
-        path, _ = state.model.load_checkpoint(str(self.folder), tag=TAG, load_module_strict=False)
-        if path is None:
-            raise OSError(f"{self.folder} holds no shards of a DeepSpeed engine")
+        if settings.get("algorithms"):
+            names = ", ".join(type(algorithm).__name__ for algorithm in settings["algorithms"])
+            raise ValueError(
+                f"Composer's algorithms ({names}) read and change p.grad, which is empty under ZeRO: DeepSpeed keeps "
+                "its own gradients; use clip_grad_norm for clipping, or parallelism ddp or fsdp"
+            )
+        from composer import Trainer
+
+        from training.engines.deepspeed_callback import DeepSpeedCallback
+
+        callback = DeepSpeedCallback(
+            stage=self.stage,
+            bf16=self.config.precision == "amp_bf16",
+            clip_grad_norm=self.config.optimizer.clip_grad_norm,
+            load_path=settings.get("load_path"),
+        )
+        callbacks = [*settings.get("callbacks", ()), callback]
+        return Trainer(precision="fp32", **{**settings, "callbacks": callbacks})  # the bf16 weights are DeepSpeed's
+
+    def memory(self, shape: ModelShape) -> Held:
+        """Optimizer state, with it the fp32 weights, is sharded; gradients from stage 2 on, weights in stage 3."""
+        width, learning = computed(self.config), float(shape.learning)
+        weights = width * (learning + shape.frozen)
+        return Held(
+            weights=weights / self.ranks + gathered(self.config, shape) if self.stage == 3 else weights,
+            gradients=width * learning / (self.ranks if self.stage >= 2 else 1),
+            optimizer=CHECKPOINT * learning / self.ranks,
+        )
+
+    def left_out(self, model: nn.Module) -> list[str]:
+        """None: Composer's file has no weights at all, and DeepSpeed's shards leave out frozen ones by themselves."""
+        return []
+
+    def clip_gradients(self, state: State) -> None:
+        """Left to DeepSpeed, which measures and clips within its step: p.grad holds this rank's part, or nothing."""
+
+    def gradient_norm(self, state: State) -> float:
+        """The norm that DeepSpeed measured in its last step."""
+        return float(state.model.engine.get_global_grad_norm() or 0.0)
+
+    def whole_weights(self, state: State, keep: Callable[[str], bool]) -> dict[str, Tensor]:
+        """The kept weights on the CPU of rank 0; those that learn in fp32. A collective."""
+        from training.engines.deepspeed_callback import gather
+
+        found = gather(state.model.engine, lambda key: keep(key.removeprefix(INNER)))
+        return {key.removeprefix(INNER): weight for key, weight in found.items()}
+
+    def save(self, state: State, folder: Path) -> None:
+        """Every rank's shards of the weights that learn and of the optimizer's state. A collective."""
+        from training.engines.deepspeed_callback import save_shards
+
+        save_shards(state.model.engine, folder)
 
 
-def save_shards(engine: Any, folder: Path) -> None:
-    """Write every rank's shards of weights that learn and of optimizer state into `folder`. A collective."""
-    engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+class Zero1(Zero):
+    """The optimizer's state is sharded."""
+
+    stage = 1
 
 
-def whole_weights(engine: Any, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The kept weights on the CPU of rank 0, nothing elsewhere; those that learn in fp32. A collective."""
-    weights = {}
-    for name, parameter in _named(engine.module, keep):
-        whole = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
-        if whole is None:
-            with deepspeed.zero.GatheredParameters([parameter]):
-                whole = parameter.detach().clone() if dist.get_global_rank() == 0 else None
-        if dist.get_global_rank() == 0:
-            assert whole is not None
-            weights[name] = whole.detach().cpu().view(getattr(parameter, "ds_shape", parameter.shape))
-    return weights
+class Zero2(Zero):
+    """Gradients are sharded too."""
+
+    stage = 2
 
 
-def _named(module: torch.nn.Module, keep: Callable[[str], bool]) -> Iterable[tuple[str, torch.nn.Parameter]]:
-    return ((name, parameter) for name, parameter in module.named_parameters() if keep(name))
+class Zero3(Zero):
+    """Weights are sharded too: each layer's are gathered for its use."""
+
+    stage = 3
+
+    @classmethod
+    def check(cls, config: TrainConfig) -> None:
+        """Refuse torch.compile.
+
+        Raises:
+            ValueError: with what to say instead.
+        """
+        if config.model.compile:
+            raise ValueError(
+                f"model.compile {list(config.model.compile)} with parallelism zero3: ZeRO-3 gathers weights in Python "
+                "hooks that torch.compile cannot keep; use zero2 or fsdp, or leave it out"
+            )

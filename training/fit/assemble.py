@@ -27,7 +27,7 @@ def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
     """The model of one stage, without a vision tower: it is fed the store's columns.
 
     Weights that learn are fp32, frozen ones `config.model.frozen_dtype`. The initial weights of
-    connector and adapters depend on `config.seed` alone, so every rank starts from the same.
+    connector and adapters depend only on `config.seed`, so every rank starts from the same.
 
     Raises:
         ValueError: if the connector does not fit the store or the language model, or `connector_from` another one,
@@ -76,7 +76,7 @@ def is_exported(config: TrainConfig, name: str) -> bool:
 def whole_model(
     config: TrainConfig, model: CompactVisionForConditionalGeneration, weights: Mapping[str, torch.Tensor]
 ) -> CompactVisionForConditionalGeneration:
-    """A model of `model`'s shape with the exported `weights` alone, adapters merged; the rest has no contents."""
+    """A model of `model`'s shape with only the exported `weights`, adapters merged; the rest has no contents."""
     with torch.device("meta"):
         llm = type(model.llm)(model.llm.config)
         if config.model.lora is not None:

@@ -19,13 +19,14 @@ from composer.loggers.logger_destination import LoggerDestination
 from composer.utils import dist
 
 from training.cost.mfu import peak_flops
-from training.engines.engine import engine_norm, gradient_norm
+from training.engines.base import Engine
+from training.release.records import LOG, read_log
 from training.stream.stream import Stream
 from training.text.templates import IGNORE
 
 
 class StepLog(LoggerDestination):  # type: ignore[misc]
-    """Writes one JSON object per optimizer step to `path` (rank 0), prints it as one line, sends it to other loggers.
+    """Writes one JSON object per optimizer step to the run's log (rank 0), prints it, sends it to other loggers.
 
     Keys: step, loss (mean over supervised tokens of the global batch), lr (of the first parameter group; lr_llm of the
     second), grad_norm (L2, before any clipping), samples_per_s, tokens_per_s (all ranks), data_wait (share of the step
@@ -33,22 +34,23 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
     rank; on a known GPU), padding (share of the positions of this rank's microbatches that hold no token).
 
     Args:
-        clip: L2 norm to which the gradient is clipped, by this callback, as it is measured.
-        flops: of a batch with these lengths, so many images and supervised tokens.
+        run: folder of the run.
+        engine: measures the gradient, and clips it on this occasion.
+        flops: of a batch, by the lengths of its examples, its number of images and of supervised tokens.
     """
 
     def __init__(
         self,
-        path: Path,
+        run: Path,
         stream: Stream,
         total_steps: int,
-        clip: float | None,
+        engine: Engine,
         flops: Callable[[list[int], int, int], float],
     ) -> None:
-        self.path = path
+        self.run = run
         self.stream = stream
         self.total_steps = total_steps
-        self.clip = clip
+        self.engine = engine
         self.flops = flops
         self.peak = peak_flops()
         self._line: dict[str, float] = {}
@@ -60,10 +62,10 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drop the lines of steps that a resumed run is about to repeat."""
         done = state.timestamp.batch.value
-        if dist.get_global_rank() == 0 and self.path.exists():
-            lines = [_parsed(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-            kept = [line for line in lines if line is not None and line["step"] <= done]
-            self.path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        path = self.run / LOG
+        if dist.get_global_rank() == 0 and path.exists():
+            kept = [line for line in read_log(self.run) if line["step"] <= done]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._step_start = time.perf_counter()
 
     def batch_start(self, state: State, logger: Logger) -> None:
@@ -86,7 +88,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
 
     def after_train_batch(self, state: State, logger: Logger) -> None:
         """Measure the gradient, and clip it, while it exists."""
-        self._line["grad_norm"] = gradient_norm(state, self.clip)
+        self.engine.clip_gradients(state)
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Write the line of this step."""
@@ -97,6 +99,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
             "step": step,
             "loss": state.total_loss_dict["loss/train/total"],
             **self._line,
+            "grad_norm": self.engine.gradient_norm(state),
             "samples_per_s": self.stream.global_batch_size / seconds,
             "tokens_per_s": (state.timestamp.token.value - self._tokens) / seconds,
             "data_wait": min(1.0, self.stream.data_wait / seconds),
@@ -105,25 +108,13 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
             "memory_gb": _peak_memory() / 1e9,
             "padding": 1 - float(self._used) / self._positions,
         }
-        measured = engine_norm(state)
-        if measured is not None:
-            line["grad_norm"] = measured
         if self.peak is not None:
             line["mfu"] = self._work / seconds / self.peak
         logger.log_metrics({f"step/{name}": value for name, value in line.items() if name != "step"})
         if dist.get_global_rank() == 0:
-            with self.path.open("a", encoding="utf-8") as file:
+            with (self.run / LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
             print(_one_line(line, self.total_steps), flush=True)
-
-
-def _parsed(line: str) -> dict[str, float] | None:
-    """The object of a line; None for one that a killed process left unfinished."""
-    try:
-        parsed: dict[str, float] = json.loads(line)
-    except ValueError:
-        return None
-    return parsed
 
 
 def _peak_memory() -> int:
@@ -171,7 +162,7 @@ class StopOnBadLoss(Callback):  # type: ignore[misc]
     """Ends a run whose loss is NaN or infinite, or jumps, naming the examples of the batch that caused it.
 
     Args:
-        spike: a step's loss may be at most so many times the median of the last 100; None for any.
+        spike: a step's loss may be at most this many times the median of the last 100; None for any.
     """
 
     def __init__(self, spike: float | None) -> None:

@@ -11,6 +11,7 @@ from pipeline.codec import from_payload
 from pipeline.schema import Codec, Column
 from training.model.model import CompactVisionForConditionalGeneration
 from training.stream.batch import Batch
+from training.text.templates import IGNORE
 
 
 class TrainableModel(ComposerModel):  # type: ignore[misc]
@@ -32,8 +33,8 @@ class TrainableModel(ComposerModel):  # type: ignore[misc]
     def forward(self, batch: Batch) -> Any:
         """Batch of (B, L) tokens and the columns of its images -> the Hugging Face output, `loss` included.
 
-        A batch without images sends zero images through the connector, so that every rank has a gradient, if of
-        zeros, for each of its parameters: without one, DDP would wait for ever.
+        A batch without images sends zero images through the connector, so that every rank has a gradient, of zeros, for
+        each of its parameters: without one, DDP would wait for ever.
         """
         columns = {c.name: from_payload(batch["columns"][c.name], c, self.codec, self.dtype) for c in self.columns}
         return self.model(
@@ -52,12 +53,12 @@ class TrainableModel(ComposerModel):  # type: ignore[misc]
 
 def supervised_tokens(batch: Batch) -> int:
     """How many tokens of the batch are predicted: position i predicts label i + 1, so the first label never counts."""
-    return int((batch["labels"][:, 1:] != -100).sum())
+    return int((batch["labels"][:, 1:] != IGNORE).sum())
 
 
 def token_counts(batch: Batch) -> dict[str, int | float]:
     """What Composer weights microbatches by: `loss_generating`; `total` is for the token clock.
 
-    Composer divides by the global batch's sum: a next-to-nothing keeps a batch without any supervised token at loss 0.
+    Composer divides by the global batch's sum: a tiny number keeps a batch without any supervised token at loss 0.
     """
     return {"total": int(batch["attention_mask"].sum()), "loss_generating": max(float(supervised_tokens(batch)), 1e-6)}

@@ -15,7 +15,7 @@ def linear_layers(llm: PreTrainedModel) -> list[str]:
 
 
 def add_lora(llm: PreTrainedModel, settings: LoraSettings) -> None:
-    """Put adapters into `llm`, in place: they alone learn, in fp32; B is 0, so nothing changes before the first step.
+    """Put adapters into `llm`, in place: only they learn, in fp32; B is 0, so nothing changes before the first step.
 
     Raises:
         ValueError: if peft is not installed.

@@ -15,7 +15,7 @@ from training.model.model import CompactVisionForConditionalGeneration
 def build_optimizer(model: CompactVisionForConditionalGeneration, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Adam over the parameters that require a gradient; without weight decay AdamW is Adam.
 
-    One group for the connector, then one for the LLM, if they learn: each may have a rate of its own.
+    One group for the connector, then one for the LLM, if they learn: their rates may differ.
     """
     rates = {"connector": settings.connector_lr, "llm": settings.llm_lr}
     groups: list[dict[str, Any]] = []

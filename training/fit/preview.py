@@ -9,40 +9,33 @@ import torch
 import yaml
 
 from training.config import TrainConfig
-from training.model.model import CompactVisionForConditionalGeneration
-from training.model.tokenizer import Tokenizer
-from training.stream.stream import Stream
+from training.engines import engine_class
+from training.fit.parts import Parts
 from training.text.templates import IGNORE
 
 SUPERVISED, IMAGE, PLAIN = "\033[32m", "\033[36m", "\033[0m"  # green, cyan, the terminal's own
 
 
-def preview(
-    config: TrainConfig,
-    model: CompactVisionForConditionalGeneration,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: Tokenizer,
-    stream: Stream,
-) -> str:
+def preview(config: TrainConfig, parts: Parts, optimizer: torch.optim.Optimizer) -> str:
     """The resolved configuration, the optimizer's groups and the first example of the first batch, for a person."""
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
     return (
         "\n--- configuration\n"
         + settings
         + "\n--- parameter groups\n"
-        + parameter_groups(model, optimizer)
+        + parameter_groups(parts.model, optimizer)
         + "\n\n--- first example\n"
-        + example(model, tokenizer, stream, coloured=sys.stdout.isatty())
+        + example(parts, coloured=sys.stdout.isatty())
         + elsewhere(config)
     )
 
 
 def elsewhere(config: TrainConfig) -> str:
     """What this run needs and this machine lacks; nothing, or a paragraph."""
-    if config.precision == "fp32" or config.parallelism.startswith("zero") or torch.cuda.is_available():
+    if config.precision == "fp32" or engine_class(config.parallelism).bf16_on_cpu or torch.cuda.is_available():
         return ""
     return (
-        "\n\n--- not on this machine\nprecision amp_bf16: Composer takes it on GPUs alone, and there is none here; "
+        "\n\n--- not on this machine\nprecision amp_bf16: Composer takes it only on GPUs, and there is none here; "
         "precision=fp32 trains on a CPU, as does parallelism=zero2 in bf16"
     )
 
@@ -62,21 +55,21 @@ def parameter_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     return "\n".join([*lines, f"frozen{frozen:>46,} weights"])
 
 
-def example(model: CompactVisionForConditionalGeneration, tokenizer: Tokenizer, stream: Stream, coloured: bool) -> str:
+def example(parts: Parts, coloured: bool) -> str:
     """The first example that the run will see, decoded: what is supervised is green, or in ⟦ ⟧ without colours."""
-    batches = iter(stream)
+    batches = iter(parts.stream)
     batch = next(batches)
     batches.close()
     length = int(batch["attention_mask"][0].sum())
     ids, labels = (batch[name][0, :length].tolist() for name in ("input_ids", "labels"))
     text = ""
-    for is_image, places in groupby(range(length), lambda i: ids[i] == model.config.image_token_id):
+    for is_image, places in groupby(range(length), lambda i: ids[i] == parts.model.config.image_token_id):
         run = list(places)
         if is_image:
             text += _marked(f"[{len(run)} vision tokens]", IMAGE, coloured, "", "")
             continue
         for is_supervised, part in groupby(run, lambda i: labels[i] != IGNORE):
-            words = tokenizer.decode([ids[i] for i in part], skip_special_tokens=False)
+            words = parts.tokenizer.decode([ids[i] for i in part], skip_special_tokens=False)
             text += _marked(words, SUPERVISED, coloured, "⟦", "⟧") if is_supervised else words
     supervised = sum(label != IGNORE for label in labels)
     return f"{batch['keys'][0]}: {length} tokens, {supervised} supervised\n{text}"

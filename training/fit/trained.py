@@ -80,7 +80,7 @@ def _newest_checkpoint(run: Path) -> Path:
     if found is None:
         raise ValueError(f"{run} has neither finished nor saved a checkpoint yet")
     folder, mark = found
-    if mark.engine != "ddp":
+    if not mark.whole_file:
         raise ValueError(
             f"{folder} holds the shards of {mark.ranks} {mark.engine} ranks; let the run go on to its end: it exports"
         )

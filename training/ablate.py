@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
@@ -29,6 +29,9 @@ from pydantic import Field, model_validator
 
 from pipeline.config import ConfigError, Settings, load_config
 from training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from training.benchmarks.questions import Benchmark
 
 Stage = Literal["pretrain", "finetune"]
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
@@ -227,32 +230,21 @@ def one_run(config: AblationConfig, run: Run, stages: Mapping[tuple[Path, Stage]
 def answer(config: AblationConfig, run: Run) -> None:
     """The trained model's answers to every question."""
     from training.answers.answer import answer_all
-    from training.benchmarks.questions import file_within
-    from training.evaluate import read_questions
 
     model = str(run.folder / "finetune" / "model")
-    if config.questions is not None:
-        assert config.images is not None
-        images = Path(config.images)
-        asked = read_questions(Path(config.questions), images)[: config.limit]
-        out, tokens = run.folder / "answers.jsonl", config.max_new_tokens or 128
-        answer_all(model, asked, lambda name: file_within(images, name).read_bytes(), out, config.batch_size, tokens)
-        return
     for benchmark in open_all(config):
-        asked = [{"question_id": q.id, "image": q.image, "text": q.text} for q in benchmark.questions]
-        out, tokens = run.folder / f"{benchmark.name}.jsonl", config.max_new_tokens or benchmark.max_new_tokens
-        answer_all(model, asked, benchmark.image, out, config.batch_size, tokens)
+        out = benchmark.answers_in(run.folder)
+        answer_all(model, benchmark, out, config.batch_size, config.max_new_tokens)
 
 
-def open_all(config: AblationConfig) -> Iterator[Any]:
+def open_all(config: AblationConfig) -> Iterator[Benchmark]:
     """The benchmarks of the ablation."""
-    from training.benchmarks import open_benchmark
+    from training.benchmarks import Source
 
-    for name in config.benchmarks:
-        assert config.data is not None
-        benchmark = open_benchmark(name, Path(config.data))
-        benchmark.keep(config.limit)
-        yield benchmark
+    data, questions, images = (
+        None if name is None else Path(name) for name in (config.data, config.questions, config.images)
+    )
+    yield from Source(config.benchmarks, data, None, questions, images, config.limit).open()
 
 
 def measure_encoding(config: AblationConfig, stage: TrainConfig) -> None:

@@ -132,7 +132,7 @@ def _bars(seconds: dict[str, float]) -> list[dict[str, Any]]:
 
 def _examples(run: Path, images: Path, count: int) -> list[dict[str, Any]]:
     """A spread of the questions, each with its image, and the answer given when shown another image."""
-    from training.evaluate import normalise
+    from training.benchmarks.own import normalise
 
     answers = _lines(run / "answers.jsonl")
     other = run / "answers_shuffled.jsonl"
@@ -279,7 +279,7 @@ def _encoding_bars(encoding: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def _ablation_examples(folder: Path, rows: Sequence[dict[str, Any]], images: Path, count: int) -> list[dict[str, Any]]:
     """A spread of the questions with every arm's answer (first seed), those first on which the arms differ."""
-    from training.evaluate import normalise
+    from training.benchmarks.own import normalise
 
     files = {row["arm"]: folder / row["runs"][0] / "answers.jsonl" for row in rows}
     if not all(path.exists() for path in files.values()):

@@ -177,6 +177,11 @@ def write_mme(root: Path) -> None:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
     """An exported model of random weights that answers a few tokens."""
+    return tiny_model(tmp_path_factory.mktemp("model"), shared)
+
+
+def tiny_model(folder: Path, shared: Path) -> Path:
+    """Write it into `folder`."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
@@ -193,7 +198,6 @@ def model(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
     (tokenizer_file,) = (shared / "parity" / "tiny_tokenizer").glob("*.model")
     tokenizer = CompactVisionTokenizer(str(tokenizer_file), image_token_id=whole.config.image_token_id)
     images = CompactVisionImageProcessor(aspect="pad", image_size=32)
-    folder = tmp_path_factory.mktemp("model")
     whole.generation_config.eos_token_id = tokenizer.eos_token_id
     CompactVisionProcessor(images, tokenizer, image_tokens=connector.tokens).save_pretrained(folder)
     whole.save_pretrained(folder)

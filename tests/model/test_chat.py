@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from training.chat import Speaker, Talk, main, open_image
+from training.answers.talk import Speaker, Talk, open_image
+from training.chat import main
 from training.model.model import CompactVisionForConditionalGeneration
 from training.model.reducers import build_connector, connector_config
 from training.model.tokenizer import Tokenizer
@@ -25,7 +25,6 @@ from training.release.folder import write_model
 from training.text.templates import prompt_for
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = Namespace(device="cpu", max_new_tokens=6, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +50,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def talk(folder: Path, picture: Path) -> Talk:
-    return Talk(Speaker.load(str(folder), SETTINGS), open_image(picture))
+    return Talk(Speaker.load(str(folder), max_new_tokens=6, device="cpu"), open_image(picture))
 
 
 def generated(talk: Talk, prompt: str) -> str:

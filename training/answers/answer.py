@@ -2,166 +2,112 @@
 
 from __future__ import annotations
 
-import glob
-import hashlib
-import json
-import os
-import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
-Record = dict[str, Any]  # question_id, image (or None), text; answered: prompt is what was asked, text the answer
+from training.answers.answer_file import AnswerFile, AnswerLine, as_line
+from training.answers.processes import AnsweringProcess
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-class Ranks(NamedTuple):
-    """This process among those that share the questions, as Composer's launcher and torchrun tell it."""
-
-    rank: int
-    world: int
-    local: int
-
-    @classmethod
-    def of_environment(cls) -> Ranks:
-        """RANK, WORLD_SIZE and LOCAL_RANK; one process where they are not set."""
-        names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        return cls(*(int(os.environ.get(name, default)) for name, default in names))
+    from training.model.model import CompactVisionForConditionalGeneration
+    from training.model.processor import CompactVisionProcessor
 
 
-def answer_all(
-    model: str,
-    asked: Sequence[Record],
-    image_bytes: Callable[[str], bytes],
-    out: Path,
-    batch_size: int,
-    max_new_tokens: int,
-) -> list[Record] | None:
-    """Greedy answers, each appended to a file as soon as it is known; None on every rank but the first.
+class Asked(Protocol):
+    """A question: its text without `<image>`, the name of its image or None."""
+
+    @property
+    def text(self) -> str:
+        """What is asked."""
+
+    @property
+    def image(self) -> str | None:
+        """The name of its image, if it has one."""
+
+    @property
+    def line(self) -> Mapping[str, Any]:
+        """What its answer's line begins with: `question_id`, `image`, `text`, and what else is known of it."""
+
+
+class Questions(Protocol):
+    """What a model is asked; every benchmark is such."""
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Of an answer, unless another length is asked for."""
+
+    def to_ask(self) -> Sequence[Asked]:
+        """The questions, in order; all images are there."""
+
+    def image(self, name: str) -> bytes:
+        """Bytes of an image file."""
+
+
+def answer_all(model: str, questions: Questions, out: Path, batch_size: int, max_new_tokens: int | None = None) -> None:
+    """Greedy answers, each appended to a file as soon as its batch is done; what the file holds is not asked again.
+
+    Process r of n takes every n-th question from the r-th on, and writes beside `out`; when all have ended, the first
+    process puts the answers together.
 
     Args:
-        asked: `question_id`, `image` and `text` (what is asked, without `<image>`) of each question.
-        image_bytes: from an image's name to the bytes of its file.
-        out: JSON lines; other ranks write beside it, and the first puts all together at the end.
+        model: folder of an exported model, or a Hub id.
+        out: JSON lines of answers.
+        max_new_tokens: of an answer; None for the questions' own.
 
     Raises:
         ValueError: if the model cannot be read, an image cannot be decoded, or `out` is another model's.
     """
-    ranks = Ranks.of_environment()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if ranks.rank == 0:
-        _claim(out, {"weights": weights_digest(model) or model, "max_new_tokens": max_new_tokens})
-    known = _known(out)
-    mine = [q for q in asked[ranks.rank :: ranks.world] if not _is_answered(q, known)]
+    process = AnsweringProcess.of_environment()
+    asked = questions.to_ask()
+    longest = max_new_tokens or questions.max_new_tokens
+    file = AnswerFile(out)
+    if process.is_first:
+        file.claim(model, longest)
+    known = file.answers()
+    mine = [q for q in asked[process.rank :: process.world_size] if not _is_answered(q, known)]
     if mine:
-        part = out if ranks.world == 1 else out.with_name(f"{out.name}.{ranks.rank}-of-{ranks.world}")
-        _answer_mine(model, mine, image_bytes, part, batch_size, max_new_tokens, ranks)
-    if ranks.world > 1:
-        _wait_for_others(ranks)
-    if ranks.rank != 0:
+        loaded = load_model(model, process.device())
+        start = time.perf_counter()
+        with file.part(process).open("a", encoding="utf-8") as part:
+            for first in range(0, len(mine), batch_size):
+                batch = mine[first : first + batch_size]
+                pictures = [_picture(q, questions) for q in batch]
+                texts = reply(*loaded, [q.text for q in batch], pictures, longest)
+                part.writelines(as_line(_answered(q, text)) for q, text in zip(batch, texts, strict=True))
+                part.flush()
+                process.progress(first + len(batch), len(mine), time.perf_counter() - start)
+    process.wait_for_others()
+    if process.is_first:
+        file.gather()
+
+
+def _is_answered(question: Asked, known: Mapping[Any, AnswerLine]) -> bool:
+    """An answer counts for the very text that was asked: another prompt is another question."""
+    answer = known.get((question.line["question_id"], question.image))
+    return answer is not None and answer.get("prompt") == question.text
+
+
+def _answered(question: Asked, text: str) -> AnswerLine:
+    return cast(AnswerLine, {**question.line, "prompt": question.text, "text": text})
+
+
+def _picture(question: Asked, questions: Questions) -> Image | None:
+    from pipeline.encoder import load_image
+
+    if question.image is None:
         return None
-    known = _known(out)
-    records = [known[q["question_id"], q["image"]] for q in asked]
-    _merge(out, known.values())
-    return records
+    try:
+        return load_image(questions.image(question.image))  # upright RGB, as the features were made
+    except (ValueError, OSError) as error:
+        raise ValueError(f"image {question.image} of question {question.line['question_id']}: {error}") from error
 
 
-def _claim(out: Path, mine: Record) -> None:
-    """One file of answers is one model's."""
-    path = out.with_name(f"{out.name}.run.json")
-    if path.exists() and (out.exists() or _parts(out)):
-        theirs = json.loads(path.read_text(encoding="utf-8"))
-        differing = [
-            f"{key}: {theirs.get(key)!r} there, {mine[key]!r} now" for key in mine if theirs.get(key) != mine[key]
-        ]
-        if differing:
-            raise ValueError(
-                f"{out} holds the answers of another run; name another file with --out, or delete it:\n  "
-                + "\n  ".join(differing)
-            )
-    path.write_text(json.dumps(mine, indent=1), encoding="utf-8")
-
-
-def weights_digest(model: str) -> str | None:
-    """A digest of a folder's weights by their sizes, beginnings and ends, wherever it lies; None for a Hub id."""
-    folder = Path(model)
-    if not folder.is_dir():
-        return None
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {size}".encode() + file.read(1 << 20))
-            file.seek(max(0, size - (1 << 20)))
-            digest.update(file.read())
-    return digest.hexdigest()
-
-
-def _parts(out: Path) -> list[Path]:
-    return sorted(out.parent.glob(f"{glob.escape(out.name)}.*-of-*"))
-
-
-def _known(out: Path) -> dict[tuple[Any, Any], Record]:
-    """Every answer so far, whatever process wrote it."""
-    known: dict[tuple[Any, Any], Record] = {}
-    for path in [out, *_parts(out)]:
-        if path.exists():
-            known |= {(r["question_id"], r["image"]): r for r in _read(path)}
-    return known
-
-
-def _read(path: Path) -> list[Record]:
-    """Answers of one file; half a line at its end, left by a crash, is not one."""
-    *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    if last:
-        print(f"note: {path} ends in half a line; that question is asked again", file=sys.stderr)
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-            records.append({**record, "question_id": record["question_id"], "image": record["image"]})
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number} is not an answer ({error}); delete that line, or the file") from error
-    return records
-
-
-def _is_answered(question: Record, known: dict[tuple[Any, Any], Record]) -> bool:
-    record = known.get((question["question_id"], question["image"]))
-    return record is not None and record.get("prompt") == question["text"]
-
-
-def _answer_mine(
-    name: str,
-    questions: list[Record],
-    image_bytes: Callable[[str], bytes],
-    part: Path,
-    batch_size: int,
-    max_new_tokens: int,
-    ranks: Ranks,
-) -> None:
-    model, processor = load_model(name, ranks)
-    _drop_half_line(part)
-    start = time.perf_counter()
-    with part.open("a", encoding="utf-8") as file:
-        for first in range(0, len(questions), batch_size):
-            batch = questions[first : first + batch_size]
-            texts = generate(model, processor, batch, image_bytes, max_new_tokens)
-            for question, text in zip(batch, texts, strict=True):
-                record = {**question, "prompt": question["text"], "text": text}
-                file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
-            _progress(first + len(batch), len(questions), time.perf_counter() - start, ranks)
-
-
-def _drop_half_line(path: Path) -> None:
-    if path.exists():
-        data = path.read_bytes()
-        if data and not data.endswith(b"\n"):
-            path.write_bytes(data[: data.rfind(b"\n") + 1])
-
-
-def load_model(name: str, ranks: Ranks) -> tuple[Any, Any]:
-    """Model and processor of an exported folder or Hub id, on this rank's device, in bf16 on a GPU.
+def load_model(name: str, device: str) -> tuple[CompactVisionForConditionalGeneration, CompactVisionProcessor]:
+    """Model and processor of an exported folder or Hub id, on a device: bfloat16 on a GPU, float32 on the CPU.
 
     Raises:
         ValueError: if there is none.
@@ -171,13 +117,9 @@ def load_model(name: str, ranks: Ranks) -> tuple[Any, Any]:
     from training.model.model import CompactVisionForConditionalGeneration
     from training.model.processor import CompactVisionProcessor
 
-    gpu = torch.cuda.is_available()
-    device = f"cuda:{ranks.local % torch.cuda.device_count()}" if gpu else "cpu"
-    if ranks.world > 1 and not gpu:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks.world))
+    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
     try:
         processor = CompactVisionProcessor.from_pretrained(name)
-        dtype = torch.bfloat16 if gpu else torch.float32
         model = CompactVisionForConditionalGeneration.from_pretrained(name, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         first = str(error).strip().partition("\n")[0]
@@ -187,94 +129,30 @@ def load_model(name: str, ranks: Ranks) -> tuple[Any, Any]:
     return model.to(device).eval(), processor
 
 
-def generate(
-    model: Any, processor: Any, questions: list[Record], image_bytes: Callable[[str], bytes], max_new_tokens: int
+def reply(
+    model: CompactVisionForConditionalGeneration,
+    processor: CompactVisionProcessor,
+    texts: Sequence[str],
+    pictures: Sequence[Image | None],
+    max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers to one batch of questions.
+    """Greedy answers to texts, each with a picture or None, in one batch; each is the same as if it were asked alone.
 
-    Raises:
-        ValueError: if an image cannot be decoded, naming it and its question.
+    The processor pads prompts on the left, with an attention mask of 0 there: all prompts of the batch, (batch, length)
+    token ids, then end at the same place, where `generate` appends. So new tokens begin at `length` in every row.
     """
-    pictures = [None if q["image"] is None else _picture(q, image_bytes) for q in questions]
-    return reply(model, processor, [q["text"] for q in questions], pictures, max_new_tokens)
-
-
-def reply(model: Any, processor: Any, texts: Sequence[str], pictures: Sequence[Any], max_new_tokens: int) -> list[str]:
-    """Greedy answers to texts, each with one PIL picture or None; padded on the left, the same as each by itself."""
     import torch
 
+    from training.text.image import IMAGE
     from training.text.templates import prompt_for
 
     asked = zip(texts, pictures, strict=True)
-    prompts = [prompt_for(text if picture is None else f"<image>\n{text}") for text, picture in asked]
+    prompts = [prompt_for(text if picture is None else f"{IMAGE}\n{text}") for text, picture in asked]
     images = [picture for picture in pictures if picture is not None] or None
     inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True).to(model.device)
-    if "pixel_values" in inputs:
+    if "pixel_values" in inputs:  # (images, 3, side, side); no question of the batch may have one
         inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
     with torch.inference_mode():
         tokens = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    new = tokens[:, inputs["input_ids"].shape[1] :]
+    new = tokens[:, inputs["input_ids"].shape[1] :]  # (batch, new tokens), padded on the right after an answer's end
     return [text.strip() for text in processor.batch_decode(new, skip_special_tokens=True)]
-
-
-def _picture(question: Record, image_bytes: Callable[[str], bytes]) -> Any:
-    from pipeline.encoder import load_image
-
-    try:
-        return load_image(image_bytes(question["image"]))  # upright RGB, as the features were made
-    except (ValueError, OSError) as error:
-        raise ValueError(f"image {question['image']} of question {question['question_id']}: {error}") from error
-
-
-def _progress(done: int, total: int, seconds: float, ranks: Ranks) -> None:
-    rate = done / seconds
-    who = f"process {ranks.rank} of {ranks.world}: " if ranks.world > 1 else ""
-    left = (total - done) / rate
-    print(f"{who}answered {done}/{total}  {rate:.1f} questions/s  ETA {left:.0f} s", file=sys.stderr, flush=True)
-
-
-def _wait_for_others(ranks: Ranks) -> None:
-    """Until every rank has written its last answer; a rank that dies ends the job through its launcher."""
-    from datetime import timedelta
-
-    import torch.distributed
-
-    if not torch.distributed.is_initialized():  # in an ablation, training has done so
-        torch.distributed.init_process_group("gloo", rank=ranks.rank, world_size=ranks.world, timeout=timedelta(days=7))
-    torch.distributed.barrier()
-
-
-def _merge(out: Path, records: Iterable[Record]) -> None:
-    """All answers in `out`, the parts of other processes removed."""
-    parts = _parts(out)
-    if parts:
-        fresh = out.with_name(f"{out.name}.fresh")
-        fresh.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
-        fresh.replace(out)
-        for part in parts:
-            part.unlink()
-
-
-def in_processes(count: int, command: list[str]) -> int:
-    """Run `command` as so many ranks on this machine; the first failure ends all. Returns the exit code."""
-    import socket
-    import subprocess
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks = [
-        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)
-    ]
-    try:
-        while any(process.poll() is None for process in ranks):
-            failed = [process.returncode for process in ranks if process.returncode]
-            if failed:
-                return int(failed[0])
-            time.sleep(0.1)
-        return max((process.returncode for process in ranks), key=abs)
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()

@@ -14,7 +14,9 @@ from typing import Any
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
-from training.answers.answer import Ranks, load_model, reply
+from training.answers.answer import load_model, reply
+from training.answers.processes import AnsweringProcess
+from training.text.image import IMAGE
 
 MANIFEST = ModelManifest(model_id="compact_vision", simple_class_path="training.answers.lmms.CompactVision")
 MAX_NEW_TOKENS = 128  # of a task that does not say
@@ -33,7 +35,7 @@ class CompactVision(lmms):  # type: ignore[misc]
 
     def __init__(self, pretrained: str, batch_size: int | str = 1, **ignored: Any) -> None:
         super().__init__()
-        self._model, self._processor = load_model(pretrained, Ranks(0, 1, 0))
+        self._model, self._processor = load_model(pretrained, AnsweringProcess().device())
         self._batch_size = int(batch_size)
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
@@ -47,7 +49,7 @@ class CompactVision(lmms):  # type: ignore[misc]
             batch = [request.args for request in requests[first : first + self._batch_size]]
             pictures = [self._picture(*arguments[2:6]) for arguments in batch]
             longest = max(settings.get("max_new_tokens", MAX_NEW_TOKENS) for _, settings, *_ in batch)
-            texts = [text.replace("<image>", "").strip() for text, *_ in batch]
+            texts = [text.replace(IMAGE, "").strip() for text, *_ in batch]
             said = reply(self._model, self._processor, texts, pictures, longest)
             answers += [
                 _until(text, settings.get("until")) for text, (_, settings, *_) in zip(said, batch, strict=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from training.chat import Speaker, Talk
+from training.answers.talk import Speaker, Talk, open_image
+from training.text.image import IMAGE
 
 HINT = "--web needs gradio: pip install 'compact-vision-tokens[web]'"
 INTRODUCTION = """\
@@ -96,8 +96,6 @@ def answers(speakers: list[Speaker], path: str | None, text: str, known: list[Ta
     """
     import gradio as gr
 
-    from training.chat import Talk, open_image
-
     if path is None:
         raise gr.Error("Choose an image first.", duration=6)
     try:
@@ -123,7 +121,7 @@ def _shown(talks: list[Talk], text: str, saying: list[str | None]) -> list[list[
         said = [*talk.history, *([(text, growing)] if growing is not None else [])]
         chats.append(
             [
-                {"role": role, "content": words.removeprefix("<image>\n")}
+                {"role": role, "content": words.removeprefix(f"{IMAGE}\n")}
                 for question, answer in said
                 for role, words in (("user", question), ("assistant", answer))
             ]

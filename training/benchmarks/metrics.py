@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 # The VQA evaluation's contractions: each is recognised with any one of its apostrophes left out.
 _CONTRACTED = """
@@ -177,6 +177,24 @@ def mme_total(counts: Counts) -> float:
     return total
 
 
+class ScoreReport(TypedDict):
+    """A score, its 95% bootstrap interval and the number of its units; the score of no unit is None."""
+
+    what: str
+    score: float | None
+    interval: tuple[float, float] | None
+    units: int
+
+
+class PairReport(TypedDict):
+    """One run's score minus another's, with its 95% interval, over the units that both have."""
+
+    difference: float | None
+    interval: tuple[float, float] | None
+    units: int
+    units_that_differ: NotRequired[int]
+
+
 @dataclass(frozen=True)
 class Scored:
     """A score, and what it is made of.
@@ -198,15 +216,15 @@ class Scored:
             counts[stratum][outcome] += 1
         return dict(counts)
 
-    def report(self, seed: int = 0) -> dict[str, Any]:
-        """Score, 95% bootstrap interval and count, for a file of scores; the score of nothing is None."""
+    def report(self, seed: int = 0) -> ScoreReport:
+        """Score, interval and count, for a file of scores."""
         if not self.units:
             return {"what": self.what, "score": None, "interval": None, "units": 0}
         counts = self.counts()
         interval = bootstrap(counts, self.statistic, seed)
         return {"what": self.what, "score": self.statistic(counts), "interval": interval, "units": len(self.units)}
 
-    def against(self, other: Scored, seed: int = 0) -> dict[str, Any]:
+    def against(self, other: Scored, seed: int = 0) -> PairReport:
         """This score minus another run's on the units that both have, resampled in pairs."""
         shared = self.units.keys() & other.units.keys()
         pairs: dict[str, Counter[tuple[Hashable, Hashable]]] = defaultdict(Counter)
@@ -241,12 +259,12 @@ def together(runs: Sequence[Scored]) -> Scored:
 
 def _side(counts: Counts, side: int) -> Counts:
     """One run's outcomes out of counts of pairs."""
-    alone: dict[str, dict[Any, float]] = {}
+    one: dict[str, dict[Any, float]] = {}
     for stratum, of in counts.items():
-        alone[stratum] = defaultdict(float)
+        one[stratum] = defaultdict(float)
         for pair, n in of.items():
-            alone[stratum][pair[side]] += n
-    return alone
+            one[stratum][pair[side]] += n
+    return one
 
 
 def bootstrap(

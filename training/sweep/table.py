@@ -62,41 +62,37 @@ def store_of(stage: Path) -> dict[str, str]:
 
 
 def _scored(config: AblationConfig, folders: Iterable[Path]) -> dict[str, list[Scored]]:
-    """Per benchmark (or `accuracy` of your own questions), what each seed scored."""
+    """Per benchmark, what each seed scored."""
     from training.ablate import open_all
     from training.benchmarks.predictions import read_predictions
-    from training.benchmarks.questions import read_json_lines
-    from training.evaluate import scored
 
-    if config.questions is not None:
-        return {"accuracy": [scored(read_json_lines(folder / "answers.jsonl")) for folder in folders]}
     result = {}
     for benchmark in open_all(config):
-        files = [folder / f"{benchmark.name}.jsonl" for folder in folders]
+        files = [benchmark.answers_in(folder) for folder in folders]
         each = [benchmark.score(read_predictions(file, benchmark).answers) for file in files]
-        result[benchmark.name] = [next(iter(scores.values())) for scores in each]
+        result[benchmark.heading] = [next(iter(scores.values())) for scores in each]
     return result
 
 
 def _score(each: list[Scored], baseline: Scored | None) -> dict[str, Any]:
     mean = together(each)
     report = mean.report()
-    kept = {key: report[key] for key in ("score", "interval", "units")}
+    kept: dict[str, Any] = {"score": report["score"], "interval": report["interval"], "units": report["units"]}
     kept["by_seed"] = [run.report()["score"] for run in each]
     if baseline is not None:
         pair = mean.against(baseline)
-        kept["against_first"] = {key: pair[key] for key in ("difference", "interval")}
+        kept["against_first"] = {"difference": pair["difference"], "interval": pair["interval"]}
     return kept
 
 
 def _averages(scores: dict[str, Any]) -> None:
     """The paper's average of eight benchmarks, and the same without VizWiz, where all of them were run."""
-    from training.benchmarks import AVERAGED
+    from training.benchmarks import paper_average
 
-    if all(scores.get(name, {}).get("score") is not None for name in AVERAGED):
-        without = [name for name in AVERAGED if name != "vizwiz"]
-        for title, names in (("avg", AVERAGED), ("avg-no-vizwiz", without)):
-            scores[title] = {"score": sum(scores[name]["score"] for name in names) / len(names), "interval": None}
+    known = {name: score["score"] for name, score in scores.items()}
+    if paper_average(known).score is not None:
+        for title, without in (("avg", None), ("avg-no-vizwiz", "vizwiz")):
+            scores[title] = {"score": paper_average(known, without).score, "interval": None}
 
 
 def _sizes(folder: Path) -> dict[str, Any]:

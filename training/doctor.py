@@ -27,7 +27,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
 from pipeline.config import ConfigError, load_config
-from training.checkup.preflight import Finding, Level, Ranks, of_run, run_check
+from training.checkup.run import Finding, Level, Ranks, of_run, run_check
 from training.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -51,7 +51,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if failed:
-        sys.exit(f"error: {len(failed)} of {len(plan)} runs failed: {', '.join(str(run.folder) for run in failed)}")
+        folders = ", ".join(str(run.folder) for run in failed)
+        sys.exit(f"error: {len(failed)} of {len(plan)} runs failed: {folders}; look at ablate.log in each")
 
     from training.sweep.runs import do_runs, is_first_rank
 

@@ -58,7 +58,8 @@ class Demo:
         print(f"\b\b\b{self.seconds[name]:6.1f} s", flush=True)
         if code:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
-            sys.exit(f"{tail}\nerror: step {name!r} ended with {code}; its whole output is in {log}")
+            text = f"step {name!r} ended with {code}; its whole output is in {log}"
+            sys.exit(f"{tail}\nerror: {text}; correct what it names, and run the same command again")
         known = {**self._known_seconds(), **self.seconds}
         (self.run / "seconds.json").write_text(json.dumps(known, indent=1), encoding="utf-8")
 
@@ -147,7 +148,7 @@ def main() -> None:
     arguments = parser.parse_args()
     given = [arguments.chat, arguments.instruct, arguments.images, arguments.questions]
     if any(given) and not all(given):
-        parser.error("--chat, --instruct, --images and --questions go together")
+        parser.error("--chat, --instruct, --images and --questions go together; give all four, or none to draw scenes")
     run = arguments.run.resolve()
     folder = run / "data"
     data = {

@@ -63,9 +63,9 @@ class AblationConfig(Settings):
         if bool(self.benchmarks) is bool(self.questions):
             raise ValueError("give either benchmarks (and data) or questions (and images)")
         if self.benchmarks and self.data is None:
-            raise ValueError(f"benchmarks {', '.join(self.benchmarks)} need data, the folder of their official files")
+            raise ValueError(f"benchmarks {', '.join(self.benchmarks)}: add data, the folder of their official files")
         if self.questions and self.images is None:
-            raise ValueError(f"questions {self.questions} need images, the folder that their images are relative to")
+            raise ValueError(f"questions {self.questions}: add images, the folder that their images are relative to")
         slugs = [slug(arm.name) for arm in self.arms]
         twice = sorted({name for name in slugs if slugs.count(name) > 1})
         if twice:

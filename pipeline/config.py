@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -31,9 +31,10 @@ class ConfigError(ValueError):
     """Everything that is wrong with a configuration, one problem a line."""
 
 
-def load_config(kind: type[S], path: str | Path | None, overrides: list[str]) -> S:
-    """Read `path` (YAML, may be None), apply `a.b=value` overrides, and validate all of it.
+def load_config(kind: type[S], path: str | Path | None, overrides: Sequence[str | Mapping[str, Any]]) -> S:
+    """Read `path` (YAML, may be None), apply the overrides in turn, and validate all of it.
 
+    An override is a text `a.b=value`, or settings nested as in the file.
     A top-level key that starts with an underscore is left to other readers of the file.
 
     Raises:
@@ -42,7 +43,12 @@ def load_config(kind: type[S], path: str | Path | None, overrides: list[str]) ->
     tree: dict[str, Any] = {}
     if path is not None:
         tree = _read_yaml(Path(path))
-    problems = [p for p in (_override(tree, text) for text in overrides) if p]
+    problems = []
+    for override in overrides:
+        if isinstance(override, Mapping):
+            tree = _overlaid(tree, override)
+        elif problem := _override(tree, override):
+            problems.append(problem)
     try:
         config = kind.model_validate(tree)
     except ValidationError as error:
@@ -99,6 +105,18 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     except yaml.YAMLError:
         tree[last] = value
     return None
+
+
+def _overlaid(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of `tree` in which `settings` stand; a group of settings replaces only those of the group it names."""
+    result = dict(tree)
+    for key, value in settings.items():
+        below = result.get(key)
+        if isinstance(value, Mapping):
+            result[key] = _overlaid(below if isinstance(below, Mapping) else {}, value)
+        else:
+            result[key] = value
+    return result
 
 
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.config import BuildConfig, load_config
-from training.ablate import AblationConfig
 from training.config import TrainConfig
+from training.sweep.plan import AblationConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ("README.md", "infra/README.md")

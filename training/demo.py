@@ -23,8 +23,6 @@ if __name__ == "__main__":
 from training.toy.settings import BLOCKS, DRAW, FINETUNE, GENERATE, PRETRAIN
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
 PER_STAGE = ("loss_first", "loss_last", "steps", "data_wait")  # of the summary: one figure for each of the two stages
 
 
@@ -60,7 +58,8 @@ class Demo:
         print(f"\b\b\b{self.seconds[name]:6.1f} s", flush=True)
         if code:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
-            sys.exit(f"{tail}\nerror: step {name!r} ended with {code}; its whole output is in {log}")
+            text = f"step {name!r} ended with {code}; its whole output is in {log}"
+            sys.exit(f"{tail}\nerror: {text}; correct what it names, and run the same command again")
         known = {**self._known_seconds(), **self.seconds}
         (self.run / "seconds.json").write_text(json.dumps(known, indent=1), encoding="utf-8")
 
@@ -74,7 +73,7 @@ class Demo:
         if self.drawn:
             draw = [*self.python, "pipeline/demo_data.py", str(run / "data"), *DRAW]
             self.step("draw scenes", draw, done=run / "data" / "heldout.jsonl")
-        make = [*self.python, "training/toy/models.py", str(models)]
+        make = [*self.python, "-m", "training.toy.models", str(models)]
         make += ["--captions", self.data["chat"], "--talk", self.data["instruct"], "--images", self.data["images"]]
         self.step("make tiny models", make, done=models / "done")
         for stage, source in (("pretrain", "chat"), ("finetune", "instruct")):
@@ -102,7 +101,7 @@ class Demo:
 
     def _evaluate(self, out: str, name: str, extra: list[str]) -> None:
         command = [*self.python, "training/evaluate.py", f"{self.run}/finetune/model", *GENERATE, *extra]
-        command += ["--questions", self.data["questions"], "--images", self.data["question_images"]]
+        command += ["--questions", self.data["questions"], "--images", self.data["images"]]
         command += ["--out", f"{self.run}/{out}.jsonl"]
         self.step(name, command, done=self.run / f"{out}.scores.json")
 
@@ -149,7 +148,7 @@ def main() -> None:
     arguments = parser.parse_args()
     given = [arguments.chat, arguments.instruct, arguments.images, arguments.questions]
     if any(given) and not all(given):
-        parser.error("--chat, --instruct, --images and --questions go together")
+        parser.error("--chat, --instruct, --images and --questions go together; give all four, or none to draw scenes")
     run = arguments.run.resolve()
     folder = run / "data"
     data = {
@@ -157,14 +156,13 @@ def main() -> None:
         "instruct": str(arguments.instruct or folder / "instruct.json"),
         "images": str(arguments.images or folder / "images"),
         "questions": str(arguments.questions or folder / "heldout.jsonl"),
-        "question_images": str(arguments.images or folder / "images"),
     }
     demo = Demo(run, data, drawn=not any(given))
     print(f"the main job, in {arguments.run}:")
     demo.all_steps()
     summary = demo.summary()
     (run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
-    demo.step("report", [*demo.python, "training/report.py", str(run), "--images", data["question_images"]])
+    demo.step("report", [*demo.python, "training/report.py", str(run), "--images", data["images"]])
     print(_table(summary, arguments.run))
 
 

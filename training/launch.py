@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     try:
         if not arguments.training:
-            raise ValueError("no training file; for example: training/launch.py training/finetune.yaml run=runs/one")
+            raise ValueError("no training file is named; say training/launch.py training/finetune.yaml run=runs/one")
         place = find_place(os.environ, arguments.hosts, arguments.node_rank)
         command = composer_command(place, arguments.nproc or place.processes or count_gpus() or 1, arguments.training)
     except ValueError as error:
@@ -80,7 +80,10 @@ def find_place(environment: Mapping[str, str], hosts: str | None = None, node_ra
     else:
         place = Place("one machine", 1, 0, "127.0.0.1")
     if not 0 <= place.rank < place.nodes:
-        raise ValueError(f"{place.scheduler}: node rank {place.rank} is not one of {place.nodes} nodes (0, 1, ...)")
+        raise ValueError(
+            f"{place.scheduler}: node rank {place.rank} is not one of {place.nodes} nodes (0, 1, ...); give each node "
+            "another one of these"
+        )
     leader = environment.get("MASTER_ADDR", place.leader)
     port = _number(environment, "MASTER_PORT", str(place.port))
     return Place(place.scheduler, place.nodes, place.rank, leader, port, place.processes)
@@ -89,7 +92,7 @@ def find_place(environment: Mapping[str, str], hosts: str | None = None, node_ra
 def _hosts(hosts: str, node_rank: int | None) -> Place:
     names = [name.strip() for name in hosts.split(",") if name.strip()]
     if not names:
-        raise ValueError(f"--hosts {hosts!r} names no host")
+        raise ValueError(f"--hosts {hosts!r} names no host; say --hosts host0,host1")
     if node_rank is None:
         here = [rank for rank, name in enumerate(names) if _is_here(name)]
         if len(here) != 1:
@@ -190,7 +193,9 @@ def composer_command(place: Place, processes: int, training: Sequence[str]) -> l
     if not launcher.is_file():
         raise ValueError(f"{launcher} is not there; run this with the Python of the project's environment")
     if not Path(training[0]).is_file():
-        raise ValueError(f"{training[0]!r} is not a file (current folder: {Path.cwd()})")
+        raise ValueError(
+            f"{training[0]!r} is not a file (current folder: {Path.cwd()}); name one, e.g. training/finetune.yaml"
+        )
     if processes < 1:
         raise ValueError(f"--nproc {processes}: at least one process per node is needed")
     command = [sys.executable, str(launcher), "-n", str(processes)]

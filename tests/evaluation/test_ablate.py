@@ -1,16 +1,18 @@
 """Ablations: every file is a whole one, arms differ in their connector alone, tables are made from files."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
 from pipeline.config import ConfigError, load_config
 from training import ablate
-from training.ablate import AblationConfig, runs, stage_config
 from training.benchmarks import AVERAGED
 from training.benchmarks.metrics import Scored, together
 from training.model.reducers import connector_config
+from training.release.table import EncodingCost, Row, Score, Table
+from training.sweep.plan import STAGES, AblationConfig, Run, part_of, plan_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "training" / "ablations").glob("*.yaml"))
@@ -28,8 +30,8 @@ def read(path: Path, *settings: str) -> AblationConfig:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_arms_differ_in_their_connector_and_folder_alone(path: Path) -> None:
     config = read(path)
-    for stage in ablate.STAGES:
-        first, *others = [stage_config(config, run, stage).model_dump() for run in runs(config) if run.seed == 0]
+    for stage in STAGES:
+        first, *others = [run.stages[stage].model_dump() for run in plan_runs(config) if run.seed == 0]
         assert first["data"]["seed"] == first["seed"] == 0
         for other in others:
             assert other.pop("run") != first["run"]
@@ -57,17 +59,30 @@ def test_mistakes_are_named_before_anything_is_trained(tmp_path: Path, monkeypat
         read(FILES[0], "benchmarks=[gqa]", "data=x", "questions=q.jsonl", "images=i")
     config = read(ROOT / "training" / "ablations" / "table3.yaml", "pretrain.settings.optimiser.lr=1")
     with pytest.raises(ConfigError, match="did you mean 'optimizer'"):
-        stage_config(config, next(runs(config)), "pretrain")
+        plan_runs(config)
     monkeypatch.setattr("sys.argv", ["ablate.py", "training/ablations/table3.yaml", "--part", "8/8"])
     with pytest.raises(SystemExit, match="--part '8/8' is not I/N"):
         ablate.main()
 
 
+def test_a_stages_settings_replace_single_ones_of_its_file_and_the_arms_come_last() -> None:
+    lora = ["finetune.settings.model.lora={rank: 2}", "finetune.settings.parallelism=zero2"]
+    config = read(ROOT / "training" / "ablations" / "table3.yaml", *lora)
+    run = plan_runs(config)[2]
+    stage = run.stages["finetune"]
+    assert stage.model.connector.arm == run.arm.connector["arm"] == "stf"
+    assert stage.model.connector_from == "runs/table3/stf/seed0/pretrain/connector"
+    assert stage.model.lora is not None
+    assert stage.model.lora.rank == 2
+    assert (stage.data.store, stage.data.template) == ("stores/instruct158k", "v1")  # the second is its file's
+    assert config.finetune.settings["data"] == {"store": "stores/instruct158k"}
+
+
 def test_parts_are_disjoint_and_whole() -> None:
-    plan = list(range(14))
-    parts = [plan[ablate._part(f"{i}/4")] for i in range(4)]
-    assert sorted(run for part in parts for run in part) == plan
-    assert plan[ablate._part(None)] == plan
+    plan: list[Run] = plan_runs(read(ROOT / "training" / "ablations" / "table4.yaml"))
+    parts = [part_of(plan, f"{i}/4") for i in range(4)]
+    assert sorted(run.folder for part in parts for run in part) == sorted(run.folder for run in plan)
+    assert part_of(plan, None) == plan
 
 
 def test_the_mean_over_seeds_pairs_the_questions() -> None:
@@ -83,26 +98,41 @@ def test_the_mean_over_seeds_pairs_the_questions() -> None:
     assert both.against(worse)["difference"] == pytest.approx(12.5)
 
 
+ROW = {
+    "arm": "STF",
+    "runs": ["stf/seed0", "stf/seed1"],
+    "tokens": 144,
+    "columns": 1,
+    "parameters": 151019520,
+    "prefill_flops": 1875961000000,
+    "total_flops": 3000000000000,
+    "loss_pretrain": 2.0,
+    "loss_finetune": 1.0,
+    "scores": {"gqa": {"score": 61.25, "interval": [60.0, 62.5], "units": 9, "by_seed": [60.0, 62.5]}},
+    "seconds_train": 99.6,
+    "seconds_answer": 3.0,
+    "data_wait": 0.01,
+    "published": {"tflops": 1.9, "gqa": 61.8, "avg": 65.6},
+}
+
+
 def test_a_table_in_words() -> None:
     from training.sweep.table import as_text
 
-    score = {"score": 61.25, "interval": [60.0, 62.5], "units": 9, "by_seed": [60, 62.5]}
-    row = {
-        "arm": "STF",
-        "tokens": 144,
-        "parameters": 151019520,
-        "prefill_flops": 1.875961e12,
-        "total_flops": 3e12,
-        "loss_pretrain": 2.0,
-        "loss_finetune": 1.0,
-        "scores": {"gqa": score},
-        "seconds_train": 99.6,
-        "published": {"tflops": 1.9, "gqa": 61.8, "avg": 65.6},
-    }
-    encoding = {"images": 10, "once": 5.0, "again": 20.0, "train": 10.0, "cached_total": 15.0, "uncached_total": 30.0}
-    text = as_text({"title": "T", "seeds": [0, 1], "rows": [row], "encoding": encoding})
+    cost = EncodingCost(images=10, once=5.0, again=20.0, train=10.0, cached_total=15.0, uncached_total=30.0)
+    row = Row.model_validate(ROW)
+    text = as_text(Table(title="T", seeds=(0, 1), patches=576, rows=(row,), encoding=cost, stores=()))
     assert (
         "| STF | 144 | 151,019,520 | 1.876 | 3 | 2.000 | 1.000 | 61.2 [60.0, 62.5] | 100 | 1.9 | 61.8 | 65.6 |" in text
     )
     assert "15 s against 30 s in all, 2.00 times as long" in text
-    assert json.loads(json.dumps(row))["tokens"] == 144
+
+
+def test_a_table_comes_back_from_its_file_and_so_does_one_of_an_older_version(tmp_path: Path) -> None:
+    older = {"title": "T", "seeds": [0], "patches": 576, "rows": [ROW], "encoding": None, "stores": []}
+    (tmp_path / "table.json").write_text(json.dumps(older))
+    table = Table.read(tmp_path)
+    assert (table.text_tokens, table.last_steps) == (64, 20)
+    diverged = table.rows[0].model_copy(update={"loss_finetune": math.inf, "scores": {"gqa": Score(score=None)}})
+    table.model_copy(update={"rows": (diverged,)}).write(tmp_path)
+    assert Table.read(tmp_path).rows == (diverged,)

@@ -13,6 +13,10 @@ import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from training import doctor
+from training.checkup import machine
+from training.checkup.examine import together
+from training.checkup.finding import Finding
+from training.checkup.machine import lacks_kernels, versions
 from training.config import TrainConfig
 from training.cost.memory import ModelShape, activations
 from training.engines import engine_of
@@ -162,7 +166,7 @@ def run_doctor(
     patience_s: int,
 ) -> None:
     become_rank(rank, 2, port, output)
-    doctor.WAIT_S = patience_s
+    machine.WAIT_S = patience_s
     sys.argv = ["doctor.py", *arguments]
     sys.exit(doctor.main())
 
@@ -192,7 +196,7 @@ def test_two_ranks_sum_over_their_link(
 def test_a_rank_that_does_not_come_is_missed(
     monkeypatch: pytest.MonkeyPatch, examine: Callable, free_port: Callable[[], int]
 ) -> None:
-    monkeypatch.setattr(doctor, "WAIT_S", 2)  # nobody comes, however long it waits
+    monkeypatch.setattr(machine, "WAIT_S", 2)  # nobody comes, however long it waits
     launcher = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
     for name, value in launcher.items():
         monkeypatch.setenv(name, str(value))
@@ -202,10 +206,10 @@ def test_a_rank_that_does_not_come_is_missed(
 
 
 def test_a_failure_on_another_rank_is_told_and_equal_lines_once() -> None:
-    same = doctor.Finding("ok", "shared memory", "8 GB")
-    mine, theirs = doctor.Finding("ok", "versions", "torch 2.7.0"), doctor.Finding("ok", "versions", "torch 2.6.0")
-    broken = doctor.Finding("fail", "gpus", "none found")
-    merged = doctor.together([[mine, same], [theirs, same, broken]])
+    same = Finding("ok", "shared memory", "8 GB")
+    mine, theirs = Finding("ok", "versions", "torch 2.7.0"), Finding("ok", "versions", "torch 2.6.0")
+    broken = Finding("fail", "gpus", "none found")
+    merged = together([[mine, same], [theirs, same, broken]])
     assert [(f.level, f.check, f.text) for f in merged[2:]] == [
         ("fail", "versions", "rank 1 differs from rank 0: torch 2.6.0"),
         ("fail", "gpus", "rank 1: none found"),
@@ -229,19 +233,19 @@ def test_a_failure_on_another_rank_is_told_and_equal_lines_once() -> None:
 def test_a_gpu_that_torch_has_no_kernels_for_is_found(
     capability: tuple[int, int], built_for: list[str], missing: str
 ) -> None:
-    assert doctor.lacks_kernels(capability, built_for) == missing
+    assert lacks_kernels(capability, built_for) == missing
 
 
 def test_the_newest_torch_that_is_locked_is_not_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
     newest = (Path(__file__).resolve().parents[2] / "infra" / "newest.txt").read_text()
     (version,) = [line.partition("==")[2] for line in newest.splitlines() if line.startswith("torch==")]
-    real = doctor.importlib.metadata.version
+    real = machine.importlib.metadata.version
     for torch, level in ((version, "ok"), ("2.11.0+cu130", "ok"), ("2.6.0", "warn"), ("99.0", "warn")):
         monkeypatch.setattr(
-            doctor.importlib.metadata, "version", lambda name, torch=torch: torch if name == "torch" else real(name)
+            machine.importlib.metadata, "version", lambda name, torch=torch: torch if name == "torch" else real(name)
         )
-        assert level in {finding.level for finding in doctor.versions()}
-        assert ("warn" in {finding.level for finding in doctor.versions()}) is (level == "warn")
+        assert level in {finding.level for finding in versions()}
+        assert ("warn" in {finding.level for finding in versions()}) is (level == "warn")
 
 
 SHAPE = ModelShape(learning=1000, frozen=500, layer=100, layers=10, hidden=8, mlp=16, vocabulary=100)

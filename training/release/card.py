@@ -12,13 +12,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.release.records import LAST, final_loss, read_log
+
 if TYPE_CHECKING:
     import torch
 
     from pipeline.schema import StoreSpec
     from training.model.model import CompactVisionForConditionalGeneration
-
-LAST = 10  # steps that the loss at the end is a mean of
 
 USE = """\
 ```python
@@ -121,14 +121,13 @@ def _training(run: Path | None) -> list[str]:
     before = settings["model"].get("connector_from")
     earlier = _training(Path(before).parent) if before else []
     rows = {key: f"`{value}`" for key, value in _flat(settings).items() if key not in ("run", "data.cache_dir")}
-    log = run / "log.jsonl"
-    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    lines = read_log(run) if (run / "log.jsonl").is_file() else []
     text = f"## Trained: {', '.join(settings['train'])}\n\n"
     if lines:
-        last = [line["loss"] for line in lines[-LAST:]]
         text += (
             f"{lines[-1]['step']:,.0f} steps in {sum(line['step_s'] for line in lines):,.0f} s; loss "
-            f"{lines[0]['loss']:.4f} at the first step, {sum(last) / len(last):.4f} over the last {len(last)}.\n\n"
+            f"{lines[0]['loss']:.4f} at the first step, {final_loss(lines):.4f} over the last "
+            f"{min(LAST, len(lines))}.\n\n"
         )
     return [*earlier, text + "<details><summary>Settings</summary>\n\n" + _table(rows) + "\n\n</details>"]
 

@@ -1,1 +1,1 @@
-"""Arms x seeds: the runs of an ablation and its table."""
+"""Arms x seeds: what is asked for, the runs of an ablation, here or on Ray, and its table."""

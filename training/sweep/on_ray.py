@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 
 from pipeline.cluster import connect
-from training.ablate import Run
+from training.sweep.plan import Run
 
 LOG = "ablate.log"  # in the folder of a run: what its process says
 OBJECT_STORE = 100_000_000  # bytes of a local cluster; nothing goes through it
@@ -39,8 +39,10 @@ def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None) -> lis
         gpus = int(total.get("GPU", 0) > 0) if gpus is None else gpus
         at_once = int(total.get("GPU", 0) // gpus if gpus else total.get("CPU", 0))
         if at_once < 1:
-            raise ValueError(f"no run of {gpus} GPUs fits the cluster, which has {total.get('GPU', 0):g} GPUs")
-        waiting = [number for number, run in enumerate(plan) if not (run.folder / "done.json").exists()]
+            raise ValueError(
+                f"no run of {gpus} GPUs fits the cluster, which has {total.get('GPU', 0):g}; give --gpus another number"
+            )
+        waiting = [number for number, run in enumerate(plan) if not run.done.exists()]
         print(f"{len(waiting)} of {len(plan)} runs to do, up to {at_once} at once, of {gpus} GPUs each", flush=True)
         return _follow(command, plan, waiting, gpus)
     finally:
@@ -48,7 +50,10 @@ def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None) -> lis
 
 
 def _follow(command: Sequence[str], plan: Sequence[Run], waiting: Sequence[int], gpus: int) -> list[Run]:
-    """Start what is waiting, say what has ended; the runs that failed."""
+    """Start what is waiting, say what has ended; the runs that failed.
+
+    Ray starts a task when its GPUs are free, so all are handed over at once; `waiting` are numbers in `plan`.
+    """
     task = ray.remote(num_gpus=gpus, num_cpus=max(1, gpus), max_retries=3)(_one_part)
     running = {}
     for number in waiting:

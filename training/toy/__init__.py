@@ -1,1 +1,1 @@
-"""The demo's models and sizes."""
+"""The demo's tiny models, and the settings that fit them."""

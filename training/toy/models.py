@@ -1,5 +1,6 @@
-#!/usr/bin/env python
 """Make the demo's tiny but real models from LLaVA-format data, each trained for a moment as its great sibling was.
+
+    python -m training.toy.models OUT --captions chat.json --talk instruct.json --images DIR
 
 OUT/llm     a LlamaForCausalLM with a SentencePiece tokenizer. It reads before it ever sees: captions, and
             conversations with the caption where the image will stand.
@@ -13,13 +14,9 @@ import argparse
 import io
 import json
 import random
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class Training(TypedDict):
-    """How long and how fast."""
+    """How long and how fast: optimizer steps, examples in each, and the peak learning rate."""
 
     steps: int
     batch: int
@@ -58,11 +55,11 @@ LLAMA = {
 }
 TEXT_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 VOCABULARY = 480
-READING: Training = {"steps": 300, "batch": 16, "lr": 3e-3}
-SEEING: Training = {"steps": 200, "batch": 64, "lr": 1e-3}
-WARMUP = 20
-MAX_LENGTH = 512
-MAX_CAPTION = 77  # CLIP's own limit
+LLM_TRAINING: Training = {"steps": 300, "batch": 16, "lr": 3e-3}
+CLIP_TRAINING: Training = {"steps": 200, "batch": 64, "lr": 1e-3}
+WARMUP = 20  # steps in which the learning rate climbs
+MAX_LENGTH = 512  # tokens of an example for the language model
+MAX_CAPTION = 77  # tokens, CLIP's limit
 
 
 def main() -> None:
@@ -74,11 +71,19 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="the folder that the captions' images are in")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    make(arguments.out, arguments.captions, arguments.talk, arguments.images, arguments.seed)
+    make_models(arguments.out, arguments.captions, arguments.talk, arguments.images, arguments.seed)
 
 
-def make(out: Path, captions: Path, talk: Path, images: Path, seed: int) -> None:
-    """Write both models; the file `done` says that they are complete."""
+def make_models(out: Path, captions: Path, talk: Path, images: Path, seed: int) -> None:
+    """Write both models into folders of `out`; the file `done` says that they are complete.
+
+    Args:
+        out: folder for `llm/` and `clip/`.
+        captions: LLaVA JSON of one caption per image.
+        talk: LLaVA JSON of conversations about these images.
+        images: the folder that image names are relative to.
+        seed: of initial weights and of the order of examples.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -93,9 +98,9 @@ def make(out: Path, captions: Path, talk: Path, images: Path, seed: int) -> None
     tokenizer.save(out / "llm")
     special = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     llm = LlamaForCausalLM(LlamaConfig(**LLAMA, vocab_size=tokenizer.vocab_size, **special))
-    read(llm, reading_matter(caption_of, conversations, tokenizer), tokenizer.pad_id, seed)
+    train_llm(llm, reading_matter(caption_of, conversations, tokenizer), tokenizer.pad_id, seed)
     llm.save_pretrained(out / "llm")
-    see(caption_of, images, tokenizer, seed).save_pretrained(out / "clip")
+    train_vision_tower(caption_of, images, tokenizer, seed).save_pretrained(out / "clip")
     (out / "done").touch()
 
 
@@ -152,7 +157,7 @@ def reading_matter(
     return [example for example in matter if any(label != IGNORE for label in example.labels)]
 
 
-def read(llm: LlamaForCausalLM, matter: list[Labelled], pad_id: int, seed: int) -> None:
+def train_llm(llm: LlamaForCausalLM, matter: list[Labelled], pad_id: int, seed: int) -> None:
     """Ordinary language modelling: the answers, given what stands before them."""
     from training.text.collate import pad
 
@@ -160,11 +165,11 @@ def read(llm: LlamaForCausalLM, matter: list[Labelled], pad_id: int, seed: int) 
         result: Tensor = llm(**pad([matter[i] for i in chosen], pad_id)).loss
         return result
 
-    _train("read", llm, loss, len(matter), READING, seed)
+    _train("llm", llm, loss, len(matter), LLM_TRAINING, seed)
 
 
-def see(captions: dict[str, str], images: Path, tokenizer: Tokenizer, seed: int) -> CLIPVisionModel:
-    """A vision tower that tells the images apart by what their captions say."""
+def train_vision_tower(captions: dict[str, str], images: Path, tokenizer: Tokenizer, seed: int) -> CLIPVisionModel:
+    """A vision tower that tells the images apart by what their captions say: CLIP's contrastive loss."""
     import torch
     from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
@@ -187,7 +192,7 @@ def see(captions: dict[str, str], images: Path, tokenizer: Tokenizer, seed: int)
         result: Tensor = both(input_ids=ids[chosen], pixel_values=pixels[chosen], return_loss=True).loss
         return result
 
-    _train("see", both, loss, len(texts), SEEING, seed)
+    _train("clip", both, loss, len(texts), CLIP_TRAINING, seed)
     tower = CLIPVisionModel(both.config.vision_config)
     tower.load_state_dict(both.vision_model.state_dict())
     return tower
@@ -196,7 +201,13 @@ def see(captions: dict[str, str], images: Path, tokenizer: Tokenizer, seed: int)
 def _train(
     name: str, model: PreTrainedModel, loss_of: Callable[[list[int]], Tensor], examples: int, how: Training, seed: int
 ) -> None:
-    """Adam with a short warm-up, down to 0 linearly; every epoch in an order of its own."""
+    """Adam with a short warm-up, then down to 0 linearly; every epoch is shuffled anew.
+
+    Args:
+        name: of the model, in the lines of progress.
+        loss_of: the loss of the examples with these numbers.
+        examples: how many there are.
+    """
     import torch
 
     steps, batch = how["steps"], min(how["batch"], examples)

@@ -1,4 +1,4 @@
-"""The sizes of the demo: what `training/demo.py` passes to the real commands. Chosen for two CPU cores."""
+"""What `training/demo.py` passes to the real commands: sizes and settings for two CPU cores."""
 
 BLOCKS = (1, 2, 3, 4, 5, 6, 7, 8)  # every block of the tiny CLIP
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from training.checkup.finding import Finding, Level, ThisRank, run_check
 from training.config import TrainConfig
 from training.cost.memory import CHECKPOINT, ModelShape, activations
 from training.engines import engine_of
@@ -18,41 +18,8 @@ if TYPE_CHECKING:
     from pipeline.schema import StoreSpec
     from training.model.model import CompactVisionForConditionalGeneration
 
-Level = Literal["ok", "warn", "fail"]
 
-
-@dataclass(frozen=True)
-class Finding:
-    """One line of the report."""
-
-    level: Level
-    check: str
-    text: str
-
-
-Check = Callable[[], Iterator[Finding]]
-
-
-@dataclass(frozen=True)
-class Launch:
-    """Who we are among the processes that the launcher started; `planned` is what the arithmetic is done for."""
-
-    rank: int
-    size: int
-    local_rank: int
-    local_size: int
-    planned: int
-
-
-def run_check(name: str, check: Check) -> list[Finding]:
-    """The findings of a check; one that breaks off has failed."""
-    try:
-        return list(check())
-    except (ValueError, OSError, RuntimeError) as error:
-        return [Finding("fail", name, str(error))]
-
-
-def of_run(config: TrainConfig, ranks: Launch) -> list[Finding]:
+def of_run(config: TrainConfig, ranks: ThisRank) -> list[Finding]:
     """Whether store, model, memory and disk fit what the configuration asks for."""
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
@@ -102,7 +69,7 @@ def model_fits(
     yield Finding("ok", "model", f"{text}; {model.connector.tokens} vision tokens per image")
 
 
-def batch(config: TrainConfig, model: CompactVisionForConditionalGeneration, ranks: Launch) -> Iterator[Finding]:
+def batch(config: TrainConfig, model: CompactVisionForConditionalGeneration, ranks: ThisRank) -> Iterator[Finding]:
     """How the global batch falls on ranks and microbatches, and how many steps there are."""
     from training.fit.parts import open_stream
 
@@ -165,7 +132,7 @@ def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForCondit
 
 
 def memory(
-    config: TrainConfig, shape: ModelShape, model: CompactVisionForConditionalGeneration, ranks: Launch
+    config: TrainConfig, shape: ModelShape, model: CompactVisionForConditionalGeneration, ranks: ThisRank
 ) -> Iterator[Finding]:
     """What a rank needs against what its device, or its share of the host, has."""
     import torch

@@ -1,0 +1,149 @@
+"""Pages are made of files: an ablation's, also of an older version, and a run's; nothing beside them is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from pipeline.manifest import create_or_check
+from pipeline.schema import Column, EncoderSpec, StoreSpec
+from pipeline.storage import Storage
+from training.pages.ablation import ablation_page
+from training.pages.charts import bars, loss_chart, score_plot
+from training.pages.run import run_page
+from training.release.table import Row
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = ("pretrain", "finetune")
+STORE = StoreSpec(
+    dataset="d" * 64,
+    samples=9,
+    shards=1,
+    shard_size=9,
+    seed=0,
+    encoder=EncoderSpec(id="clip", revision="r1", blocks=4, width=8, image_size=8, patch_size=2),
+    aspect="pad",
+    compute="float32",
+    codec="bf16",
+    columns=(Column(name="block03", tokens=16, width=8),),
+)
+
+
+def row(arm: str, score: float) -> dict[str, object]:
+    """One arm with one seed, as `table.json` of an older version keeps it."""
+    scored = {"score": score, "interval": [score - 5, score + 5], "units": 2, "by_seed": [score]}
+    return {
+        "arm": arm,
+        "runs": [f"{arm.lower()}/seed0"],
+        "tokens": 4,
+        "columns": 1,
+        "parameters": 1000,
+        "prefill_flops": 1_000_000,
+        "total_flops": 3_000_000,
+        "loss_pretrain": 2.0,
+        "loss_finetune": 1.0,
+        "seconds_train": 30.0,
+        "seconds_answer": 30.0,
+        "data_wait": 0.01,
+        "scores": {"accuracy": scored},
+        "published": {"tflops": 1.9},
+    }
+
+
+def write_log(stage: Path) -> None:
+    stage.mkdir(parents=True)
+    lines = [{"step": n, "loss": 4.0 - n, "samples_per_s": 10.0, "data_wait": 0.1, "step_s": 1.0} for n in (1, 2)]
+    (stage / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
+
+
+def write_answers(path: Path, texts: list[str]) -> None:
+    lines = [
+        {"question_id": n, "image": "red.png", "prompt": "What <color>?\nOne word.", "text": text, "answer": "red"}
+        for n, text in enumerate(texts)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "red.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def ablation(tmp_path: Path) -> Path:
+    """The files of two arms that differ on the second of two questions."""
+    folder = tmp_path / "ablation"
+    for arm, second in (("STF", "red"), ("MLP", "blue")):
+        for stage in STAGES:
+            write_log(folder / arm.lower() / "seed0" / stage)
+        write_answers(folder / arm.lower() / "seed0" / "answers.jsonl", ["Red.", second])
+    table = {
+        "title": "Two arms",
+        "seeds": [0],
+        "patches": 16,
+        "rows": [row("STF", 100.0), row("MLP", 50.0)],
+        "encoding": {"images": 9, "once": 1.0, "again": 4.0, "train": 3.0, "cached_total": 4.0, "uncached_total": 7.0},
+        "stores": [{"name": "runs/store", "text": "9 images"}],
+    }
+    (folder / "table.json").write_text(json.dumps(table))
+    return folder
+
+
+def test_an_ablations_page_holds_its_table_and_the_questions_on_which_arms_differ(ablation: Path, images: Path) -> None:
+    page = ablation_page(ablation, images)
+    assert "What &lt;color&gt;?" in page
+    assert page.count("data:image/jpeg;base64,") == 1
+    assert "1.75 x" in page
+    assert "mean of the last 20 steps" in page
+    assert "64 text tokens" in page
+    assert "data:image" not in ablation_page(ablation, None)
+
+
+def test_a_plots_axis_has_round_numbers_around_every_interval() -> None:
+    plot = score_plot([Row.model_validate(row(arm, score)) for arm, score in (("A", 61.0), ("B", 48.5))], "accuracy")
+    assert [tick.label for tick in plot.ticks] == [40, 45, 50, 55, 60, 65, 70]
+    first, last = plot.ticks[0].at, plot.ticks[-1].at
+    assert all(first <= mark.low < mark.x < mark.high <= last for mark in plot.marks)
+
+
+def test_bars_are_percent_of_the_longest_and_curves_rise_with_the_loss() -> None:
+    assert [bar.percent for bar in bars({"a": [1.0, 1.0], "b": [4.0]})] == [[25.0, 25.0], [100.0]]
+    (line,) = loss_chart({"loss": ([1, 2], [4.0, 2.0])}).lines
+    heights = [float(point.partition(",")[2]) for point in line.raw.split()]
+    assert heights[0] < heights[1]  # SVG counts from the top
+
+
+def test_a_runs_page_says_who_was_right_and_what_it_was_trained_on(tmp_path: Path, images: Path) -> None:
+    run = tmp_path / "run"
+    for stage in STAGES:
+        write_log(run / stage)
+        store = tmp_path / f"{stage}-store"
+        create_or_check(Storage(str(store)), STORE)
+        (run / stage / "config.json").write_text(json.dumps({"data": {"store": str(store)}}))
+    write_answers(run / "answers.jsonl", ["red", "blue"])
+    summary = {
+        "accuracy": 0.5,
+        "accuracy_shuffled_images": None,
+        "questions": 2,
+        "categories": {},
+        "vision_tokens_in": 16,
+        "vision_tokens_out": 4,
+        "loss_first": dict.fromkeys(STAGES, 3.0),
+        "loss_last": dict.fromkeys(STAGES, 2.0),
+        "data_wait": dict.fromkeys(STAGES, 0.1),
+        "store_images": 9,
+        "store_bytes": 1000,
+        "seconds": {"stage 1": 1.0, "stage 2": 2.0},
+    }
+    (run / "summary.json").write_text(json.dumps(summary))
+    page = run_page(run, images)
+    assert [match[1] for match in re.finditer(r'<div class="(right|wrong)">', page)] == ["right", "wrong"]
+    assert "loss 3.000 &rarr; 2.500, 2 steps" in page  # the unfinished third line is none
+    assert page.count("9 images, data dddddddddddddddd") == 2
+    assert f"Run <b>{run.name}</b>" in page

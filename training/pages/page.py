@@ -1,0 +1,66 @@
+"""What every page needs: its template filled in, the packages it was made with, images inside, and who was right."""
+
+from __future__ import annotations
+
+import base64
+import importlib.metadata
+import io
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+EXAMPLES = 12  # questions that a page shows, unless it is told otherwise
+TITLES = {"pretrain": "Stage 1", "finetune": "Stage 2"}  # of the stages, by their folders
+PACKAGES = ("torch", "mosaicml", "ray", "transformers", "webdataset", "pyarrow")
+
+
+def filled(template: str, parts: Mapping[str, Any]) -> str:
+    """A page as one string of HTML that needs nothing beside itself."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+
+    templates = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=select_autoescape(["html"]),
+        undefined=StrictUndefined,  # a name that a template gets wrong is an error, not an empty cell
+    )
+    page: str = templates.get_template(template).render(environment=_environment(), **parts)
+    return page
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "cores": str(os.cpu_count()),
+        "machine": platform.machine(),
+        **{name: importlib.metadata.version(name) for name in PACKAGES},
+    }
+
+
+def picture(path: Path, side: int = 320) -> str:
+    """An image as a `data:` address, at most `side` pixels wide and high."""
+    from PIL import Image
+
+    image = Image.open(path).convert("RGB")
+    if max(image.size) > side:
+        image.thumbnail((side, side))
+    buffer = io.BytesIO()
+    image.save(buffer, format="JPEG", quality=88)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def shown(answer: Mapping[str, Any], images: Path) -> dict[str, Any]:
+    """What a page shows of a question: its image, its first line, and the truth where it is known."""
+    return {
+        "image": picture(images / answer["image"]),
+        "question": answer["prompt"].partition("\n")[0],
+        "truth": answer.get("answer"),
+    }
+
+
+def is_right(answer: Mapping[str, Any]) -> bool:
+    """Whether an answer is the truth, which has to be known."""
+    from training.benchmarks.own import normalise
+
+    return "answer" in answer and normalise(answer["text"]) == normalise(str(answer["answer"]))

@@ -1,0 +1,60 @@
+"""The page of one run of the main job: what it learned, what it answers, where the time went."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import median_high
+from typing import Any
+
+from training.benchmarks.questions import read_json_lines
+from training.pages.charts import bars, loss_chart
+from training.pages.page import EXAMPLES, TITLES, filled, is_right, shown
+from training.release.records import final_loss, read_log
+from training.release.table import StoreUsed
+
+
+def run_page(run: Path, images: Path, examples: int = EXAMPLES) -> str:
+    """The page as HTML, from the summary, the logs and the answers in folder `run`.
+
+    Args:
+        run: what training/demo.py leaves.
+        images: the folder that the questions' images are relative to.
+        examples: questions to show.
+    """
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    parts = {
+        "title": run.name,
+        "summary": summary,
+        "stages": [_stage(run, stage, summary) for stage in TITLES],
+        "seconds": bars({name: [seconds] for name, seconds in summary["seconds"].items()}),
+        "examples": _examples(run, images, examples),
+        "stores": [StoreUsed.of_stage(run / stage) for stage in TITLES],
+    }
+    return filled("run.html", parts)
+
+
+def _stage(run: Path, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
+    lines = read_log(run / stage)
+    losses = [line["loss"] for line in lines]
+    return {
+        "title": TITLES[stage],
+        "first": losses[0],
+        "last": final_loss(lines),
+        "steps": len(lines),
+        "samples_per_s": median_high(line["samples_per_s"] for line in lines),
+        "data_wait": summary["data_wait"][stage],
+        "chart": loss_chart({TITLES[stage]: ([line["step"] for line in lines], losses)}),
+    }
+
+
+def _examples(run: Path, images: Path, count: int) -> list[dict[str, Any]]:
+    """A spread of the questions, each with its image, and the answer given when shown another image."""
+    answers = read_json_lines(run / "answers.jsonl")
+    other = run / "answers_shuffled.jsonl"
+    blind = {a["question_id"]: a["text"] for a in read_json_lines(other)} if other.exists() else {}
+    chosen = answers[:: max(1, len(answers) // count)][:count]
+    return [
+        {**shown(a, images), "answer": a["text"], "right": is_right(a), "blind": blind.get(a["question_id"])}
+        for a in chosen
+    ]

@@ -417,8 +417,8 @@ def test_own_questions_may_lie_beside_the_official_files(tmp_path: Path) -> None
     ("lines", "said"),
     [
         ([], "holds no question"),
-        ([{"question_id": 1, "image": "a.png"}], "question 1 lacks text; it has question_id, image"),
-        ([{**OWN[0], "text": 3}], "question 1 has text 3; text was expected"),
+        ([{"question_id": 1, "image": "a.png"}], "question 1 lacks text, give it; it has question_id, image"),
+        ([{**OWN[0], "text": 3}], "question 1 has text 3; give it text"),
         ([OWN[0], {**OWN[0], "question_id": "7"}], r"occur again with the same image, first \('7', 'a.png'\)"),
     ],
 )

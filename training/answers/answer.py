@@ -103,7 +103,9 @@ def _picture(question: Asked, questions: Questions) -> Image | None:
     try:
         return load_image(questions.image(question.image))  # upright RGB, as the features were made
     except (ValueError, OSError) as error:
-        raise ValueError(f"image {question.image} of question {question.line['question_id']}: {error}") from error
+        raise ValueError(
+            f"image {question.image} of question {question.line['question_id']}: {error}; mend or replace it"
+        ) from error
 
 
 def load_model(name: str, device: str) -> tuple[CompactVisionForConditionalGeneration, CompactVisionProcessor]:

@@ -59,7 +59,9 @@ class CompactVision(lmms):  # type: ignore[misc]
     def _picture(self, images_of: Any, index: int, task: str, split: str) -> Any:
         images = images_of(self.task_dict[task][split][index]) or []
         if len(images) > 1:
-            raise ValueError(f"document {index} of {task} has {len(images)} images; the model takes one")
+            raise ValueError(
+                f"document {index} of {task} has {len(images)} images; the model takes one: leave that task out"
+            )
         return images[0].convert("RGB") if images else None
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:

@@ -100,7 +100,7 @@ class Talk:
 
         text = question.strip()
         if not text or IMAGE in text:
-            raise ValueError(f"a question is some text without {IMAGE}; found {question!r}")
+            raise ValueError(f"a question is some text without {IMAGE}; found {question!r}, ask something else")
         text = text if self.history else f"{IMAGE}\n{text}"
         speaker = self.speaker
         asked = time.perf_counter()

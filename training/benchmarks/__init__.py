@@ -97,5 +97,5 @@ class Source(NamedTuple):
             yield OwnQuestions(self.questions, images=self.images).keep(self.limit)
         for name in self.names:
             if self.data is None:
-                raise ValueError(f"benchmark {name!r} needs data, the folder of its official files")
+                raise ValueError(f"benchmark {name!r} needs data; give the folder of its official files")
             yield open_benchmark(name, self.data, self.split).keep(self.limit)

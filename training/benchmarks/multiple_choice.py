@@ -79,9 +79,9 @@ def _predictions_of_spreadsheet(path: Path, malformed: list[str]) -> Iterator[Fo
         rows = load_workbook(path, read_only=True, data_only=True).active.iter_rows(values_only=True)
         names = [str(name) for name in next(rows)]
     except Exception as error:  # openpyxl raises whatever its zip and XML readers meet
-        raise ValueError(f"{path} is not a spreadsheet (.xlsx): {error}") from error
+        raise ValueError(f"{path} is not a spreadsheet: {error}; give the .xlsx that MMBench's server takes") from error
     if "index" not in names or "prediction" not in names:
-        raise ValueError(f"{path} has the columns {', '.join(names)}; index and prediction are needed")
+        raise ValueError(f"{path} has the columns {', '.join(names)}; give it index and prediction")
     for number, values in enumerate(rows, 2):
         if any(value is not None for value in values):
             record = dict(zip(names, values, strict=False))
@@ -136,7 +136,9 @@ class MMBench(Benchmark):
         try:
             return base64.b64decode(data, validate=False)
         except binascii.Error as error:
-            raise ValueError(f"{self.name}: the image of row {name} is not base64: {error}") from error
+            raise ValueError(
+                f"{self.name}: the image of row {name} in {self.folder} is not base64: {error}; download its table"
+            ) from error
 
     def absent_images(self) -> list[str]:
         """Rows without an image."""
@@ -171,7 +173,7 @@ class MMBench(Benchmark):
         }
 
     def _circular(self, what: str, answers: Answers, letter: Callable[[str, dict[str, str]], str | None]) -> Scored:
-        groups: dict[str, list[float]] = defaultdict(list)
+        groups: dict[str, list[float]] = defaultdict(list)  # rotations of one question
         for id, (_, hit) in self._right(answers, letter).items():
             groups[self._by_id[id].group].append(hit)
         return Scored(what, {group: ("", min(hits)) for group, hits in groups.items()})
@@ -214,10 +216,11 @@ def _read_table(path: Path) -> list[dict[str, str]]:
         rows = list(csv.DictReader(file, delimiter="\t"))
     needed = {"index", "question", "image", "A", "B"}
     if not rows or not needed <= rows[0].keys():
-        raise ValueError(f"{path} is not MMBench's table: columns {', '.join(sorted(needed))} are needed")
+        found = f"its columns are {', '.join(rows[0])}" if rows else "it has no rows"
+        raise ValueError(f"{path} is not MMBench's table: {found}; give one with {', '.join(sorted(needed))}")
     wrong = [row["index"] for row in rows if not (row["index"] or "").strip().isdigit()]
     if wrong:
-        raise ValueError(f"{path}: index {wrong[0]!r} is not a number")
+        raise ValueError(f"{path}: index {wrong[0]!r} is not a number; download the table again")
     return [
         {**{name: value or "" for name, value in row.items() if name}, "index": row["index"].strip()} for row in rows
     ]

@@ -139,10 +139,10 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         missing = [key for key in ("question_id", "image", "text") if key not in line]
         if missing:
-            raise ValueError(f"{path}: question {number} lacks {', '.join(missing)}; it has {', '.join(line)}")
+            raise ValueError(f"{path}: question {number} lacks {', '.join(missing)}, give it; it has {', '.join(line)}")
         for key, kinds in (("question_id", str | int), ("image", str), ("text", str)):
             if not isinstance(line[key], kinds):
-                raise ValueError(f"{path}: question {number} has {key} {line[key]!r}; text was expected")
+                raise ValueError(f"{path}: question {number} has {key} {line[key]!r}; give it text")
     asked = Counter((identifier(line["question_id"]), line["image"]) for line in lines)
     repeated = [key for key, times in asked.items() if times > 1]
     if repeated:

@@ -44,7 +44,7 @@ def read_predictions(path: Path, benchmark: Benchmark) -> Predictions:
         ValueError: if there is no such file, or nothing in it belongs to the benchmark.
     """
     if not path.exists():
-        raise ValueError(f"predictions {path}: there is no such file or folder")
+        raise ValueError(f"predictions {path}: there is no such file or folder; name a file of answers")
     result = Predictions()
     found = list(_records(path, benchmark, result.malformed))
     benchmark.arrange([each.record for each in found if isinstance(each.record, Mapping)])
@@ -114,7 +114,7 @@ def _json_records(path: Path, malformed: list[str]) -> Iterator[Found]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        raise ValueError(f"{path} is not UTF-8 text: {error}; give JSON or JSON lines") from error
     try:
         whole = json.loads(text)
     except ValueError:

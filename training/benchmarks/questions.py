@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,7 +63,7 @@ class Found(NamedTuple):
 Reader = Callable[[Path, list[str]], Iterator[Found]]  # records of a file; what is no record goes to the list
 
 
-class Benchmark:
+class Benchmark(ABC):
     """One benchmark in `folder` (or in the folder of its name below it), on `split`.
 
     A kind declares the class variables, and writes `read` and `score`; the other methods have a default.
@@ -95,20 +96,20 @@ class Benchmark:
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(
                 f"the files of {self.name} {self.split} in {self.folder} are not in the official layout: "
-                f"{type(error).__name__} {error}"
+                f"{type(error).__name__} {error}; download them again"
             ) from error
         self._by_id = {question.id: question for question in self.questions}
         self.kept = frozenset(self._by_id)
 
+    @abstractmethod
     def read(self) -> list[Question]:
         """The questions of the split, from the official files."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, answers: Answers) -> dict[str, Scored]:
         """Scores by name, the headline first; a question without an answer counts as wrong."""
-        raise NotImplementedError
 
-    def arrange(self, records: Sequence[Mapping[str, Any]]) -> None:
+    def arrange(self, records: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027 - most orders tell nothing
         """Look at all predictions of a file before any is identified, where their order tells something."""
 
     def identify(self, record: Mapping[str, Any], taken: Container[str]) -> str | None:
@@ -151,7 +152,7 @@ class Benchmark:
         if absent:
             raise ValueError(
                 f"{len(absent)} image(s) of {self.name} are not in {self.image_folder}: "
-                f"{', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}"
+                f"{', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}; put them there"
             )
         return self.questions
 
@@ -183,7 +184,9 @@ class Benchmark:
         """
         images = sorted({q.image for q in self.questions if q.image is not None})
         if len(images) < 2:
-            raise ValueError(f"shuffling images needs at least two different ones; {self.name} has {len(images)}")
+            raise ValueError(
+                f"shuffling images needs at least two different ones; {self.name} has {len(images)}: give more"
+            )
         order = images.copy()
         random.Random(seed).shuffle(order)
         following = dict(zip(order, order[1:] + order[:1], strict=True))  # so none keeps its image
@@ -226,7 +229,7 @@ def file_within(folder: Path, name: str) -> Path:
         ValueError: if there is no such file, or it lies outside.
     """
     if not is_within(folder.resolve(), name):
-        raise ValueError(f"{name} is not a file within {folder}")
+        raise ValueError(f"{name} is not a file within {folder}; put it there, or name one that is")
     return folder / name
 
 
@@ -239,7 +242,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}; mend or replace it") from error
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
@@ -255,9 +258,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(line)
         except ValueError as error:
-            raise ValueError(f"{path}:{number} is not JSON: {error}") from error
+            raise ValueError(f"{path}:{number} is not JSON: {error}; mend or delete that line") from error
         if not isinstance(record, dict):
-            raise ValueError(f"{path}:{number} holds {type(record).__name__}, an object was expected")
+            raise ValueError(
+                f"{path}:{number} holds {type(record).__name__}, an object was expected: mend or delete that line"
+            )
         records.append(record)
     return records
 

@@ -58,6 +58,7 @@ class POPE(Benchmark):
     def arrange(self, records: Sequence[Mapping[str, Any]]) -> None:
         """Without LLaVA's question file, the prompts of a whole file of answers tell the order of the splits."""
         self._arranged = []
+        # LLaVA answers the three splits one after another; which comes first is not said, so all six orders are tried.
         asked = [_plain(str(record.get("prompt", ""))) for record in records]
         for order in permutations(self.kinds):
             rows = [q for kind in order for q in self._rows[kind]]
@@ -98,7 +99,10 @@ class POPE(Benchmark):
         return scores
 
     def _in_row_order(self, said: Mapping[str, str]) -> dict[str, tuple[str, tuple[str, str]]]:
-        """The n-th answer of a split (in the file's order) against the n-th label; nothing if a split has none."""
+        """The n-th answer of a split (in the file's order) against the n-th label; nothing if a split has none.
+
+        Where the file leaves an answer out, all later ones of its split meet the wrong label: `f1` has no such flaw.
+        """
         given: dict[str, list[str]] = defaultdict(list)
         truths: dict[str, list[str]] = defaultdict(list)
         for id, answer in said.items():
@@ -222,7 +226,7 @@ def _mme_questions(category: str, path: Path, images: Path, root: Path) -> list[
             continue
         text, tab, truth = line.strip().rpartition("\t")
         if not tab or truth.strip().lower() not in ("yes", "no"):
-            raise ValueError(f"{path}:{number + 1} is not 'question<tab>Yes or No': {line.strip()[:80]!r}")
+            raise ValueError(f"{path}:{number + 1} is not 'question<tab>Yes or No': {line.strip()[:80]!r}; mend it")
         plain = text.replace(_ASK, "").strip()
         questions.append(Question(f"{name}#{number}", plain + SHORT, name, truth.strip().lower(), category))
     return questions

@@ -13,10 +13,10 @@ import pytest
 from PIL import Image
 
 from training import evaluate
-from training.ablate import AblationConfig, open_all
 from training.benchmarks import BENCHMARKS
 from training.benchmarks.metrics import Scored
 from training.benchmarks.questions import Answers, Benchmark, Question, read_json
+from training.sweep.plan import AblationConfig, open_benchmarks
 
 
 class Colours(Benchmark):
@@ -105,7 +105,7 @@ def test_an_ablation_may_name_it(data: Path) -> None:
     config = AblationConfig(
         title="T", run="r", pretrain=stage, finetune=stage, arms=arms, benchmarks=["colours"], data=str(data), limit=2
     )
-    (benchmark,) = open_all(config)
+    (benchmark,) = open_benchmarks(config)
     assert benchmark.heading == "colours"
     assert benchmark.answers_in(Path("run")) == Path("run/colours.jsonl")
     assert len(benchmark.to_ask()) == 2

@@ -185,6 +185,7 @@ def connector_from_released(state: Mapping[str, Tensor], grid: int = 24) -> Conn
     Raises:
         ValueError: naming every key that is missing, and every one that was not used; or shapes of another connector.
     """
+    from training.model.reducers import build_connector
     from training.model.reducers.fusion import RELEASED_BLOCKS, FusionConfig
 
     arm: Literal["mbtf+stf", "mlp"] = "mbtf+stf" if any("crosslayer" in name for name in state) else "mlp"
@@ -203,7 +204,7 @@ def connector_from_released(state: Mapping[str, Tensor], grid: int = 24) -> Conn
             raise ValueError(f"the released projector reads {len(RELEASED_BLOCKS)} blocks; these weights read {blocks}")
         k = round((width // c1) ** 0.5)
         shape = FusionConfig(preset="released", kernel_size=k, grid=grid, vision_width=c1, llm_width=c3)
-    connector = shape.build()
+    connector = build_connector(shape)
     try:
         connector.load_state_dict({mine: state[theirs] for theirs, mine in wanted.items()})
     except RuntimeError as error:

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from .base import ConnectorConfig
     from .connector import Connector
 
-FAMILIES = {  # arm -> "file:class of its configuration"
-    **dict.fromkeys(("mbtf+stf", "mbtf", "stf", "mlp", "avgpool", "tokenconcat"), "fusion:FusionConfig"),
+_FUSION = ("fusion:FusionConfig", "fusion_layers:Fusion")
+FAMILIES = {  # arm -> "file:class" of what it declares, and of what it computes
+    **dict.fromkeys(("mbtf+stf", "mbtf", "stf", "mlp", "avgpool", "tokenconcat"), _FUSION),
 }
 DEFAULT = "mbtf+stf"  # the method of the paper
 SHAPE = ("grid", "vision_width", "llm_width")  # of a configuration: follow from encoder and language model
@@ -29,9 +30,14 @@ def config_class(arm: str) -> type[ConnectorConfig]:
     """
     if arm not in FAMILIES:
         raise ValueError(f"connector.arm {arm!r} is unknown; choose one of {', '.join(FAMILIES)}")
-    file, name = FAMILIES[arm].split(":")
-    found: type[ConnectorConfig] = getattr(import_module(f"{__name__}.{file}"), name)
+    found: type[ConnectorConfig] = _open(FAMILIES[arm][0])
     return found
+
+
+def _open(place: str) -> Any:
+    """The class at `file:class`."""
+    file, name = place.split(":")
+    return getattr(import_module(f"{__name__}.{file}"), name)
 
 
 def connector_config(given: Mapping[str, Any] | None = None, **more: Any) -> ConnectorConfig:
@@ -64,4 +70,5 @@ def build_connector(config: ConnectorConfig, available: Collection[str] | None =
             f"connector {config.arm} needs {', '.join(missing)}; there is only {', '.join(sorted(available or ()))}. "
             "Choose other blocks, or add them to the store"
         )
-    return config.build()
+    connector: Connector = _open(FAMILIES[config.arm][1])(config)
+    return connector

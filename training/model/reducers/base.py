@@ -8,10 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .connector import Connector
 
 
 @dataclass(frozen=True)
@@ -45,10 +41,6 @@ class ConnectorConfig(ABC):
     @abstractmethod
     def flops(self) -> int:
         """From the columns of one image to its vision tokens: 2 per multiply-add, matrix products only."""
-
-    @abstractmethod
-    def build(self) -> Connector:
-        """The module, with PyTorch's initial weights, as LLaVA-1.5."""
 
     @property
     def reads_text(self) -> bool:

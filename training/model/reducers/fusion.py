@@ -12,12 +12,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from .base import ConnectorConfig
-
-if TYPE_CHECKING:
-    from .fusion_layers import Fusion
 
 PAPER_BLOCKS = (3, 6, 9, 12, 15, 18, 21, 24)  # section 3.3
 RELEASED_BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)  # the channel order of the published weights
@@ -130,12 +127,6 @@ class FusionConfig(ConnectorConfig):
             projected = patches if self.arm == "avgpool" and self.pool == "after" else self.tokens
             products += projected * (width * c3 + c3 * c3)
         return 2 * products
-
-    def build(self) -> Fusion:
-        """The module, with PyTorch's initial weights."""
-        from .fusion_layers import Fusion
-
-        return Fusion(self)
 
     def published_names(self) -> dict[str, str]:
         """The released topology with E = 1, and LLaVA-1.5's projector."""

@@ -10,7 +10,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from training.connectors import Connector, ConnectorConfig, build_connector
 from training.model import CompactVisionForConditionalGeneration
 
-VOCABULARY = 736  # of the small SentencePiece tokenizer in the shared folder
+VOCABULARY = 736  # of tests/parity/tiny_tokenizer
 BLOCKS = (1, 2, 4)
 
 

@@ -40,7 +40,7 @@ OBJECT_STORE = 256 * 2**20  # bytes of a local Ray's object store: only rows of 
 
 
 def main() -> None:
-    """Command line: configuration -> plan -> encode -> manifest."""
+    """Command line: configuration -> plan -> shards -> manifest."""
     arguments = parse_arguments()
     try:
         settings = [s for s in [arguments.config, *arguments.settings] if s and "=" in s]
@@ -73,7 +73,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--price", type=float, default=0.023, help="$ per GB and month (default: %(default)s)")
     parser.add_argument("--step-time", type=float, default=1.0, help="s per training step (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="images per GPU and training step (default: %(default)s)")
-    return parser.parse_intermixed_args()
+    arguments = parser.parse_intermixed_args()
+    if min(arguments.rate, arguments.step_time) <= 0:
+        parser.error(f"--rate is {arguments.rate:g}, --step-time is {arguments.step_time:g}; give numbers above 0")
+    return arguments
 
 
 def _setting_lines() -> Iterator[str]:
@@ -99,8 +102,11 @@ def read_sources(config: BuildConfig) -> tuple[Dataset, StoreSpec]:
     gc.freeze()
     gc.enable()
     if not dataset.records:
-        first = dataset.failures[0].reason if dataset.failures else "the files are empty"
-        raise ValueError(f"data: no usable record in {', '.join(config.data_files)} ({first})")
+        first = "; ".join(f"{failure.source}: {failure.reason}" for failure in dataset.failures[:1])
+        raise ValueError(
+            f"data: no usable record in {', '.join(config.data_files)} ({first or 'the files are empty'}); "
+            "give LLaVA records, each with its conversations"
+        )
     encoder = describe_encoder(config.encoder, config.revision)
     spec = StoreSpec(
         dataset=dataset.digest,
@@ -162,7 +168,7 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
         # Base shards first: a column is only added to samples that are there.
         for part in ([w for w in work if w.base], [w for w in work if not w.base]):
             if part:
-                encode(config, dataset, spec, part, storage)
+                build_on_ray(config, dataset, spec, part, storage)
     except TooManyFailuresError:
         write_failures(storage, dataset.failures)
         raise
@@ -173,14 +179,17 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
     failures = len(dataset.failures) + spec.samples - samples
     print(f"done: {samples} samples, {failures} failures (failures.jsonl), {time.perf_counter() - start:.0f} s")
     if samples == 0:
-        raise ValueError(f"every one of {spec.samples} samples failed; see {config.store}/failures.jsonl")
+        raise ValueError(
+            f"every one of {spec.samples} samples failed; see {config.store}/failures.jsonl for the reasons, mend the "
+            "data and build a new store"
+        )
 
 
 class TooManyFailuresError(ValueError):
     """The rate of failures is above what the configuration allows."""
 
 
-def encode(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Work], storage: Storage) -> None:
+def build_on_ray(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Work], storage: Storage) -> None:
     """Let Ray Data spread the shards over a pool of workers: one row is one shard, no feature passes through Ray."""
     from pipeline.dataset import index_zips
     from pipeline.manifest import claimed, known_failures
@@ -198,6 +207,7 @@ def encode(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Wo
         while rows:
             for outcome in schedule(config, spec, rows, min(workers, len(rows))):
                 progress(outcome)
+            # Another job had claimed the postponed shards. What it has not finished by now is built here.
             rows = [{**row, "insist": True} for row in rows if row["shard"] in progress.postponed]
             progress.postponed.clear()
     progress.close()
@@ -226,11 +236,22 @@ def connected(config: BuildConfig) -> Iterator[int]:
             )
         yield config.workers or int(fit)
     finally:
-        # A thread of Ray Data that calls Ray after the shutdown takes the whole process with it, exit code and all.
-        for thread in threading.enumerate():
-            if thread.name.startswith(("StreamingExecutor", "ray-data-")):
-                thread.join(timeout=30)
+        _end_threads_of_ray_data()
         ray.shutdown()
+
+
+def _end_threads_of_ray_data() -> None:
+    """Stop Ray Data's executor and wait for its threads, however long their last step takes.
+
+    A thread that calls Ray after `ray.shutdown` takes the whole process with it, exit code and all. No clock is needed:
+    an executor that was told to stop leaves its loop after the present step, and tells its metadata thread to stop.
+    """
+    threads = [t for t in threading.enumerate() if t.name.startswith(("StreamingExecutor-", "ray-data-metadata-"))]
+    for thread in threads:
+        if (stop := getattr(thread, "shutdown", None)) is not None:  # the executor; nothing happens if it was stopped
+            stop(force=True)
+    for thread in threads:
+        thread.join()
 
 
 def schedule(
@@ -251,13 +272,16 @@ def schedule(
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
         num_cpus=config.num_cpus,
         num_gpus=config.num_gpus or None,
+        # Ray starts a dead worker again, as often as it takes, and tries its shard ATTEMPTS times in all.
         ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": ATTEMPTS - 1},
     )
     try:
         for outcome in outcomes.iter_rows():
             yield json.loads(outcome["outcome"])
     except RayTaskError as error:
-        raise ValueError(f"a worker failed: {error.cause}") from error
+        raise ValueError(
+            f"a worker failed: {error.cause}\nThe shards that are done stay. Mend this, then run the same command again"
+        ) from error
     except (ActorDiedError, WorkerCrashedError) as error:
         raise ValueError(
             f"a worker died {ATTEMPTS} times on one shard, most likely for want of memory; lower batch_size, or give "

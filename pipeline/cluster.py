@@ -1,4 +1,4 @@
-"""The one way into Ray: the cluster that is named, or one of this machine alone."""
+"""The one way into Ray: the cluster that is named, or a local one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def connect(address: str | None, num_gpus: int | None, object_store_memory: int)
     root = str(Path(__file__).resolve().parent.parent)
     paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Else Ray writes a token to the home folder, and later clusters of this user ask for it.
+    # Otherwise Ray writes a token to the home folder, and later clusters of this user ask for it.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     ray.init(
         address="local",

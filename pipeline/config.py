@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,15 +55,29 @@ def load_config(kind: type[S], path: str | Path | None, overrides: list[str]) ->
     return config
 
 
+def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], there: str = "there") -> list[str]:
+    """`name: 'x' there, 'y' now` for each name of `mine` under which `theirs` holds something else, or nothing (None).
+
+    Names that only `theirs` has are left out. `there` says where `theirs` was found, e.g. "in the checkpoint".
+    """
+    return [
+        f"{name}: {theirs.get(name)!r} {there}, {value!r} now"
+        for name, value in mine.items()
+        if theirs.get(name) != value
+    ]
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
-        raise ConfigError(f"configuration file {str(path)!r} does not exist (current folder: {Path.cwd()})")
+        raise ConfigError(
+            f"configuration file {str(path)!r} does not exist (current folder: {Path.cwd()}); give a YAML file"
+        )
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}; correct it there") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {type(tree).__name__}, a mapping of settings was expected")
+        raise ConfigError(f"{path} holds {str(tree)[:80]!r}; expected settings, each as `name: value`")
     return {key: value for key, value in tree.items() if not str(key).startswith("_")}
 
 
@@ -70,12 +85,14 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     """Apply one `a.b=value` in place; the value is read as YAML. Returns a problem, or None."""
     dotted, sign, value = text.partition("=")
     if not sign or not dotted:
-        return f"argument {text!r} is not of the form key=value"
+        return f"argument {text!r} is not of the form key=value; write for example seed=1"
     *parents, last = dotted.split(".")
     for parent in parents:
         child = tree.setdefault(parent, {})
         if not isinstance(child, dict):
-            return f"argument {text!r}: {parent} holds {child!r}, it has no settings below it"
+            return (
+                f"argument {text!r}: {parent} holds {child!r}, which has no settings below it; set {parent}=... itself"
+            )
         tree = child
     try:
         tree[last] = yaml.safe_load(value)
@@ -85,9 +102,10 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
 
 
 def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
+    """One of pydantic's errors as a line: the setting, what is wrong, and the value found or a hint."""
     place = ".".join(str(part) for part in error["loc"]) or "(whole file)"
     if error["type"] == "missing":
-        return f"{place}: required, but not given"
+        return f"{place}: required, but not given; add {place}=..."
     if error["type"] == "extra_forbidden":
         known = _fields_at(kind, error["loc"][:-1])
         close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
@@ -142,12 +160,12 @@ class BuildConfig(Settings):
 
     @property
     def data_files(self) -> tuple[str, ...]:
-        """`data`, as several."""
+        """The files of `data`: one or several."""
         return (self.data,) if isinstance(self.data, str) else self.data
 
     @property
     def image_roots(self) -> tuple[str, ...]:
-        """`images`, as several."""
+        """The roots of `images`: one or several."""
         return (self.images,) if isinstance(self.images, str) else self.images
 
     @field_validator("blocks", "cls")

@@ -55,9 +55,8 @@ def read_dataset(data: tuple[str, ...], seed: int, limit: int | None) -> Dataset
     Raises:
         ValueError: if a file is not there, or is neither JSON nor JSON lines.
     """
-    grouped: dict[str, Record] = {}
-    texts: list[Record] = []
-    order: list[Record] = []
+    grouped: dict[str, Record] = {}  # by image, so that each image is stored once
+    order: list[Record] = []  # as they first occur in the files
     failures: list[Failure] = []
     digest = hashlib.sha256()
     seen: set[bytes] = set()
@@ -78,7 +77,6 @@ def read_dataset(data: tuple[str, ...], seed: int, limit: int | None) -> Dataset
         counts["conversations"] += 1
         if image is None:
             order.append(Record(None, [conversation]))
-            texts.append(order[-1])
         elif image in grouped:
             grouped[image].conversations.append(conversation)
             counts["merged"] += 1
@@ -102,26 +100,29 @@ def _raw_records(files: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         try:
             data = Storage(root or ".").read(name)
         except FileNotFoundError as error:
-            raise ValueError(f"data: {file} does not exist") from error
+            raise ValueError(f"data: {file} does not exist; give a JSON or JSONL file, local or s3://") from error
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"data: {file} is not UTF-8 text: {error}") from error
+            raise ValueError(f"data: {file} is not UTF-8 text: {error}; save it as UTF-8") from error
         if text.lstrip().startswith("["):
             try:
                 records = json.loads(text)
             except ValueError as error:
-                raise ValueError(f"data: {file} is not JSON: {error}") from error
+                raise ValueError(f"data: {file} is not JSON: {error}; correct it there, or copy it again") from error
             yield from ((f"{name}#{index}", record) for index, record in enumerate(records))
             continue
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         parsed = [(number, _parsed(line)) for number, line in lines]
         if all(isinstance(record, ValueError) for _, record in parsed):
-            raise ValueError(f"data: {file} is neither a JSON list nor JSON lines of LLaVA records")
+            raise ValueError(
+                f"data: {file} is neither a JSON list nor JSON lines, it begins with {text[:40]!r}; give LLaVA records"
+            )
         yield from ((f"{name}:{number}", record) for number, record in parsed)
 
 
 def _parsed(line: str) -> Any:
+    """The record of a line, or the error as a value: a broken line must not cost the others."""
     try:
         return json.loads(line)
     except ValueError as error:
@@ -133,10 +134,10 @@ def _checked(raw: Any) -> tuple[str | None, dict[str, Any]] | str:
     if isinstance(raw, ValueError):
         return f"not JSON: {raw}"
     if not isinstance(raw, dict):
-        return f"a record is a mapping, this is {type(raw).__name__}"
+        return f"a record must be a mapping, this is a {type(raw).__name__}"
     image, turns = raw.get("image"), raw.get("conversations")
     if not isinstance(turns, list) or not turns:
-        return "no conversations"
+        return f"no conversations: found {repr(turns)[:80]}, expected a list of turns"
     try:
         conversation = Conversation(id=str(raw.get("id", "")), turns=turns)  # type: ignore[arg-type]
     except ValidationError as error:
@@ -151,18 +152,20 @@ def _checked(raw: Any) -> tuple[str | None, dict[str, Any]] | str:
 
 
 def _wrong_turns(turns: tuple[Turn, ...]) -> str | None:
+    """Why these turns are no conversation, or None if they are one."""
     speakers = [turn.speaker for turn in turns]
     speakers = speakers[1:] if speakers[0] == "gpt" else speakers  # a leading answer is dropped, as LLaVA-1.5
     if not speakers or any(s != ("human", "gpt")[i % 2] for i, s in enumerate(speakers)):
-        return f"conversations: speakers do not alternate ({', '.join(speakers[:6])})"
+        return f"conversations: speakers do not alternate ({', '.join(speakers[:6])}); expected human, gpt, human, ..."
     return None
 
 
 def _wrong_name(image: Any) -> str | None:
+    """Why this is not the name of an image below an image root, or None if it is one."""
     if not isinstance(image, str) or not image:
-        return f"image is {image!r}, a path was expected"
+        return f"image is {image!r}; expected a path"
     if image[0] == "/" or ".." in image.split("/") or "\\" in image or "\0" in image or "://" in image:
-        return f"image {image!r} leaves the image folder: refused"
+        return f"image {image!r} leaves the image folder: refused; expected a path within it"
     return None
 
 
@@ -203,8 +206,8 @@ class ImageSource:
             except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 continue
             except PermissionError as error:
-                raise ValueError(f"permission denied: {name}") from error
-        raise ValueError("missing image")
+                raise ValueError(f"permission denied: {name}; allow the job to read it") from error
+        raise ValueError("missing image: no image folder or archive has it; add it to one")
 
 
 def is_zip(root: str) -> bool:
@@ -213,6 +216,7 @@ def is_zip(root: str) -> bool:
 
 
 def _read_member(storage: Storage, archive: str, place: ZipMember) -> bytes:
+    """Two range reads: the local header, whose two lengths say where the data start, then the data."""
     header = storage.read_range(archive, place.offset, LOCAL_HEADER)
     name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
     start = place.offset + LOCAL_HEADER + name_length + extra_length
@@ -222,17 +226,23 @@ def _read_member(storage: Storage, archive: str, place: ZipMember) -> bytes:
             packed if place.method == zipfile.ZIP_STORED else zlib.decompressobj(-15).decompress(packed, place.size + 1)
         )
     except zlib.error as error:
-        raise ValueError(f"damaged in the archive: {error}") from error
-    if len(data) != place.size or zlib.crc32(data) != place.crc:
-        raise ValueError("damaged in the archive: wrong checksum")
+        raise ValueError(f"damaged in the archive: {error}; copy the archive again") from error
+    crc = zlib.crc32(data)
+    if len(data) != place.size or crc != place.crc:
+        raise ValueError(
+            f"damaged in the archive: wrong checksum {crc:08x} of {len(data)} bytes, where its index says "
+            f"{place.crc:08x} of {place.size}; copy the archive again"
+        )
     return data
 
 
 def index_zips(roots: tuple[str, ...]) -> list[dict[str, ZipMember]]:
     """For each root, where the members of its archive lie (empty for folders).
 
+    Only stored and deflated members can be read in place. Others are left out, so they count as missing images.
+
     Raises:
-        ValueError: if an archive is not there, is none, or is packed in a way that cannot be read in place.
+        ValueError: if an archive is not there, or is none.
     """
     found = []
     for root in roots:
@@ -247,9 +257,9 @@ def index_zips(roots: tuple[str, ...]) -> list[dict[str, ZipMember]]:
                                 info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC
                             )
             except FileNotFoundError as error:
-                raise ValueError(f"images: {root} does not exist") from error
+                raise ValueError(f"images: {root} does not exist; give a folder or a .zip file") from error
             except zipfile.BadZipFile as error:
-                raise ValueError(f"images: {root} is not a zip archive: {error}") from error
+                raise ValueError(f"images: {root} is not a zip archive: {error}; copy it again") from error
         found.append(index)
     return found
 
@@ -273,4 +283,4 @@ def check_roots(roots: tuple[str, ...]) -> None:
     """
     missing = [root for root in roots if "://" not in root and not Path(root).exists()]
     if missing:
-        raise ValueError(f"images: {', '.join(missing)} does not exist")
+        raise ValueError(f"images: {', '.join(missing)} does not exist; give image folders or .zip files")

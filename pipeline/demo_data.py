@@ -2,13 +2,13 @@
 
     python pipeline/demo_data.py data/demo --images 2000 --heldout 200 --seed 0
 
-A scene holds one to three shapes, each in a corner of its own, jittered in place and size over a grey ground. The
+A scene holds one to three shapes, each in another corner, jittered in place and size over a grey ground. The
 folder gets
 
     images/<name>.jpg   training scenes, numbered like COCO's, and held-out scenes named heldout_<number>.jpg
     chat.json           stage 1: one caption per training image, as CC-595K's chat.json: `<image>` first or last
     instruct.json       stage 2: several turns each, several conversations per image, as LLaVA-Instruct-158K
-    heldout.jsonl       one question per line, each on a scene of its own that occurs in neither of the above
+    heldout.jsonl       one question per line, each on a new scene that neither of the above has
 
 Every question needs the picture: for each wording the answers are kept equally frequent, so that a model that does not
 look can only guess. The same arguments give the same bytes.
@@ -81,7 +81,7 @@ class DemoData:
 
 
 def draw(folder: str | Path, images: int, heldout: int, seed: int = 0, image_size: int = 64) -> DemoData:
-    """Write `images` training scenes with their texts and `heldout` questions, each on a scene of its own.
+    """Write `images` training scenes with their texts and `heldout` questions, each on another new scene.
 
     `image_size` is the side of the square pictures in pixels. Raises ValueError when `images` is below 1, `heldout` is
     negative or `image_size` is below 32 (the shapes would no longer be told apart).
@@ -186,7 +186,7 @@ def _rarest(candidates: list[Question], asked: Counter[tuple[str, str]], rng: np
 
 
 def sample_scene(rng: np.random.Generator) -> list[Thing]:
-    """One to three things in reading order, each in a corner of its own.
+    """One to three things in reading order, each in another corner.
 
     Shapes and colours come from a small pool per scene, so that repetitions (counts above one) are common.
     """
@@ -240,6 +240,7 @@ def render(things: list[Thing], size: int, rng: np.random.Generator) -> Image.Im
     pencil = ImageDraw.Draw(picture)
     for color, shape, corner in things:
         radius = side * rng.uniform(0.13, 0.19)
+        # The centre lies at a quarter or at three quarters of the side, moved by up to a twentieth.
         column, row = CORNERS.index(corner) % 2, CORNERS.index(corner) // 2
         x, y = (side * (0.25 + 0.5 * place + rng.uniform(-0.05, 0.05)) for place in (column, row))
         shade = rng.integers(-12, 13, size=3)
@@ -251,6 +252,7 @@ def render(things: list[Thing], size: int, rng: np.random.Generator) -> Image.Im
 def _draw_shape(
     pencil: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, ...]
 ) -> None:
+    """Draw one shape. `x`, `y` (its centre) and `radius` are pixels of the supersampled picture."""
     r = radius
     if shape == "circle":
         pencil.ellipse((x - r, y - r, x + r, y + r), fill=fill)

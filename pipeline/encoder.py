@@ -1,7 +1,7 @@
-"""Image bytes -> pixels -> frozen CLIP -> the hidden states of the chosen blocks.
+"""Image bytes -> pixels -> frozen vision encoder -> the hidden states of the chosen blocks.
 
-Pixels are bit-equal to what LLaVA-1.5 computes (its `image_aspect_ratio` "pad" or the plain centre crop, then CLIP's
-own processor), here with Pillow and numpy alone.
+What differs between encoders stands in `pipeline/encoders`. Of CLIP, pixels are bit-equal to what LLaVA-1.5 computes
+(its `image_aspect_ratio` "pad" or the plain centre crop, then CLIP's own processor).
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
+from pipeline.encoders import encoder_of
+from pipeline.encoders.base import VisionEncoder
+from pipeline.encoders.pixels import Pixels, upright_rgb
 from pipeline.schema import Aspect, Column, Compute, EncoderSpec
 
-Pixels = npt.NDArray[np.float32]
-
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073])  # CLIP's, of RGB in 0..1
-STD = np.array([0.26862954, 0.26130258, 0.27577711])
-PAD_COLOUR = (122, 116, 104)  # int(mean * 255), as LLaVA-1.5's expand2square
 MAX_PIXELS = 178_956_970  # Pillow's own bound for a decompression bomb
 _ADDRESS = re.compile(r" ?<?_io\.\w+ object at 0x[0-9a-f]+>?|0x[0-9a-f]{6,}")  # Pillow's texts hold object addresses
 
@@ -46,70 +42,54 @@ def load_image(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")  # about odd EXIF, and the bomb that is refused below
             image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}x{image.height} pixels: refused as a decompression bomb")
+                raise ValueError(
+                    f"{image.width}x{image.height} pixels: refused as a decompression bomb; make it smaller"
+                )
             image.load()
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith(("I", "F")):
-                return _from_deep(upright)
-            return upright.convert("RGB")
+            return upright_rgb(image)
     except ValueError:
         raise
     except Image.DecompressionBombError as error:
-        raise ValueError("refused as a decompression bomb") from error
+        raise ValueError(f"refused as a decompression bomb: {error}; make it smaller") from error
     except Exception as error:  # Pillow's decoders raise whatever they meet: OSError, SyntaxError, struct.error, ...
         reason = _ADDRESS.sub("", str(error)).strip() or type(error).__name__
         raise ValueError(f"unreadable image: {reason}") from error
 
 
-def _from_deep(image: Image.Image) -> Image.Image:
-    """16 and 32 bit grey to RGB: `convert` alone would clip everything above 255 to white."""
-    numbers = np.asarray(image).astype(np.float64)
-    top = 255.0 if numbers.max(initial=0) <= 255 else 65535.0
-    grey = np.clip(numbers * (255.0 / top), 0, 255).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+def family_of(name: str, revision: str | None) -> VisionEncoder:
+    """How the encoder `name` (Hub id or folder) is fed and walked, from its configuration's type.
+
+    Raises:
+        ValueError: if there is no vision encoder of that name, or one of a type that is not known.
+    """
+    from transformers import PreTrainedConfig
+
+    try:
+        said = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
+        return encoder_of(str(said.get("model_type")))
+    except Exception as error:  # the Hub client raises many kinds; all mean that the model is not to be had
+        raise _unreadable(name, error) from error
 
 
-def preprocess(image: Image.Image, aspect: Aspect, size: int) -> Pixels:
-    """RGB image -> float32 (3, size, size), as LLaVA-1.5: pad or not, short side to `size`, centre crop, normalise."""
-    if aspect == "pad":
-        image = _padded(image)
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    other = int(size * long / short)
-    resized = image.resize((size, other) if width <= height else (other, size), Image.Resampling.BICUBIC)
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    cropped = np.asarray(resized.crop((left, top, left + size, top + size)))
-    scaled = (cropped * (1 / 255)).astype(np.float32)
-    normalised = (scaled - MEAN.astype(np.float32)) / STD.astype(np.float32)
-    return np.ascontiguousarray(normalised.transpose(2, 0, 1))
-
-
-def _padded(image: Image.Image) -> Image.Image:
-    width, height = image.size
-    side = max(width, height)
-    if width == height:
-        return image
-    square = Image.new("RGB", (side, side), PAD_COLOUR)
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+def _unreadable(name: str, error: Exception) -> ValueError:
+    first = str(error).strip().partition("\n")[0]
+    return ValueError(
+        f"encoder {name!r}: no vision model can be read from it ({first}); name a folder that "
+        "save_pretrained wrote or a Hub id, and see HF_HUB_OFFLINE and HF_HOME"
+    )
 
 
 def describe_encoder(name: str, revision: str | None) -> EncoderSpec:
     """Which encoder `name` (Hub id or folder) is, without loading its weights.
 
     Raises:
-        ValueError: if there is no CLIP vision model of that name.
+        ValueError: if there is no vision encoder of that name.
     """
-    from transformers import CLIPVisionConfig
-
+    family = family_of(name, revision)
     try:
-        config = CLIPVisionConfig.from_pretrained(name, revision=revision)
-    except Exception as error:  # the Hub client raises many kinds; all mean that the model is not to be had
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"encoder {name!r}: no CLIP vision model can be read from it ({first}); name a folder that "
-            "save_pretrained wrote or a Hub id, and see HF_HUB_OFFLINE and HF_HOME"
-        ) from error
+        config = family.read_config(name, revision)
+    except Exception as error:  # as above
+        raise _unreadable(name, error) from error
     folder = Path(name)
     digest = _folder_digest(folder) if folder.is_dir() else getattr(config, "_commit_hash", None)
     return EncoderSpec(
@@ -149,27 +129,34 @@ def columns_of(spec: EncoderSpec, blocks: Iterable[int], cls: Iterable[int]) -> 
 
 
 class Encoder:
-    """Frozen CLIP up to the deepest block that is asked for; later blocks are not even kept in memory.
+    """A frozen encoder up to the deepest block that is asked for; later blocks are not even kept in memory.
 
     Args:
-        name, revision: Hub id or folder of a CLIP model (vision part or whole).
+        name, revision: Hub id or folder of a model (vision part or whole).
         columns: what to compute. compute: dtype of the forward pass. device: where.
+
+    Attributes:
+        image_size: S, side of an image in pixels.
     """
 
     def __init__(
         self, name: str, revision: str | None, columns: tuple[Column, ...], compute: Compute, device: str = "cpu"
     ) -> None:
-        from transformers import CLIPVisionModel
         from transformers.utils.logging import disable_progress_bar
 
         disable_progress_bar()  # of every worker, in one log
         self.columns = columns
         self.device = torch.device(device)
         self.dtype: torch.dtype = getattr(torch, compute)
-        model = CLIPVisionModel.from_pretrained(name, revision=revision, dtype=self.dtype, attn_implementation="sdpa")
-        self.image_size = int(model.config.image_size)
-        del model.encoder.layers[max(column.block for column in columns) :]
-        self._model: Any = model.requires_grad_(False).eval().to(self.device)
+        self.family = family_of(name, revision)
+        tower: Any = self.family.load(name, revision, dtype=self.dtype, attn_implementation="sdpa")
+        self.image_size = int(tower.config.image_size)
+        self.family.keep_first(tower, max(column.block for column in columns))
+        self._tower = tower.requires_grad_(False).eval().to(self.device)
+
+    def pixels(self, image: Image.Image, aspect: Aspect) -> Pixels:
+        """RGB image -> float32 (3, S, S)."""
+        return self.family.pixels(image, aspect, self.image_size)
 
     @torch.inference_mode()
     def __call__(self, pixels: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -177,14 +164,5 @@ class Encoder:
 
         `block03` is hidden state 3 (the output of block 3) without its CLS token and without the final LayerNorm.
         """
-        wanted: dict[int, list[Column]] = {}
-        for column in self.columns:
-            wanted.setdefault(column.block, []).append(column)
-        model, features = self._model, {}
-        hidden = model.pre_layrnorm(model.embeddings(pixels.to(self.device, self.dtype)))
-        for block in range(len(model.encoder.layers) + 1):
-            if block:
-                hidden = model.encoder.layers[block - 1](hidden, None)
-            for column in wanted.get(block, ()):
-                features[column.name] = hidden[:, :1] if column.name.startswith("cls") else hidden[:, 1:]
-        return features
+        names = [column.name for column in self.columns]
+        return self.family.columns(self._tower, pixels.to(self.device, self.dtype), names)

@@ -22,13 +22,13 @@ if __name__ == "__main__":
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.manifest import FAILURES, read_commits, read_manifest, read_store
+from pipeline.manifest import FAILURES, existing_commits, read_manifest, read_store
 from pipeline.schema import SAMPLES, Column, Failure, Sample, StoreSpec, tar_path
 from pipeline.shard import read_sample
 from pipeline.storage import Storage
 
 CELL = 12  # pixels of a heat map's square
-_COLD, _WARM = np.array([18.0, 24, 61]), np.array([255.0, 196, 84])
+_COLD, _WARM = np.array([18.0, 24, 61]), np.array([255.0, 196, 84])  # RGB of the smallest and the largest value
 _MIDDLE = np.array([188.0, 62, 104])
 
 
@@ -58,6 +58,7 @@ def render(storage: Storage, images: tuple[str, ...], samples: int) -> str:
 
     spec = read_store(storage)
     table = read_manifest(storage)
+    # `samples` rows, evenly spread over the store.
     rows = table.take(
         list(range(0, len(table), max(1, len(table) // samples)))[:samples] if samples else []
     ).to_pylist()
@@ -92,7 +93,7 @@ def _columns(spec: StoreSpec, manifest: Any, shown: list[dict[str, Any]]) -> lis
 
 def _shards(storage: Storage) -> dict[str, Any]:
     """Bytes of every shard, as bars of equal width."""
-    sizes = [sum(file.bytes for file in commit.files.values()) for commit in read_commits(storage)]
+    sizes = [sum(file.bytes for file in commit.files.values()) for commit in existing_commits(storage)]
     largest = max(sizes, default=1)
     return {"sizes": sizes, "largest": largest, "total": sum(sizes), "percents": [100 * s / largest for s in sizes]}
 
@@ -108,6 +109,7 @@ def _failures(storage: Storage) -> dict[str, Any]:
 
 
 def _sample(storage: Storage, spec: StoreSpec, row: dict[str, Any], pictures: _Pictures) -> dict[str, Any]:
+    """What the page shows of one row of the manifest: its record, its picture, and each column's heat map."""
     data = storage.read_range(tar_path(SAMPLES, row["shard"]), row[f"{SAMPLES}.offset"], row[f"{SAMPLES}.size"])
     sample = read_sample(data)
     maps = []
@@ -127,24 +129,25 @@ def _sample(storage: Storage, spec: StoreSpec, row: dict[str, Any], pictures: _P
 
 
 def _map(payload: bytes, column: Column, spec: StoreSpec) -> dict[str, Any]:
-    """A column of one image: the mean length of its tokens, and the heat map of a patch grid."""
+    """A column of one image: the mean length of its tokens, and the heat map if the tokens are the patch grid."""
     import torch
 
-    from pipeline.codec import decode
+    from pipeline.codec import from_payload
 
     raw = torch.frombuffer(bytearray(payload), dtype=torch.uint8)[None]
-    features = decode(raw, column, spec.codec, torch.float32)[0]
-    distance = (features - features.mean(dim=0)).norm(dim=-1).numpy()
+    features = from_payload(raw, column, spec.codec, torch.float32)[0]  # (tokens, width)
+    distance = (features - features.mean(dim=0)).norm(dim=-1).numpy()  # (tokens,): from the mean of all tokens
     picture = _heat(distance.reshape(spec.encoder.grid, -1)) if column.tokens == spec.encoder.grid**2 else None
     return {"name": column.name, "norm": float(features.norm(dim=-1).mean()), "picture": picture}
 
 
 def _heat(values: npt.NDArray[np.float32]) -> str:
-    """(grid, grid) -> an image, from the smallest value to the largest."""
+    """(grid, grid) of any unit -> a PNG as a data URL, coloured from the smallest value to the largest."""
     from PIL import Image
 
     spread = float(values.max() - values.min()) or 1.0
-    place = ((values - values.min()) / spread)[..., None]
+    place = ((values - values.min()) / spread)[..., None]  # (grid, grid, 1), from 0 to 1
+    # Two straight lines through RGB, (grid, grid, 3): cold to middle up to one half, then middle to warm.
     low = _COLD + (_MIDDLE - _COLD) * np.minimum(place * 2, 1)
     colours = (low + (_WARM - _MIDDLE) * np.maximum(place * 2 - 1, 0)).astype(np.uint8)
     cell = max(1, 24 * CELL // len(values))

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from pipeline.config import differences
 from pipeline.schema import (
     FORMAT_VERSION,
     SAMPLES,
@@ -29,11 +30,12 @@ from pipeline.storage import Storage
 
 READERS = 16  # commit records read at a time: on S3 each is a round trip
 SPEC, MANIFEST, FAILURES = "store.json", "manifest.parquet", "failures.jsonl"
+_RESTORE = "restore it from a copy of the store, or build a new one with pipeline/build_shards.py"
 
-_DIFFERENT = {  # what a difference in store.json means to the person who asked
-    "dataset": "the records of data=... (or their texts) are others",
-    "encoder": "the features would come from another CLIP",
-    "seed": "the samples would come in another order",
+_MEANING = {  # of a difference in store.json, for the person who asked
+    "dataset": " (the records of data=..., or their texts, are others)",
+    "encoder.revision": " (the features would come from another CLIP)",
+    "seed": " (the samples would come in another order)",
 }
 
 
@@ -41,7 +43,7 @@ def read_store(storage: Storage) -> StoreSpec:
     """The identity of a store, the columns added later included.
 
     Raises:
-        ValueError: if there is no store, or one of another format version.
+        ValueError: if there is no store, one of another format version, or one whose identity is damaged.
     """
     try:
         data = storage.read(SPEC)
@@ -50,8 +52,17 @@ def read_store(storage: Storage) -> StoreSpec:
             f"{storage.root} is not a feature store: it has no {SPEC}; build one with pipeline/build_shards.py"
         ) from error
     spec = _parse_spec(data, storage.root)
-    added = [Column.model_validate_json(storage.read(name)) for name in storage.list("columns")]
+    added = [_parse_column(storage.read(name), f"{storage.root}/{name}") for name in storage.list("columns")]
     return spec.model_copy(update={"columns": (*spec.columns, *added)})
+
+
+def _parse_column(data: bytes, path: str) -> Column:
+    try:
+        return Column.model_validate_json(data)
+    except ValidationError as error:
+        raise ValueError(
+            f"{path} is damaged ({error.errors()[0]['msg']}); delete it, then build again with this column"
+        ) from error
 
 
 def _parse_spec(data: bytes, root: str) -> StoreSpec:
@@ -59,7 +70,7 @@ def _parse_spec(data: bytes, root: str) -> StoreSpec:
         tree = json.loads(data)
         version = tree.get("format_version") if isinstance(tree, dict) else None
     except ValueError as error:
-        raise ValueError(f"{root}/{SPEC} is not JSON: {error}") from error
+        raise ValueError(f"{root}/{SPEC} is not JSON: {error}; {_RESTORE}") from error
     if isinstance(tree, dict) and version not in (None, FORMAT_VERSION):
         raise ValueError(
             f"{root} is a store of format version {version!r}, this program reads version {FORMAT_VERSION}: "
@@ -70,13 +81,13 @@ def _parse_spec(data: bytes, root: str) -> StoreSpec:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{root}/{SPEC}: {place}: {first['msg']} (found {first['input']!r})") from error
+        raise ValueError(f"{root}/{SPEC}: {place}: {first['msg']} (found {first['input']!r}); {_RESTORE}") from error
 
 
 def create_or_check(storage: Storage, spec: StoreSpec) -> StoreSpec:
     """Write the identity of a new store, or check that the store that is there has the same one.
 
-    Columns that the store lacks are added to it, those that it has beyond are left alone. Returns what is there now.
+    Columns that the store lacks are added to it; columns that only the store has stay. Returns what is there now.
 
     Raises:
         ValueError: naming every difference between `spec` and the store.
@@ -94,21 +105,14 @@ def check(storage: Storage, spec: StoreSpec) -> StoreSpec:
     """The identity of the store that is there, after checking that a build of `spec` may go on with it.
 
     Raises:
-        ValueError: naming every difference, but for columns that one of them lacks.
+        ValueError: naming every difference. A column that only one of them has is none.
     """
     found = read_store(storage)
-    differing = []
-    for name in StoreSpec.model_fields:
-        theirs, mine = getattr(found, name), getattr(spec, name)
-        if name == "encoder" and theirs.revision == mine.revision:
-            mine = mine.model_copy(update={"id": theirs.id})  # the same weights, by another name
-        if name != "columns" and theirs != mine:
-            why = _DIFFERENT.get(name)
-            differing.append(f"{name}: {_brief(theirs)} there, {_brief(mine)} now" + (f" ({why})" if why else ""))
-    known = {column.name: column for column in found.columns}
-    for column in spec.columns:
-        if known.get(column.name, column) != column:
-            differing.append(f"column {_brief(known[column.name])} there, {_brief(column)} now")
+    theirs, mine = _identity(found), _identity(spec)
+    if theirs["encoder.revision"] == mine["encoder.revision"]:
+        mine["encoder.id"] = theirs["encoder.id"]  # the same weights, by another name
+    shared = {name: value for name, value in mine.items() if name in theirs}
+    differing = [line + _MEANING.get(line.partition(":")[0], "") for line in differences(theirs, shared)]
     if differing:
         raise ValueError(
             f"{storage.root} is a store of another build; take another store=..., or the same settings:\n  - "
@@ -117,11 +121,11 @@ def check(storage: Storage, spec: StoreSpec) -> StoreSpec:
     return found
 
 
-def _brief(value: Any) -> str:
-    if hasattr(value, "model_dump"):
-        return " ".join(f"{name}={item}" for name, item in value.model_dump().items())
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."
+def _identity(spec: StoreSpec) -> dict[str, Any]:
+    """What two builds must share, by name: `codec`, `encoder.revision`, `column block03` as (tokens, width), ..."""
+    plain = spec.model_dump(exclude={"encoder", "columns"})
+    encoder = {f"encoder.{name}": value for name, value in spec.encoder.model_dump().items()}
+    return plain | encoder | {f"column {c.name}": (c.tokens, c.width) for c in spec.columns}
 
 
 def added_columns(storage: Storage) -> tuple[str, ...]:
@@ -162,7 +166,7 @@ def write_commit(storage: Storage, commit: Commit, added: str | None = None) -> 
 def claim(storage: Storage, shard: int, job: str) -> bool:
     """Let `job` work on a shard; False if another job does, or did until it was killed.
 
-    A claim saves double work, no more: correctness rests on files that are only ever created.
+    A claim only saves double work. Correctness rests on files that are created once and then never changed.
     """
     name = claim_path(shard)
     try:
@@ -198,12 +202,12 @@ def write_failures(storage: Storage, failures: Iterable[Failure]) -> None:
 
 def known_failures(storage: Storage) -> list[Failure]:
     """What could not be stored of the shards that are there, in their order."""
-    return [failure for commit in read_commits(storage) for failure in commit.failures]
+    return [failure for commit in existing_commits(storage) for failure in commit.failures]
 
 
-def read_commits(storage: Storage) -> list[Commit]:
+def existing_commits(storage: Storage) -> list[Commit]:
     """The commit records of the shards that are there, in their order."""
-    return [commit for commit in _read_commits(storage, sorted(committed(storage)), None) if commit is not None]
+    return [commit for commit in _commits_or_none(storage, sorted(committed(storage)), None) if commit is not None]
 
 
 def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
@@ -214,12 +218,13 @@ def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
     Raises:
         ValueError: if a shard is missing.
     """
-    base = _commits(storage, spec.shards, None)
-    files: list[dict[str, ColumnFile]] = [dict(commit.files) for commit in base]
+    base = _all_commits(storage, spec.shards, None)
+    files: list[dict[str, ColumnFile]] = [dict(commit.files) for commit in base]  # per shard: by column
     for name in added_columns(storage):
         if len(committed(storage, name)) == spec.shards:
-            for shard, commit in enumerate(_commits(storage, spec.shards, name)):
+            for shard, commit in enumerate(_all_commits(storage, spec.shards, name)):
                 files[shard][name] = commit.files[name]
+    # One row per sample: what the commits list per sample, one shard after the other.
     table: dict[str, Any] = {
         "key": pa.array([key for commit in base for key in commit.keys], pa.string()),
         "shard": pa.array([commit.shard for commit in base for _ in commit.keys], pa.int32()),
@@ -233,15 +238,21 @@ def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
     return pa.table(table)
 
 
-def _commits(storage: Storage, shards: int, added: str | None) -> list[Commit]:
-    found = _read_commits(storage, range(shards), added)
+def _all_commits(storage: Storage, shards: int, added: str | None) -> list[Commit]:
+    """The commit records of shards 0 to `shards` - 1, or a ValueError that says how many are missing."""
+    found = _commits_or_none(storage, range(shards), added)
     missing = [shard for shard, commit in enumerate(found) if commit is None]
     if missing:
-        raise ValueError(f"{storage.root} lacks {len(missing)} of {shards} shards, the first is {missing[0]}")
+        of = "" if added is None else f" of column {added}"
+        raise ValueError(
+            f"{storage.root} lacks {len(missing)} of {shards} shards{of}, the first is {missing[0]}; "
+            "run pipeline/build_shards.py again"
+        )
     return [commit for commit in found if commit is not None]
 
 
-def _read_commits(storage: Storage, shards: Iterable[int], added: str | None) -> list[Commit | None]:
+def _commits_or_none(storage: Storage, shards: Iterable[int], added: str | None) -> list[Commit | None]:
+    """The commit record of each of `shards`, None where there is none, read side by side."""
     with ThreadPoolExecutor(READERS) as pool:
         return list(pool.map(lambda shard: read_commit(storage, shard, added), shards))
 

@@ -28,6 +28,7 @@ class Work:
 def todo(storage: Storage, spec: StoreSpec, wanted: Sequence[Column]) -> list[Work]:
     """The shards of the store `spec` that lack something of the `wanted` columns, in order."""
     known = {column.name for column in spec.columns}
+    # These have separate commit records: they were added after the first build, or are about to be.
     later = {*added_columns(storage), *(column.name for column in wanted if column.name not in known)}
     base = tuple(column.name for column in spec.columns if column.name not in later)
     done = committed(storage)
@@ -69,7 +70,7 @@ def row_of(
 
 
 def count_shards(samples: int, shard_size: int) -> int:
-    """How many shards so many samples fill."""
+    """How many shards `samples` samples fill; the last one may be smaller."""
     return -(-samples // shard_size)
 
 

@@ -20,6 +20,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from pipeline.encoders import block_of
+
 FORMAT_VERSION: Literal[1] = 1
 SAMPLES = "samples"  # the name of the tar that holds the records, beside the feature columns
 
@@ -39,7 +41,7 @@ class Turn(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True)
 
-    speaker: Literal["human", "gpt"] = Field(alias="from")
+    speaker: Literal["human", "gpt"] = Field(validation_alias="from", serialization_alias="from")
     value: str
 
 
@@ -65,7 +67,10 @@ class Sample(_Record):
 
 
 class Column(_Record):
-    """A feature column, (tokens, width) per image: `block03` is hidden state 3 without CLS, `cls23` its CLS alone."""
+    """A feature column, (tokens, width) per image.
+
+    `block03` is hidden state 3 without its CLS token, `cls23` is the CLS token of hidden state 23.
+    """
 
     name: str = Field(pattern=r"^(block|cls)\d{2}$")
     tokens: int = Field(gt=0)
@@ -73,8 +78,8 @@ class Column(_Record):
 
     @property
     def block(self) -> int:
-        """The CLIP block whose output this is (0 is the embedding after pre-LN)."""
-        return int(self.name[-2:])
+        """The encoder's block whose output this is (0 is the input of the first)."""
+        return block_of(self.name)
 
 
 class EncoderSpec(_Record):

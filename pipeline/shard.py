@@ -1,4 +1,4 @@
-"""Writing and reading one tar: a plain ustar archive whose bytes depend on its members alone."""
+"""Writing and reading one tar: a plain ustar archive whose bytes depend only on its members."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class TarWriter:
         info.size = size
         header = info.tobuf(tarfile.USTAR_FORMAT)
         self._payload_at = self._end + len(header)
-        self._write([header, data, bytes(-size % tarfile.BLOCKSIZE)])
+        self._write([header, data, bytes(-size % tarfile.BLOCKSIZE)])  # zeros up to the next block of 512 bytes
 
     def skip(self) -> None:
         """Note a sample that has no member in this tar."""
@@ -69,7 +69,7 @@ class TarWriter:
 
     def finish(self) -> ColumnFile:
         """Write the end of the archive; returns what a commit record says of the file."""
-        end = 2 * tarfile.BLOCKSIZE
+        end = 2 * tarfile.BLOCKSIZE  # two blocks of zeros, then zeros up to a whole record of 20 blocks
         self._write([bytes(end + -(self._end + end) % tarfile.RECORDSIZE)])
         while self._hashing:
             self._hashing.popleft().result()
@@ -78,6 +78,7 @@ class TarWriter:
         )
 
     def _write(self, parts: list[bytes | memoryview]) -> None:
+        """Append `parts` in one system call, without copying them, and hand them to the thread that hashes."""
         total = sum(len(part) for part in parts)
         written = os.writev(self._file.fileno(), parts)
         if written != total:  # a full disk, or a size beyond one call

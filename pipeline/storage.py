@@ -38,7 +38,7 @@ class Storage:
         text = str(root)
         self.root = text.rstrip("/") or text
         if "://" in text and not text.startswith("s3://"):
-            raise ValueError(f"{text!r}: storage is a local folder or s3://bucket/prefix")
+            raise ValueError(f"{text!r} is of an unknown scheme; give a local folder or s3://bucket/prefix")
         self._local = None if text.startswith("s3://") else Path(text)
         self._s3: Any = None
 
@@ -132,7 +132,9 @@ class Storage:
             return False
         if self.size(name) != source.stat().st_size:
             raise OSError(
-                errno.EIO, f"{self._key(name)} arrived with {self.size(name)} bytes of {source.stat().st_size}"
+                errno.EIO,
+                f"{self._key(name)} arrived with {self.size(name)} bytes of {source.stat().st_size}; delete it and run "
+                "the same command again",
             )
         return True
 
@@ -188,7 +190,7 @@ class Storage:
         if self._local is None or not (self._local / SCRATCH).is_dir():
             return
         for folder in (self._local / SCRATCH).iterdir():
-            host, _, rest = folder.name.partition(".")
+            host, _, rest = folder.name.partition(".")  # host.pid.random, as `scratch` names it
             pid = rest.partition(".")[0]
             here = host == os.uname().nodename.partition(".")[0] and pid.isdigit()
             if not _alive(int(pid)) if here else folder.stat().st_mtime < time.time() - SCRATCH_LASTS:
@@ -213,13 +215,16 @@ class Storage:
             except (FileNotFoundError, PermissionError) as error:
                 raise type(error)(error.errno, f"{error.strerror or error}: {key}") from error
             except NoCredentialsError as error:
-                raise PermissionError(errno.EACCES, f"no S3 credentials in the environment, for {key}") from error
+                raise PermissionError(
+                    errno.EACCES, f"no S3 credentials for {key}; set AWS_ACCESS_KEY_ID and its secret, or AWS_PROFILE"
+                ) from error
             except (OSError, BotoCoreError, ClientError) as error:  # ClientError: an answer that ends too early
                 number = getattr(error, "errno", None) or errno.EIO
                 if number == errno.EINVAL and "precondition" in str(error).lower():
                     raise FileExistsError(name) from error  # how some servers word a failed If-None-Match
                 if attempt == ATTEMPTS:
-                    raise OSError(number, f"{error} ({ATTEMPTS} attempts): {key}") from error
+                    said = f"{error} ({ATTEMPTS} attempts): {key}; run again when that is mended"
+                    raise OSError(number, said) from error
                 log.warning("%s: %s (attempt %d of %d)", key, error, attempt, ATTEMPTS)
                 time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1.0))
         raise AssertionError("the last attempt returns or raises")
@@ -238,13 +243,15 @@ class Storage:
 
 
 def _checked(name: str) -> str:
+    """`name`, if it cannot lead out of the folder that it is relative to; else a ValueError."""
     path = PurePosixPath(name)
     if not name or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise ValueError(f"{name!r} is not a relative path within its folder")
+        raise ValueError(f"{name!r} is not a relative path within its folder; expected one such as samples/00000.tar")
     return str(path)
 
 
 def _list_local(root: Path, prefix: str) -> dict[str, int]:
+    """As `Storage.list`, of a local folder; the scratch folder is not part of it."""
     top = root / _checked(prefix) if prefix else root
     found = {}
     for folder, folders, files in os.walk(top):
@@ -256,6 +263,7 @@ def _list_local(root: Path, prefix: str) -> dict[str, int]:
 
 
 def _link(source: Path, target: Path) -> bool:
+    """Give a file its final name: a hard link appears at once, and is refused where the name is taken (False)."""
     sync(source)
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -276,6 +284,7 @@ def sync(path: Path) -> None:
 
 
 def _alive(pid: int) -> bool:
+    """Whether a process of this machine runs, whoever owns it: signal 0 is not delivered, only checked."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

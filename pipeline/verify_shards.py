@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=4, help="files read at a time (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.deep and not arguments.images:
-        parser.error("--deep encodes the source images again: say where they are with --images")
+        parser.error(f"--deep encodes the images of {arguments.store} again: say where they are with --images")
+    if min(arguments.sample, arguments.threads) < 1:
+        parser.error(f"--sample is {arguments.sample}, --threads is {arguments.threads}; give at least 1")
     storage = Storage(arguments.store)
     try:
         spec = read_store(storage)
@@ -80,17 +82,18 @@ def main() -> None:
     print("\n".join(str(problem) for problem in problems))
     if arguments.repair:
         print(repair(storage, problems))
-    sys.exit(f"{storage.root}: {len(problems)} problem(s)")
+    again = "" if arguments.repair else "; run this again with --repair, then build again"
+    sys.exit(f"{storage.root}: {len(problems)} problem(s){again}")
 
 
 def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]:
-    """Everything that is wrong with a store, but for the features' numbers."""
+    """Everything that is wrong with a store, except for the numbers of its features: `compare_with_live_clip`."""
     from tqdm import tqdm
 
     there = storage.list()
     added = added_columns(storage)
     base = tuple(column.name for column in spec.columns if column.name not in added)
-    problems, commits = _read_commits(storage, spec, added)
+    problems, commits = _readable_commits(storage, spec, added)
     expected = {SPEC, FAILURES, MANIFEST, *DERIVED, *(f"columns/{name}.json" for name in added)}
     jobs = []
     for (shard, extra), commit in commits.items():
@@ -114,9 +117,10 @@ def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]
     return problems
 
 
-def _read_commits(
+def _readable_commits(
     storage: Storage, spec: StoreSpec, added: Iterable[str]
 ) -> tuple[list[Problem], dict[tuple[int, str | None], Commit]]:
+    """(a problem for each commit record that is missing or damaged, the others by shard and added column)."""
     problems: list[Problem] = []
     commits: dict[tuple[int, str | None], Commit] = {}
     for extra in (None, *added):
@@ -136,7 +140,7 @@ def _read_commits(
 
 
 def _faults(commit: Commit, shard: int, base: Commit | None, spec: StoreSpec, names: tuple[str, ...]) -> Iterator[str]:
-    """What a commit record says that cannot be."""
+    """What cannot be true in a commit record. `base`: the record of the whole shard, if it can be read."""
     from pipeline.codec import payload_bytes
 
     if commit.shard != shard:
@@ -190,6 +194,7 @@ def _check_tar(storage: Storage, spec: StoreSpec, commit: Commit, name: str, add
 def _wrong_members(
     found: list[tuple[str, int, int]], commit: Commit, name: str, file: ColumnFile, spec: StoreSpec
 ) -> str | None:
+    """How `found`, (name, offset, size) of a tar's members, differ from those of the commit record, if they do."""
     suffix = "json" if name == SAMPLES else f"{name}.{spec.codec}"
     listed = [
         (f"{key}.{suffix}", offset, size)
@@ -205,6 +210,7 @@ def _wrong_members(
 
 
 def _wrong_records(data: io.BufferedReader, commit: Commit, file: ColumnFile) -> str | None:
+    """What is wrong with the first bad record of a samples tar, if there is one."""
     for key, image, offset, size in zip(commit.keys, commit.images, file.offsets, file.sizes, strict=True):
         data.seek(offset)
         try:
@@ -226,16 +232,19 @@ def compare_with_live_clip(
     """
     import torch
 
-    from pipeline.codec import decode
+    from pipeline.codec import from_payload
     from pipeline.dataset import ImageSource, index_zips
-    from pipeline.encoder import Encoder, describe_encoder, load_image, preprocess
+    from pipeline.encoder import Encoder, describe_encoder, load_image
 
-    if describe_encoder(encoder, spec.encoder.revision).revision != spec.encoder.revision:
+    weights = describe_encoder(encoder, spec.encoder.revision).revision
+    if weights != spec.encoder.revision:
         raise ValueError(
-            f"--encoder {encoder} is not the CLIP of this store, whose weights are {spec.encoder.revision}"
+            f"--encoder {encoder} is not the CLIP of this store: its weights are {weights}, those of the store are "
+            f"{spec.encoder.revision}; name the model that the store was built with"
         )
     table = read_manifest(storage)
     table = table.filter(table.column("image").is_valid())
+    # `sample` rows, evenly spread over the store.
     rows = table.take(list(range(0, len(table), max(1, len(table) // sample)))[:sample]).to_pylist()
     columns = tuple(column for column in spec.columns if f"{column.name}.offset" in table.column_names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -244,13 +253,17 @@ def compare_with_live_clip(
     allowed = _CODEC_ERROR[spec.codec] + _COMPUTE_ERROR[spec.compute]
     problems, largest = [], 0.0
     for row in rows:
-        picture = load_image(source.read(row["image"], [index.get(row["image"]) for index in zips]))
-        features = live(torch.from_numpy(preprocess(picture, spec.aspect, spec.encoder.image_size))[None])
+        try:
+            picture = load_image(source.read(row["image"], [index.get(row["image"]) for index in zips]))
+        except ValueError as fault:
+            raise ValueError(f"{row['key']} ({row['image']}): {fault}; see --images") from fault
+        features = live(torch.from_numpy(live.pixels(picture, spec.aspect))[None])
         for column in columns:
             path = tar_path(column.name, row["shard"])
             payload = storage.read_range(path, row[f"{column.name}.offset"], row[f"{column.name}.size"])
             raw = torch.frombuffer(bytearray(payload), dtype=torch.uint8)[None]
-            stored, expected = decode(raw, column, spec.codec, torch.float32), features[column.name].float().cpu()
+            # Both (1, tokens, width); the difference is relative to the length of the whole.
+            stored, expected = from_payload(raw, column, spec.codec, torch.float32), features[column.name].float().cpu()
             error = float((stored - expected).norm() / expected.norm())
             largest = max(largest, error)
             if not error <= allowed:

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.codec import encode
+from pipeline.codec import to_payload
 from pipeline.config import BuildConfig
 from pipeline.dataset import ImageSource
-from pipeline.encoder import Encoder, Pixels, load_image, preprocess
+from pipeline.encoder import Encoder, family_of, load_image
+from pipeline.encoders.pixels import Pixels
 from pipeline.manifest import claim, read_commit, write_commit
 from pipeline.schema import (
     SAMPLES,
@@ -51,9 +52,9 @@ class _Item:
     key: str
     image: str | None
     conversations: list[dict[str, Any]]
-    pixels: Pixels | None = None
+    pixels: Pixels | None = None  # float32 (3, side, side), until CLIP has seen them
     data: bytes | None = None  # of the source image, if it is to be stored
-    size: tuple[int, int] | None = None
+    size: tuple[int, int] | None = None  # width and height of the upright image, in pixels
     fault: str | None = None
 
 
@@ -62,7 +63,7 @@ class _Batch:
     """Consecutive samples of a shard, of which up to `batch_size` have images."""
 
     items: list[_Item]
-    features: dict[str, torch.Tensor]  # (images that are sound, tokens, width)
+    payloads: dict[str, torch.Tensor]  # column -> uint8 (images that CLIP has seen, payload bytes), on the CPU
 
 
 class ShardWorker:
@@ -79,6 +80,7 @@ class ShardWorker:
         self.storage = Storage(config.store)
         self.source = ImageSource(config.image_roots)
         self.device = "cuda" if torch.cuda.is_available() and config.num_gpus > 0 else "cpu"
+        self.family = family_of(config.encoder, config.revision)
         self._encoders: dict[tuple[str, ...], Encoder] = {}
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,6 +112,7 @@ class ShardWorker:
         return {**outcome, "seconds": time.perf_counter() - start}
 
     def _is_there(self, shard: int, base: bool, names: tuple[str, ...]) -> bool:
+        """Whether the commit records exist: one for a whole shard (`base`), else one per added column."""
         wanted = [None] if base else list(names)
         return all(read_commit(self.storage, shard, name) is not None for name in wanted)
 
@@ -126,7 +129,7 @@ class ShardWorker:
             writing = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
             written: Future[None] | None = None
             for items in self._decoded(row, stack):
-                batch = _Batch(items, self._features(items, columns))
+                batch = _Batch(items, self._payloads(items, columns))
                 if written is not None:
                     written.result()
                 written = writing.submit(shard.add, batch)
@@ -149,6 +152,7 @@ class ShardWorker:
             yield [future.result() for future in waiting.popleft()]
 
     def _decode(self, key: str, image: str | None, conversations: list[dict[str, Any]], places: Any) -> _Item:
+        """Fetch, decode and preprocess one image, in a thread; what is wrong with it becomes its fault."""
         item = _Item(key, image, conversations)
         if image is None:
             return item
@@ -156,14 +160,20 @@ class ShardWorker:
             data = self.source.read(image, places)
             picture = load_image(data)
             item.size = picture.size
-            item.pixels = preprocess(picture, self.spec.aspect, self.spec.encoder.image_size)
+            item.pixels = self.family.pixels(picture, self.spec.aspect, self.spec.encoder.image_size)
             item.data = data if self.spec.stores_images else None
         except ValueError as error:
             item.fault = str(error)
         return item
 
-    def _features(self, items: list[_Item], columns: tuple[Column, ...]) -> dict[str, torch.Tensor]:
-        """CLIP's columns of the sound images, on the CPU; an image whose features are not finite becomes a fault."""
+    def _payloads(self, items: list[_Item], columns: tuple[Column, ...]) -> dict[str, torch.Tensor]:
+        """CLIP's columns of the sound images in the codec's bytes: {column: uint8 (images, payload bytes)}, on the CPU.
+
+        An image whose features are not finite gets a fault and no row.
+
+        Raises:
+            ValueError: if a feature does not fit the codec.
+        """
         sound = [item for item in items if item.pixels is not None]
         if not sound:
             return {}
@@ -171,29 +181,33 @@ class ShardWorker:
         if names not in self._encoders:
             self._encoders = {names: self._encoder(columns)}
         pixels = torch.from_numpy(np.stack([item.pixels for item in sound if item.pixels is not None]))
-        features = self._encoders[names](pixels)
+        features = self._encoders[names](pixels)  # {column: (images, tokens, width)}
+        # (images,): whether every number of an image is finite, in every column
         finite = torch.stack([value.flatten(1).isfinite().all(dim=1) for value in features.values()]).all(dim=0)
         fine = finite.tolist()
         for item, is_fine in zip(sound, fine, strict=True):
             item.pixels = None
             if not is_fine:
-                item.fault = "features hold NaN or infinity"
-        payload = {name: encode(value, self.spec.codec) for name, value in features.items()}
-        return to_host(payload if all(fine) else {name: value[finite] for name, value in payload.items()})
+                item.fault = f"features hold NaN or infinity (compute={self.spec.compute})"
+        try:
+            payloads = {name: to_payload(value, self.spec.codec) for name, value in features.items()}
+        except ValueError as error:
+            raise ValueError(f"in the images {sound[0].key} to {sound[-1].key}: {error}") from error
+        return to_host(payloads if all(fine) else {name: value[finite] for name, value in payloads.items()})
 
     def _encoder(self, columns: tuple[Column, ...]) -> Encoder:
         config = self.config
         return Encoder(config.encoder, config.revision, columns, self.spec.compute, self.device)
 
     def _same_samples(self, commit: Commit) -> None:
-        """A column that is added must cover what the store holds, no more and no less."""
+        """Check that an added column has exactly the samples that the store holds."""
         base = read_commit(self.storage, commit.shard)
         assert base is not None, "the base of a shard comes first"
         if base.keys != commit.keys:
             lost = [f for f in commit.failures if f.key in set(base.keys)]
             raise ValueError(
-                f"shard {commit.shard}: the store holds {len(base.keys)} samples, {len(commit.keys)} can be read now"
-                + "".join(f"\n  {f.source}: {f.reason}" for f in lost[:5])
+                f"shard {commit.shard}: the store holds {len(base.keys)} samples, {len(commit.keys)} can be read now; "
+                "give the images of the first build" + "".join(f"\n  {f.source}: {f.reason}" for f in lost[:5])
             )
 
     def _publish(self, commit: Commit, folder: Path, base: bool) -> bool:
@@ -227,12 +241,13 @@ class ShardWorker:
         if path.startswith(f"{SAMPLES}/") or places != expected:
             raise ValueError(
                 f"{self.storage.root}/{path} is there without a commit record, and holds something else; "
-                "run pipeline/verify_shards.py STORE --repair, then build again"
+                "delete it, then run pipeline/build_shards.py again"
             )
         return mine.model_copy(update={"sha256": sha256, "bytes": theirs.stat().st_size})
 
 
 def _only(commit: Commit, name: str, file: ColumnFile) -> Commit:
+    """The commit record of one added column."""
     return commit.model_copy(update={"files": {name: file}})
 
 
@@ -248,8 +263,8 @@ class _ShardInTheMaking:
 
     def add(self, batch: _Batch) -> None:
         """Write the samples of a batch that have no fault, in order."""
-        payload = {name: value.numpy() for name, value in batch.features.items()}
-        row = 0
+        payloads = {name: value.numpy() for name, value in batch.payloads.items()}
+        row = 0  # of the payloads, which have one for each image without a fault
         for item in batch.items:
             if item.fault is not None:
                 self.failures.append(Failure(key=item.key, source=item.image or "", reason=item.fault))
@@ -264,7 +279,7 @@ class _ShardInTheMaking:
                 elif item.image is None:
                     writer.skip()
                 else:
-                    writer.add(f"{item.key}.{name}.{self.spec.codec}", payload[name][row])
+                    writer.add(f"{item.key}.{name}.{self.spec.codec}", payloads[name][row])
             if item.data is not None and SAMPLES in self.writers:
                 suffix = (item.image or "").rpartition(".")[2].lower()
                 suffix = suffix if suffix.isalnum() and suffix != "json" else "img"
@@ -284,12 +299,12 @@ class _ShardInTheMaking:
         )
 
 
-def to_host(payload: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Columns of (images, bytes) on the CPU: from a GPU through page-locked memory, all copies at once."""
-    if all(value.device.type == "cpu" for value in payload.values()):
-        return payload
-    host = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for name, value in payload.items()}
-    for name, value in payload.items():
+def to_host(payloads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Columns of uint8 (images, payload bytes), on the CPU: from a GPU through page-locked memory, all at once."""
+    if all(value.device.type == "cpu" for value in payloads.values()):
+        return payloads
+    host = {name: torch.empty(value.shape, dtype=value.dtype, pin_memory=True) for name, value in payloads.items()}
+    for name, value in payloads.items():
         host[name].copy_(value, non_blocking=True)
     torch.cuda.synchronize()
     return host

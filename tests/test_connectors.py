@@ -10,15 +10,17 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.connectors import ARMS, PAPER_BLOCKS, RELEASED_BLOCKS, ConnectorConfig, build_connector, windows
-from training.convert import connector_from_released
+from training.model.reducers import FAMILIES, build_connector, connector_config
+from training.model.reducers.fusion import PAPER_BLOCKS, RELEASED_BLOCKS
+from training.model.reducers.fusion_layers import windows
+from training.release.llava import connector_from_released
 
 TINY = {"grid": 4, "vision_width": 8, "llm_width": 16, "blocks": (1, 2, 3), "block": 3}
 
 
 def parameters(**settings: object) -> int:
     with torch.device("meta"):
-        return sum(p.numel() for p in build_connector(ConnectorConfig(**settings)).parameters())
+        return sum(p.numel() for p in build_connector(connector_config(**settings)).parameters())
 
 
 def random_columns(connector, n=2, dtype=torch.float32):
@@ -45,9 +47,9 @@ def test_the_released_topology_computes_what_the_original_code_computed(vectors:
 
 
 def test_the_released_topology_reads_blocks_from_the_deepest_down() -> None:
-    assert ConnectorConfig(preset="released").columns[0] == "block23"
-    assert ConnectorConfig(preset="released").blocks == RELEASED_BLOCKS == (23, 21, 18, 15, 12, 9, 6, 3)
-    assert ConnectorConfig().blocks == PAPER_BLOCKS == (3, 6, 9, 12, 15, 18, 21, 24)
+    assert connector_config(preset="released").columns[0] == "block23"
+    assert connector_config(preset="released").blocks == RELEASED_BLOCKS == (23, 21, 18, 15, 12, 9, 6, 3)
+    assert connector_config().blocks == PAPER_BLOCKS == (3, 6, 9, 12, 15, 18, 21, 24)
 
 
 def test_released_weights_that_lack_a_key_or_hold_another_are_refused_by_name() -> None:
@@ -72,12 +74,12 @@ def test_tokens_and_parameters_of_table_4_at_7b(
     k: int, fused: int, tokens: int, first: int, second: int, stf: int
 ) -> None:
     with torch.device("meta"):
-        built = build_connector(ConnectorConfig(arm="stf", kernel_size=k, fused_tokens=fused))
+        built = build_connector(connector_config(arm="stf", kernel_size=k, fused_tokens=fused))
         image = torch.zeros(3, 576, 1024)
     layers = (built.stf.fuse, built.stf.project[0], built.stf.project[2])
     assert [sum(p.numel() for p in layer.parameters()) for layer in layers] == [first, second, 67_112_960]
     assert built({"block23": image}).shape == (3, tokens, 4096)
-    assert ConnectorConfig(kernel_size=k, fused_tokens=fused).tokens == tokens
+    assert connector_config(kernel_size=k, fused_tokens=fused).tokens == tokens
     assert parameters(arm="stf", kernel_size=k, fused_tokens=fused) == stf
     assert parameters(arm="mbtf+stf", kernel_size=k, fused_tokens=fused) == stf + 37_753_856
 
@@ -90,25 +92,25 @@ def test_parameters_of_both_presets_and_of_the_baselines_at_7b() -> None:
     assert parameters(arm="mbtf") == 37_753_856 + 20_979_712
     assert parameters(arm="tokenconcat") == 33_562_624
     with torch.device("meta"):
-        fuse = build_connector(ConnectorConfig(preset="released", llm_width=5120)).stf.fuse
+        fuse = build_connector(connector_config(preset="released", llm_width=5120)).stf.fuse
     assert fuse.out_features == 20_480  # at 13B
-    assert ConnectorConfig(kernel_size=3).tokens == 64
-    assert ConnectorConfig(kernel_size=1).tokens == 576
+    assert connector_config(kernel_size=3).tokens == 64
+    assert connector_config(kernel_size=1).tokens == 576
 
 
 @pytest.mark.parametrize(("fused", "width"), [(1, 4096), (2, 2048)])
 def test_layer_widths_of_table_1_and_4(fused: int, width: int) -> None:
     with torch.device("meta"):
-        stf = build_connector(ConnectorConfig(fused_tokens=fused)).stf
+        stf = build_connector(connector_config(fused_tokens=fused)).stf
     assert stf.fuse.weight.shape == (4096, 4096)
     assert stf.project[0].weight.shape == (16384, width)
     assert stf.project[2].weight.shape == (4096, 16384)
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", FAMILIES)
 def test_every_arm_makes_as_many_tokens_as_it_says_and_learns(arm: str, preset: str) -> None:
-    connector = build_connector(ConnectorConfig(arm=arm, preset=preset, **TINY))
+    connector = build_connector(connector_config(arm=arm, preset=preset, **TINY))
     tokens = connector(random_columns(connector))
     assert tokens.shape == (2, connector.tokens, 16)
     assert connector.tokens == (16 if arm in ("mbtf", "mlp") else 4)
@@ -116,9 +118,9 @@ def test_every_arm_makes_as_many_tokens_as_it_says_and_learns(arm: str, preset: 
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in connector.parameters())
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", FAMILIES)
 def test_no_image_gives_no_token_and_gradients_of_zero(arm: str) -> None:
-    connector = build_connector(ConnectorConfig(arm=arm, **TINY))
+    connector = build_connector(connector_config(arm=arm, **TINY))
     tokens = connector(random_columns(connector, n=0))
     assert tokens.shape == (0, connector.tokens, 16)
     (tokens.sum() * 0).backward()
@@ -127,8 +129,8 @@ def test_no_image_gives_no_token_and_gradients_of_zero(arm: str) -> None:
 
 def test_single_block_arms_read_the_second_to_last_block_alone() -> None:
     for arm in ("mlp", "stf", "avgpool", "tokenconcat"):
-        assert ConnectorConfig(arm=arm).columns == ("block23",)
-    assert ConnectorConfig(arm="mlp", block=7).columns == ("block07",)
+        assert connector_config(arm=arm).columns == ("block23",)
+    assert connector_config(arm="mlp", block=7).columns == ("block07",)
 
 
 @settings(max_examples=30)
@@ -143,7 +145,7 @@ def test_fusing_windows_is_a_convolution_with_the_same_weights(k: int, side: int
 
 
 def test_the_e_tokens_of_a_window_are_slices_of_its_channels_side_by_side() -> None:
-    config = ConnectorConfig(arm="stf", kernel_size=2, fused_tokens=2, grid=4, vision_width=8, llm_width=16)
+    config = connector_config(arm="stf", kernel_size=2, fused_tokens=2, grid=4, vision_width=8, llm_width=16)
     connector = build_connector(config)
     seen: list[torch.Tensor] = []
     connector.stf.project.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
@@ -157,7 +159,9 @@ def test_the_e_tokens_of_a_window_are_slices_of_its_channels_side_by_side() -> N
 
 
 def test_avgpool_pools_before_or_after_the_projector_as_told() -> None:
-    before, after = (build_connector(ConnectorConfig(arm="avgpool", pool=pool, **TINY)) for pool in ("before", "after"))
+    before, after = (
+        build_connector(connector_config(arm="avgpool", pool=pool, **TINY)) for pool in ("before", "after")
+    )
     after.load_state_dict(before.state_dict())
     columns = random_columns(before)
     image = columns["block03"].transpose(1, 2).reshape(2, 8, 4, 4)
@@ -169,8 +173,8 @@ def test_avgpool_pools_before_or_after_the_projector_as_told() -> None:
 
 
 def test_gelu_is_the_exact_form() -> None:
-    for arm in ARMS:
-        for module in build_connector(ConnectorConfig(arm=arm, **TINY)).modules():
+    for arm in FAMILIES:
+        for module in build_connector(connector_config(arm=arm, **TINY)).modules():
             assert getattr(module, "approximate", "none") == "none"
 
 
@@ -183,25 +187,25 @@ def test_gelu_is_the_exact_form() -> None:
         ({"fused_tokens": 3}, r"fused_tokens 3 does not divide the fused width C2 = k\*k\*C1 = 4096"),
         ({"fused_tokens": 0}, "fused_tokens 0"),
         ({"arm": "avgpool", "fused_tokens": 2}, "avgpool makes one token of a window"),
-        ({"arm": "perceiver"}, r"'perceiver' is unknown; expected one of mbtf\+stf, mbtf"),
-        ({"preset": "official"}, "'official' is unknown; expected one of paper, released"),
-        ({"blocks": (3, 3)}, r"names a block twice: \[3, 3\]"),
+        ({"arm": "perceiver"}, r"'perceiver' is unknown; choose one of mbtf\+stf, mbtf"),
+        ({"preset": "official"}, "'official' is unknown; choose one of paper, released"),
+        ({"blocks": (3, 3)}, r"\[3, 3\] names a block twice"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused_with_the_reason(wrong: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        ConnectorConfig(**wrong)
+        connector_config(**wrong)
 
 
 def test_a_column_that_the_store_lacks_is_named_with_what_there_is() -> None:
     with pytest.raises(ValueError, match=r"needs block24; there is only block03, .*block21"):
-        build_connector(ConnectorConfig(), available=[f"block{b:02d}" for b in (3, 6, 9, 12, 15, 18, 21)])
+        build_connector(connector_config(), available=[f"block{b:02d}" for b in (3, 6, 9, 12, 15, 18, 21)])
 
 
 def test_a_missing_or_misshapen_column_is_named() -> None:
-    connector = build_connector(ConnectorConfig(**TINY))
+    connector = build_connector(connector_config(**TINY))
     columns = random_columns(connector)
-    with pytest.raises(ValueError, match=r"column block02 has shape \(2, 9, 8\); expected \(images, \(16, 8\)\)"):
+    with pytest.raises(ValueError, match=r"column block02 has shape \(2, 9, 8\); expected \(images, 16, 8\)"):
         connector({**columns, "block02": torch.zeros(2, 9, 8)})
     del columns["block03"]
     with pytest.raises(ValueError, match="needs column block03; given: block01, block02"):
@@ -209,7 +213,7 @@ def test_a_missing_or_misshapen_column_is_named() -> None:
 
 
 def test_bf16_columns_meet_fp32_weights_with_and_without_autocast() -> None:
-    connector = build_connector(ConnectorConfig(**TINY))
+    connector = build_connector(connector_config(**TINY))
     columns = random_columns(connector, dtype=torch.bfloat16)
     exact = connector(columns)
     assert exact.dtype == torch.float32
@@ -219,12 +223,12 @@ def test_bf16_columns_meet_fp32_weights_with_and_without_autocast() -> None:
     torch.testing.assert_close(rounded.float(), exact, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", FAMILIES)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_a_compiled_connector_is_one_graph_for_any_number_of_images(arm: str, autocast: bool) -> None:
     torch._dynamo.reset()
     eight = {**TINY, "blocks": (1, 2, 3, 4, 5, 6, 7, 8)}  # more columns than torch.compile compiles a function anew
-    connector = build_connector(ConnectorConfig(**eight, arm=arm))
+    connector = build_connector(connector_config(**eight, arm=arm))
     graphs = []
 
     def count(graph: torch.fx.GraphModule, _inputs: list[torch.Tensor]) -> torch.fx.GraphModule:

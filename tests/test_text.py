@@ -8,11 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from training.batch import IGNORE, PLACEHOLDER, Encoded, collate, encode, tokenize, tokenize_with_image
-from training.conversation import SYSTEM, plain_prompt, prompt_for, v1_prompt
-from training.tokenizer import Tokenizer
+from pipeline.schema import Conversation, Turn
+from training.model.tokenizer import Tokenizer
+from training.text.collate import Collator, Example, pad
+from training.text.image import PLACEHOLDER, tokenize_with_image
+from training.text.labels import Labelled, ids_and_labels
+from training.text.templates import IGNORE, TEMPLATES, prompt_for
 
 IMAGE_ID, IMAGE_TOKENS = 9000, 4
+SYSTEM = TEMPLATES["v1"].system
+v1_prompt, plain_prompt = TEMPLATES["v1"].prompt, TEMPLATES["plain"].prompt
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["legacy", "non-legacy"])
@@ -20,24 +25,28 @@ def tokenizer(request: pytest.FixtureRequest, tiny_tokenizer: Path) -> Tokenizer
     return Tokenizer(tiny_tokenizer / "tokenizer.model", legacy=request.param)
 
 
-def turns(*texts: str) -> list[dict[str, str]]:
-    return [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+def turns(*texts: str) -> list[Turn]:
+    return [Turn(speaker=("human", "gpt")[i % 2], value=text) for i, text in enumerate(texts)]
 
 
-def ids_and_labels(tokenizer: Tokenizer, *texts: str, has_image: bool = True, max_length: int = 2048) -> Encoded:
-    return encode(turns(*texts), tokenizer, "v1", has_image, IMAGE_TOKENS, max_length, IMAGE_ID)
+def collator(tokenizer: Tokenizer, template: str = "v1", max_length: int = 2048) -> Collator:
+    return Collator(tokenizer, template, max_length, IMAGE_TOKENS, IMAGE_ID)
 
 
-def supervised(tokenizer: Tokenizer, example: Encoded) -> str:
+def labelled(tokenizer: Tokenizer, *texts: str, has_image: bool = True, max_length: int = 2048) -> Labelled:
+    return collator(tokenizer, max_length=max_length).labelled(turns(*texts), has_image)
+
+
+def supervised(tokenizer: Tokenizer, example: Labelled) -> str:
     return tokenizer.decode([i for i in example.labels if i != IGNORE], skip_special_tokens=False)
 
 
 @pytest.mark.vectors("conversations*.json")
 def test_every_conversation_has_the_originals_ids_and_labels(case: dict[str, Any], tokenizer_model: Path) -> None:
-    ids, labels = tokenize(
-        case["conversations"],
+    ids, labels = ids_and_labels(
+        [Turn.model_validate(turn) for turn in case["conversations"]],
         Tokenizer(tokenizer_model, case["legacy"]),
-        case["version"],
+        TEMPLATES[case["version"]],
         case["has_image"],
         case["model_max_length"],
     )
@@ -71,13 +80,13 @@ def test_the_plain_template_is_for_captions_only() -> None:
 
 
 def test_only_answers_and_their_ends_are_supervised(tokenizer: Tokenizer) -> None:
-    example = ids_and_labels(tokenizer, "<image>\nWhat is it?", "a dog", "Sure?", "yes")
+    example = labelled(tokenizer, "<image>\nWhat is it?", "a dog", "Sure?", "yes")
     assert supervised(tokenizer, example) == "a dog</s>yes</s>"
     assert all(label in (IGNORE, i) for i, label in zip(example.input_ids, example.labels, strict=True))
 
 
 def test_an_image_takes_as_many_places_as_it_has_tokens(tokenizer: Tokenizer) -> None:
-    example = ids_and_labels(tokenizer, "what is <image> this <image>?", "a dog")
+    example = labelled(tokenizer, "what is <image> this <image>?", "a dog")
     assert example.input_ids.count(IMAGE_ID) == IMAGE_TOKENS
     assert PLACEHOLDER not in example.input_ids
 
@@ -86,32 +95,52 @@ def test_an_image_takes_as_many_places_as_it_has_tokens(tokenizer: Tokenizer) ->
     "texts", [("What?", "a dog"), ("<image> a", "b", "<image> c", "d"), ("a", "the <image>", "c", "d")]
 )
 def test_an_image_is_shown_once_whatever_the_text_says(tokenizer: Tokenizer, texts: tuple[str, ...]) -> None:
-    example = ids_and_labels(tokenizer, *texts)
+    example = labelled(tokenizer, *texts)
     assert example.input_ids.count(IMAGE_ID) == IMAGE_TOKENS
     assert supervised(tokenizer, example).startswith(("a dog", "b", "the"))
 
 
 def test_the_word_for_an_image_is_ordinary_text_without_one(tokenizer: Tokenizer) -> None:
-    example = ids_and_labels(tokenizer, "what does <image> mean?", "a tag", has_image=False)
+    example = labelled(tokenizer, "what does <image> mean?", "a tag", has_image=False)
     assert IMAGE_ID not in example.input_ids
     assert "<image>" in tokenizer.decode(example.input_ids)
 
 
 def test_what_is_too_long_is_cut_after_the_image_was_expanded(tokenizer: Tokenizer) -> None:
-    whole = ids_and_labels(tokenizer, "<image>\nWhat is it?", "a dog " * 50)
-    cut = ids_and_labels(tokenizer, "<image>\nWhat is it?", "a dog " * 50, max_length=80)
+    whole = labelled(tokenizer, "<image>\nWhat is it?", "a dog " * 50)
+    cut = labelled(tokenizer, "<image>\nWhat is it?", "a dog " * 50, max_length=80)
     assert cut.input_ids == whole.input_ids[:80]
     assert cut.labels == whole.labels[:80]
 
 
 def test_a_limit_that_cuts_the_image_is_refused_with_what_to_do(tokenizer: Tokenizer) -> None:
     with pytest.raises(ValueError, match=r"raise data.max_length"):
-        ids_and_labels(tokenizer, "<image>\nWhat?", "a dog", max_length=10)
+        labelled(tokenizer, "<image>\nWhat?", "a dog", max_length=10)
+
+
+def test_a_batch_holds_the_ids_and_labels_of_its_examples(tokenizer: Tokenizer) -> None:
+    texts = [("<image>\nWhat is it?", "a dog"), ("Hi", "hello there, hello")]
+    examples = [
+        Example(f"{number}#0", Conversation(id=str(number), turns=turns(*pair)), has_image=number == 0)
+        for number, pair in enumerate(texts)
+    ]
+    batch = collator(tokenizer)(examples)
+    for row, example in enumerate(examples):
+        expected = labelled(tokenizer, *texts[row], has_image=example.has_image)
+        length = int(batch["attention_mask"][row].sum())
+        assert batch["input_ids"][row, :length].tolist() == expected.input_ids
+        assert batch["labels"][row, :length].tolist() == expected.labels
+
+
+def test_an_example_that_does_not_fit_the_template_is_named(tokenizer: Tokenizer) -> None:
+    example = Example("000000017#2", Conversation(id="x", turns=turns("no image", "a dog", "more")), has_image=False)
+    with pytest.raises(ValueError, match=r"example 000000017#2: the plain template takes two turns"):
+        collator(tokenizer, "plain")([example])
 
 
 def test_padding_never_hides_a_real_token(tokenizer: Tokenizer) -> None:
-    unknown = Encoded([1, tokenizer.unk_id, 5], [IGNORE, IGNORE, 5], has_image=False)
-    batch = collate([unknown, Encoded([1, 6, 7, 8, 9], [IGNORE] * 5, has_image=False)], tokenizer.pad_id)
+    unknown = Labelled([1, tokenizer.unk_id, 5], [IGNORE, IGNORE, 5])
+    batch = pad([unknown, Labelled([1, 6, 7, 8, 9], [IGNORE] * 5)], tokenizer.pad_id)
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert batch["labels"][0].tolist() == [IGNORE, IGNORE, 5, IGNORE, IGNORE]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}

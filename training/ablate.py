@@ -20,7 +20,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
@@ -29,6 +29,9 @@ from pydantic import Field, model_validator
 
 from pipeline.config import ConfigError, Settings, load_config
 from training.config import TrainConfig
+
+if TYPE_CHECKING:
+    from training.benchmarks.questions import Benchmark
 
 Stage = Literal["pretrain", "finetune"]
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
@@ -116,7 +119,7 @@ def main() -> None:
         stages = {(run.folder, stage): stage_config(config, run, stage) for run in plan for stage in STAGES}
         mine = plan[_part(arguments.part)]
         if arguments.ray:
-            from training.ablate_on_ray import on_ray
+            from training.sweep.on_ray import on_ray
 
             failed = on_ray([arguments.config, *arguments.settings], plan, arguments.gpus)
             if failed:
@@ -190,8 +193,8 @@ def ablate(
     if waiting:
         print(f"{len(waiting)} of {len(plan)} runs are not done yet: {', '.join(str(r.folder) for r in waiting)}")
         return
-    from training.ablation_table import as_text, build_table
     from training.report import ablation_page
+    from training.sweep.table import as_text, build_table
 
     table = build_table(config, plan)
     folder = Path(config.run)
@@ -209,7 +212,7 @@ def one_run(config: AblationConfig, run: Run, stages: Mapping[tuple[Path, Stage]
     import torch
     from composer.utils import dist
 
-    from training.train import train
+    from training.fit.stage import train
 
     start = time.perf_counter()
     for stage in STAGES:
@@ -226,39 +229,28 @@ def one_run(config: AblationConfig, run: Run, stages: Mapping[tuple[Path, Stage]
 
 def answer(config: AblationConfig, run: Run) -> None:
     """The trained model's answers to every question."""
-    from training.answer import answer_all
-    from training.benchmarks.questions import file_within
-    from training.evaluate import read_questions
+    from training.answers.answer import answer_all
 
     model = str(run.folder / "finetune" / "model")
-    if config.questions is not None:
-        assert config.images is not None
-        images = Path(config.images)
-        asked = read_questions(Path(config.questions), images)[: config.limit]
-        out, tokens = run.folder / "answers.jsonl", config.max_new_tokens or 128
-        answer_all(model, asked, lambda name: file_within(images, name).read_bytes(), out, config.batch_size, tokens)
-        return
     for benchmark in open_all(config):
-        asked = [{"question_id": q.id, "image": q.image, "text": q.text} for q in benchmark.questions]
-        out, tokens = run.folder / f"{benchmark.name}.jsonl", config.max_new_tokens or benchmark.max_new_tokens
-        answer_all(model, asked, benchmark.image, out, config.batch_size, tokens)
+        out = benchmark.answers_in(run.folder)
+        answer_all(model, benchmark, out, config.batch_size, config.max_new_tokens)
 
 
-def open_all(config: AblationConfig) -> Iterator[Any]:
+def open_all(config: AblationConfig) -> Iterator[Benchmark]:
     """The benchmarks of the ablation."""
-    from training.benchmarks import open_benchmark
+    from training.benchmarks import Source
 
-    for name in config.benchmarks:
-        assert config.data is not None
-        benchmark = open_benchmark(name, Path(config.data))
-        benchmark.keep(config.limit)
-        yield benchmark
+    data, questions, images = (
+        None if name is None else Path(name) for name in (config.data, config.questions, config.images)
+    )
+    yield from Source(config.benchmarks, data, None, questions, images, config.limit).open()
 
 
 def measure_encoding(config: AblationConfig, stage: TrainConfig) -> None:
     """Seconds of one pass of every image through CLIP: with all columns, as a store, and with those of each arm."""
     from pipeline.encoder import columns_of, describe_encoder
-    from training.connectors import ConnectorConfig
+    from training.model.reducers import connector_config
 
     path = Path(config.run) / "encoding.json"
     if path.exists():
@@ -268,7 +260,9 @@ def measure_encoding(config: AblationConfig, stage: TrainConfig) -> None:
     names = _image_names(config.encoding)
     shape = stage.model.connector.model_dump()
     needed = {
-        arm.name: {int(column[-2:]) for column in ConnectorConfig(**{**shape, **arm.connector}, grid=spec.grid).columns}
+        arm.name: {
+            int(column[-2:]) for column in connector_config(**{**shape, **arm.connector}, grid=spec.grid).columns
+        }
         for arm in config.arms
     }
     seconds = {}
@@ -290,14 +284,14 @@ def _image_names(encoding: Encoding) -> list[str]:
 def _encode_all(encoding: Encoding, columns: Any, names: list[str], size: int) -> float:
     import torch
 
-    from pipeline.encoder import Encoder, load_image, preprocess
+    from pipeline.encoder import Encoder, load_image
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encode = Encoder(encoding.encoder, None, columns, "bfloat16" if device == "cuda" else "float32", device)
     start = time.perf_counter()
     for first in range(0, len(names), encoding.batch_size):
         batch = [Path(encoding.images, name).read_bytes() for name in names[first : first + encoding.batch_size]]
-        pixels = [torch.from_numpy(preprocess(load_image(data), "pad", size)) for data in batch]
+        pixels = [torch.from_numpy(encode.pixels(load_image(data), "pad")) for data in batch]
         for features in encode(torch.stack(pixels)).values():
             features.cpu()
     return time.perf_counter() - start

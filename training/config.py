@@ -2,31 +2,70 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from dataclasses import fields
+from functools import cache
+from pkgutil import resolve_name
+from typing import Annotated, Any, Literal, Self, get_type_hints
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, field_validator, model_validator
 
 from pipeline.config import Settings
+from training.model.reducers import DEFAULT, SHAPE, config_class
+from training.text.templates import TEMPLATES
+
+# What `parallelism` may say, and the class that does it: an engine is a file in training/engines and a line here. The
+# classes are named, not imported: they stand above this file.
+ENGINES = {
+    "ddp": "training.engines.ddp:Ddp",
+    "fsdp": "training.engines.fsdp:Fsdp",
+    "zero1": "training.engines.zero:Zero1",
+    "zero2": "training.engines.zero:Zero2",
+    "zero3": "training.engines.zero:Zero3",
+}
 
 Part = Literal["connector", "llm"]
-Parallelism = Literal["ddp", "fsdp", "zero1", "zero2", "zero3"]
 Board = Literal["tensorboard", "wandb", "mlflow"]
 
 
 class ConnectorSettings(Settings):
-    """Columns of CLIP features to vision tokens: MBTF and STF of section 3, or an arm of its ablations."""
+    """Columns of features to vision tokens: `arm`, and the settings that its family declares (model/reducers)."""
 
-    arm: Literal["mbtf+stf", "mbtf", "stf", "mlp", "avgpool", "tokenconcat"] = "mbtf+stf"
-    preset: Literal["paper", "released"] = Field(default="paper", description="as the paper defines it, or as released")
-    blocks: tuple[int, ...] | None = Field(
-        default=None, min_length=1, description="CLIP blocks, in channel order; default: the preset's eight"
-    )
-    block: int = Field(
-        default=23, ge=0, description="the one block of arms without MBTF; 23 is LLaVA's select_layer -2"
-    )
-    kernel_size: int = Field(default=2, gt=0, description="k: a k x k window of patch tokens is fused (Table 4)")
-    fused_tokens: int = Field(default=1, gt=0, description="E: into so many tokens (Table 4)")
-    pool: Literal["before", "after"] = Field(default="before", description="avgpool: before or after the MLP")
+    arm: str = DEFAULT
+
+
+@cache
+def _settings_of(declared: type) -> type[ConnectorSettings]:
+    """The fields of a connector's configuration that a user may set, as settings."""
+    hints = get_type_hints(declared)
+    settings: dict[str, Any] = {
+        field.name: (hints[field.name], Field(default=field.default, **field.metadata))
+        for field in fields(declared)
+        if field.name not in SHAPE
+    }
+    return create_model(declared.__name__, __base__=ConnectorSettings, **settings)
+
+
+def _of_its_family(given: Any) -> Any:
+    """The settings of the arm that is named, checked one by one; whether they fit each other is known with a store.
+
+    Stages' files set those of the default arm: where another family is chosen instead, these are left out.
+    """
+    if not isinstance(given, dict):
+        return given
+    arm = given.get("arm", DEFAULT)
+    family, usual = (_settings_of(config_class(name)) for name in (arm, DEFAULT))
+    given = {k: v for k, v in given.items() if k in family.model_fields or k not in usual.model_fields}
+    for name in given:
+        if name not in family.model_fields:
+            known = [*family.model_fields]
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+            raise ValueError(f"{name}: unknown setting of {arm}; {hint}")
+    return family.model_validate(given)
+
+
+Connector = Annotated[SerializeAsAny[ConnectorSettings], BeforeValidator(_of_its_family)]
 
 
 class LoraSettings(Settings):
@@ -43,12 +82,14 @@ class ModelSettings(Settings):
     llm: str = Field(description="Hub id or folder of a Llama-architecture causal language model")
     revision: str | None = None
     tokenizer: str | None = Field(default=None, description="Hub id or folder with tokenizer.model; default: the llm's")
-    connector: ConnectorSettings = ConnectorSettings()
+    connector: Connector = Field(default={}, validate_default=True, description="arm and its settings")
     connector_from: str | None = Field(default=None, description="folder with stage 1's connector.safetensors")
     frozen_dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="dtype of frozen weights")
     activation_checkpointing: bool = Field(default=False, description="compute the LLM's activations twice, keep none")
     loss_chunks: int = Field(
-        default=1, gt=0, description="logits of so many parts of the supervised tokens, one after another; 1 keeps them"
+        default=1,
+        gt=0,
+        description="parts in which logits of the supervised tokens are made, one after another; 1 keeps all",
     )
     compile: tuple[Literal["connector", "llm"], ...] = Field(
         default=(),
@@ -58,23 +99,59 @@ class ModelSettings(Settings):
     lora: LoraSettings | None = Field(default=None, description="{} for LLaVA-1.5's; merged into the exported model")
 
 
-class DataSettings(Settings):
-    """The feature store, and the order in which it is read."""
+class ExampleSettings(Settings):
+    """Which store the examples come from, and how a conversation becomes tokens."""
 
     store: str = Field(description="feature store of pipeline/build_shards.py, local or s3://")
-    template: Literal["plain", "v1"] = Field(description="plain for captions (stage 1), v1 for conversations (stage 2)")
+    template: str = Field(description="plain for captions (stage 1), v1 for conversations (stage 2)")
     max_length: int = Field(default=2048, gt=8, description="tokens per example, image tokens included")
+
+    @field_validator("template")
+    @classmethod
+    def _known_template(cls, name: str) -> str:
+        if name not in TEMPLATES:
+            raise ValueError(f"expected one of {', '.join(TEMPLATES)}")
+        return name
+
+
+class OrderSettings(Settings):
+    """In which order examples come: with the store and the global batch size, all that decides it."""
+
     seed: int = 0
-    shuffle: bool = True
-    window_shards: int = Field(default=16, gt=0, description="examples are shuffled within so many shards")
+    shuffle: bool = Field(default=True, description="false gives the store's own order")
+    window_shards: int = Field(default=16, gt=0, description="examples are shuffled within this many shards")
     together: bool = Field(default=False, description="conversations of an image one after another: fewest reads")
     group_by_length: bool = Field(default=False, description="batches of one modality and similar length")
-    last_batch: Literal["drop", "pad"] = "drop"
+    last_batch: Literal["drop", "pad"] = Field(
+        default="drop", description="an epoch's last, partial batch is left out, or filled up with examples before it"
+    )
+    limit: int | None = Field(default=None, gt=0, description="only the first N examples of the store's own order")
+
+    @model_validator(mode="after")
+    def _together_or_grouped(self) -> Self:
+        if self.together and self.group_by_length:
+            raise ValueError(
+                "together keeps an image's conversations adjacent, group_by_length sorts them apart: choose one"
+            )
+        return self
+
+
+class ReadSettings(Settings):
+    """How a rank reads its examples; this changes neither their order nor their contents."""
+
     threads: int = Field(default=4, gt=0, description="reader threads per rank")
-    prefetch: int = Field(default=2, gt=0, description="batches read ahead")
+    prefetch: int = Field(default=2, gt=0, description="batches read ahead; memory is one batch more")
     cache_dir: str | None = Field(default=None, description="where shards of a remote store are kept on this node")
-    cache_gb: float = Field(default=200, gt=0)
-    limit: int | None = Field(default=None, gt=0, description="only the first N examples")
+    cache_gb: float = Field(default=200, gt=0, description="most that the whole folder may hold, in 10^9 bytes")
+
+    @property
+    def cache_bytes(self) -> int:
+        """`cache_gb` in bytes."""
+        return round(self.cache_gb * 1e9)
+
+
+class DataSettings(ReadSettings, OrderSettings, ExampleSettings):
+    """The feature store, and how it is read; a run's file says all of it under `data`."""
 
 
 class OptimizerSettings(Settings):
@@ -115,42 +192,45 @@ class TrainConfig(Settings):
     global_batch_size: int = Field(gt=0, description="examples per optimizer step, over all ranks")
     microbatch_size: int | Literal["auto"] = Field(default="auto", description="examples per rank and forward pass")
     epochs: int = Field(default=1, gt=0)
-    steps: int | None = Field(default=None, gt=0, description="stop after so many steps (the schedule follows)")
+    steps: int | None = Field(default=None, gt=0, description="stop after this many steps (the schedule follows)")
     loss: Literal["global", "microbatch"] = Field(
         default="global", description="mean over supervised tokens of the global batch, or mean of microbatch means"
     )
     precision: Literal["fp32", "amp_bf16"] = "amp_bf16"
-    parallelism: Parallelism = Field(
-        default="ddp", description="whole copies of the model, Composer's FSDP, or DeepSpeed's ZeRO"
+    parallelism: str = Field(
+        default="ddp", description="the engine: ddp copies the model, fsdp and zero1, zero2, zero3 (DeepSpeed) shard it"
     )
     boards: tuple[Board, ...] = Field(default=("tensorboard",), description="where else each step's metrics go")
     project: str = Field(default="compact-vision-tokens", description="the runs' common name on wandb and mlflow")
     stop_on_spike: float | None = Field(
-        default=None, gt=1, description="stop if a loss is so many times the median of the last 100; naming the batch"
+        default=None,
+        gt=1,
+        description="stop and name the batch if a loss is this many times the median of the last 100",
     )
     checkpoint: CheckpointSettings = CheckpointSettings()
     seed: int = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
 
+    @field_validator("parallelism")
+    @classmethod
+    def _known_engine(cls, value: str) -> str:
+        if value not in ENGINES:
+            raise ValueError(f"no such engine; choose one of {', '.join(map(repr, ENGINES))}")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
-        if self.data.template == "plain" and "llm" in self.train:
-            raise ValueError("data.template: plain is for stage 1, where train is [connector]; use v1 to train the llm")
+        if TEMPLATES[self.data.template].captions_only and "llm" in self.train:
+            raise ValueError(
+                f"data.template: {self.data.template} is for stage 1, where train is [connector]; use v1 to train the "
+                "llm"
+            )
         for part in ("connector", "llm"):
             if getattr(self.optimizer, f"{part}_lr") is not None and part not in self.train:
                 raise ValueError(f"optimizer.{part}_lr has no effect: train is {list(self.train)}; leave it out")
         if self.model.lora is not None and "llm" not in self.train:
             raise ValueError(f"model.lora adapts the llm, but train is {list(self.train)}; add llm, or leave lora out")
-        if self.model.lora is not None and self.parallelism == "fsdp" and self.model.frozen_dtype != "float32":
-            raise ValueError(
-                "model.lora with parallelism fsdp: FSDP shards the weights of a layer together, in one dtype, and "
-                "adapters are float32; say model.frozen_dtype=float32, or parallelism=zero2"
-            )
-        if self.model.compile and self.parallelism == "zero3":
-            raise ValueError(
-                "model.compile with parallelism zero3: ZeRO-3 gathers weights in Python hooks that "
-                "torch.compile cannot keep; use zero2 or fsdp, or leave it out"
-            )
+        resolve_name(ENGINES[self.parallelism]).check(self)
         return self
 
     def per_rank(self, world_size: int) -> int:

@@ -20,7 +20,7 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
-from training.demo_settings import BLOCKS, DRAW, FINETUNE, GENERATE, PRETRAIN
+from training.toy.settings import BLOCKS, DRAW, FINETUNE, GENERATE, PRETRAIN
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -74,7 +74,7 @@ class Demo:
         if self.drawn:
             draw = [*self.python, "pipeline/demo_data.py", str(run / "data"), *DRAW]
             self.step("draw scenes", draw, done=run / "data" / "heldout.jsonl")
-        make = [*self.python, "training/demo_models.py", str(models)]
+        make = [*self.python, "training/toy/models.py", str(models)]
         make += ["--captions", self.data["chat"], "--talk", self.data["instruct"], "--images", self.data["images"]]
         self.step("make tiny models", make, done=models / "done")
         for stage, source in (("pretrain", "chat"), ("finetune", "instruct")):

@@ -27,8 +27,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
 from pipeline.config import ConfigError, load_config
+from training.checkup.preflight import Finding, Launch, Level, of_run, run_check
 from training.config import TrainConfig
-from training.preflight import Finding, Level, Ranks, of_run, run_check
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -59,7 +59,7 @@ def main() -> int:
         int(os.environ.get(name, default))
         for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
     )
-    ranks = Ranks(rank, size, local_rank, local_size, arguments.ranks or size)
+    ranks = Launch(rank, size, local_rank, local_size, arguments.ranks or size)
     findings = examine(config, ranks)
     if rank == 0:
         for finding in findings:
@@ -70,7 +70,7 @@ def main() -> int:
     return int(rank == 0 and any(finding.level == "fail" for finding in findings))
 
 
-def examine(config: TrainConfig | None, ranks: Ranks) -> list[Finding]:
+def examine(config: TrainConfig | None, ranks: Launch) -> list[Finding]:
     """Every finding: on rank 0 those of all ranks that differ, on the others their own."""
     found = run_check("versions", versions) + run_check("gpus", lambda: gpus(config, ranks))
     meeting: list[TCPStore] = []
@@ -143,7 +143,7 @@ def versions() -> Iterator[Finding]:
     yield Finding("ok", "versions", ", ".join([f"python {sys.version.split()[0]}", *shown]))
 
 
-def gpus(config: TrainConfig | None, ranks: Ranks) -> Iterator[Finding]:
+def gpus(config: TrainConfig | None, ranks: Launch) -> Iterator[Finding]:
     """A free GPU for each rank of this node, one that computes in the precision of the run."""
     import torch
 
@@ -189,7 +189,7 @@ def lacks_kernels(capability: tuple[int, int], built_for: list[str]) -> str:
     return f"sm_{major}{minor}" if known else ""
 
 
-def links(config: TrainConfig | None, ranks: Ranks, meeting: list[TCPStore]) -> Iterator[Finding]:
+def links(config: TrainConfig | None, ranks: Launch, meeting: list[TCPStore]) -> Iterator[Finding]:
     """An all-reduce between all ranks, by NCCL or gloo, whose sum is known; `meeting` gets the ranks' common store."""
     import torch
     from torch import distributed

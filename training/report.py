@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOM = Path(__file__).resolve().parent
 if __name__ == "__main__":
-    sys.path[0] = str(ROOM.parent)  # the repository root, not this folder
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
+TEMPLATES = Path(__file__).resolve().parent / "pages"
 WIDTH, HEIGHT, LEFT, BOTTOM = 520.0, 220.0, 44.0, 26.0  # of a chart, in SVG units
 
 
@@ -47,12 +47,12 @@ def main() -> None:
 def _template(name: str) -> Any:
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 
-    return Environment(loader=FileSystemLoader(ROOM), autoescape=select_autoescape(["html"])).get_template(name)
+    return Environment(loader=FileSystemLoader(TEMPLATES), autoescape=select_autoescape(["html"])).get_template(name)
 
 
 def render(run: Path, images: Path, examples: int) -> str:
     """The page of a run, as one string of HTML that needs nothing beside itself."""
-    from training.ablation_table import store_of
+    from training.sweep.table import store_of
 
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     page: str = _template("report.html").render(
@@ -132,7 +132,7 @@ def _bars(seconds: dict[str, float]) -> list[dict[str, Any]]:
 
 def _examples(run: Path, images: Path, count: int) -> list[dict[str, Any]]:
     """A spread of the questions, each with its image, and the answer given when shown another image."""
-    from training.evaluate import normalise
+    from training.benchmarks.own import normalise
 
     answers = _lines(run / "answers.jsonl")
     other = run / "answers_shuffled.jsonl"
@@ -175,7 +175,7 @@ def _environment() -> dict[str, str]:
 
 def ablation_page(folder: Path, images: Path | None, examples: int) -> str:
     """The page of an ablation, from its table.json; `images` brings examples of its own questions."""
-    from training.ablation_table import LAST, TEXT_TOKENS, flops_unit
+    from training.sweep.table import LAST, TEXT_TOKENS, flops_unit
 
     table = json.loads((folder / "table.json").read_text(encoding="utf-8"))
     rows = table["rows"]
@@ -279,7 +279,7 @@ def _encoding_bars(encoding: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 def _ablation_examples(folder: Path, rows: Sequence[dict[str, Any]], images: Path, count: int) -> list[dict[str, Any]]:
     """A spread of the questions with every arm's answer (first seed), those first on which the arms differ."""
-    from training.evaluate import normalise
+    from training.benchmarks.own import normalise
 
     files = {row["arm"]: folder / row["runs"][0] / "answers.jsonl" for row in rows}
     if not all(path.exists() for path in files.values()):

@@ -1,4 +1,5 @@
-"""What a store delivers on this machine: the command line of `python training/stream.py STORE [--bench]`."""
+#!/usr/bin/env python
+"""How a store is shuffled into batches and how fast they are read: `python training/stream_bench.py STORE --bench`."""
 
 from __future__ import annotations
 
@@ -6,12 +7,19 @@ import argparse
 import os
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
+
+from training.config import OrderSettings, ReadSettings
 
 if TYPE_CHECKING:
     import torch
 
-    from training.stream import Example, Stream
+    from training.stream.stream import Stream
+    from training.text.collate import Example
 
 
 MICROBATCH = 4  # examples that are padded to one length in the description; stage 2's default
@@ -19,24 +27,29 @@ MICROBATCH = 4  # examples that are padded to one length in the description; sta
 
 def main() -> int:
     """Describe the order of a store's examples; with --bench, measure how fast they come."""
+    order, read = OrderSettings(), ReadSettings()  # the defaults of a run's `data`
     parser = argparse.ArgumentParser(
-        prog="python training/stream.py",
-        description="Say how a feature store is shuffled into batches and, with --bench, how fast they are read.",
+        description="Say how a feature store is shuffled into batches and, with --bench, how fast they are read."
     )
     parser.add_argument("store", help="feature store, a folder or s3://")
     parser.add_argument(
         "--bench", action="store_true", help="read batches: MB/s, examples/s, first batch, cold and warm"
     )
     parser.add_argument("--columns", nargs="*", metavar="NAME", help="feature columns to read (default: all)")
-    parser.add_argument("--batch-size", type=int, default=32, help="examples per batch (default: %(default)s)")
-    parser.add_argument("--batches", type=int, default=20, help="batches to read (default: %(default)s)")
-    parser.add_argument("--threads", type=int, default=4, help="reader threads (default: %(default)s)")
-    parser.add_argument("--prefetch", type=int, default=2, help="batches read ahead (default: %(default)s)")
-    parser.add_argument("--window-shards", type=int, default=16, help="shuffle window (default: %(default)s)")
+    parser.add_argument("--batch-size", type=_positive, default=32, help="examples per batch (default: %(default)s)")
+    parser.add_argument("--batches", type=_positive, default=20, help="batches to read (default: %(default)s)")
+    for name, default, text in (
+        ("--threads", read.threads, "reader threads"),
+        ("--prefetch", read.prefetch, "batches read ahead"),
+        ("--window-shards", order.window_shards, "shuffle window"),
+    ):
+        parser.add_argument(name, type=_positive, default=default, help=f"{text} (default: %(default)s)")
     parser.add_argument("--no-shuffle", action="store_true", help="the store's own order")
     parser.add_argument("--together", action="store_true", help="conversations of an image one after another")
     parser.add_argument("--cache-dir", help="for a remote store: where this node keeps shards")
-    parser.add_argument("--cache-gb", type=float, default=200.0, help="bound of the cache (default: %(default)s)")
+    parser.add_argument(
+        "--cache-gb", type=float, default=read.cache_gb, help="bound of the cache (default: %(default)s)"
+    )
     arguments = parser.parse_args()
     try:
         stream = _open(arguments)
@@ -49,8 +62,14 @@ def main() -> int:
     return 0
 
 
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{number} is less than 1; take 1 or more")
+    return number
+
+
 def no_text(examples: list[Example]) -> dict[str, torch.Tensor]:
-    """A collate function for measurements: the features alone."""
+    """A collate function for measurements: only the features count."""
     return {}
 
 
@@ -59,41 +78,41 @@ def _open(arguments: argparse.Namespace) -> Stream:
 
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
-    from training.stream import Stream
+    from training.stream.order import Order
+    from training.stream.reader import Reading
+    from training.stream.stream import Stream
 
     columns = arguments.columns
     if columns is None:
         columns = [column.name for column in read_store(Storage(arguments.store)).columns]
-    return Stream(
-        arguments.store,
-        tuple(columns),
+    order = Order(
         global_batch_size=arguments.batch_size,
-        collate=no_text,
         shuffle=not arguments.no_shuffle,
         window_shards=arguments.window_shards,
         together=arguments.together,
         last_batch="pad",
+    )
+    reading = Reading(
         threads=arguments.threads,
         prefetch=arguments.prefetch,
         cache_dir=arguments.cache_dir,
-        cache_bytes=int(arguments.cache_gb * 1e9),
+        cache_gb=arguments.cache_gb,
         pin_memory=torch.cuda.is_available(),
     )
+    return Stream(arguments.store, tuple(columns), order, reading, no_text)
 
 
 def _describe(stream: Stream, url: str) -> str:
-    from dataclasses import replace
-
-    from training.order import epoch_batches, padding_share, same_shard_pairs, shards_in_use
+    from training.stream.order import epoch_batches, padding_share, same_shard_pairs, shards_in_use
 
     batches, examples = stream.epoch_batches(0), stream.examples
     size = stream.global_batch_size
-    orders = [replace(stream.settings, together=False, group_by_length=grouped) for grouped in (False, True)]
+    orders = [stream.order.model_copy(update={"together": False, "group_by_length": g}) for g in (False, True)]
     waste = [padding_share(epoch_batches(examples, o, 0), examples.words, o, rows=MICROBATCH) for o in orders]
     return (
         f"store     {url}: {stream.store.samples} samples in {stream.store.shards} shards, codec {stream.store.codec}\n"
         f"examples  {len(examples)}: {len(stream)} batches of {size} per epoch\n"
-        f"mixing    window of {stream.settings.window_shards} shards: two examples of a batch share a shard "
+        f"mixing    window of {stream.order.window_shards} shards: two examples of a batch share a shard "
         f"{same_shard_pairs(batches, examples):.2f} times as often as in a full shuffle; "
         f"at most {shards_in_use(batches, examples)} shards in use at once\n"
         f"padding   {waste[0]:.1%} of the words of microbatches of {MICROBATCH}, {waste[1]:.1%} with group_by_length"
@@ -126,7 +145,7 @@ def drop_pages(stream: Stream, url: str) -> bool:
 
 
 def measure(stream: Stream, batches: int) -> dict[str, Any]:
-    """Read so many batches of the coming epoch; seconds, feature bytes, examples and the wait for the first batch."""
+    """Read at most `batches` of the coming epoch; seconds, feature bytes, examples and the wait for the first one."""
     start = time.perf_counter()
     first = 0.0
     read = examples = 0
@@ -148,3 +167,7 @@ def _line(name: str, result: dict[str, Any]) -> str:
         f"{name:9} {result['bytes'] / seconds / 1e6:,.0f} MB/s, {result['examples'] / seconds:,.1f} examples/s, "
         f"first batch after {result['first_batch_s'] * 1e3:.0f} ms"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -39,9 +39,10 @@ import torch  # noqa: E402
 import torch.utils.flop_counter  # noqa: E402
 from PIL import Image  # noqa: E402
 
-from pipeline.codec import decode, encode, payload_bytes  # noqa: E402
+from pipeline.codec import from_payload, payload_bytes, to_payload  # noqa: E402
 from pipeline.demo_data import draw  # noqa: E402
-from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image, preprocess  # noqa: E402
+from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image  # noqa: E402
+from pipeline.encoders.clip import Clip  # noqa: E402
 from pipeline.plan import CODECS  # noqa: E402
 from pipeline.schema import Column  # noqa: E402
 from pipeline.shard import TarWriter  # noqa: E402
@@ -137,7 +138,7 @@ def bare_loop(clip: Path, blocks: tuple[int, ...], paths: list[Path], batch: int
     encoder = Encoder(str(clip), None, columns, COMPUTE, "cuda" if CUDA else "cpu")
 
     def forward(part: list[Path]) -> None:
-        pixels = [torch.from_numpy(preprocess(load_image(path.read_bytes()), "pad", 336)) for path in part]
+        pixels = [torch.from_numpy(Clip().pixels(load_image(path.read_bytes()), "pad", 336)) for path in part]
         features = encoder(torch.stack(pixels))
         if CUDA:
             torch.cuda.synchronize()
@@ -210,7 +211,7 @@ def write(folder: Path) -> tuple[dict[str, Ratio], dict[str, Any]]:
     def ours() -> None:
         for name, value in features.items():
             with TarWriter(folder / f"{name}.tar") as tar:
-                for row, payload in enumerate(encode(value, "bf16").numpy()):
+                for row, payload in enumerate(to_payload(value, "bf16").numpy()):
                     tar.add(f"{row:09d}.{name}.bf16", payload)
                 tar.finish()
 
@@ -272,7 +273,7 @@ def codec(folder: Path) -> tuple[dict[str, Ratio], dict[str, Any]]:
     save_images(folder, 2)
     clip = save_clip(folder / "clip", LARGE)
     columns = columns_of(describe_encoder(str(clip), None), PAPER_BLOCKS, ())
-    pixels = [preprocess(load_image(p.read_bytes()), "pad", 336) for p in sorted((folder / "images").iterdir())]
+    pixels = [Clip().pixels(load_image(p.read_bytes()), "pad", 336) for p in sorted((folder / "images").iterdir())]
     features = Encoder(str(clip), None, columns, "float32")(torch.from_numpy(np.stack(pixels)))
     rows: dict[str, Any] = {}
     for name in CODECS:
@@ -280,11 +281,11 @@ def codec(folder: Path) -> tuple[dict[str, Ratio], dict[str, Any]]:
         for column in columns:
             value = features[column.name]
             bf16 = value.bfloat16()
-            payload = _timed(seconds, "encode", lambda bf16=bf16, name=name: encode(bf16, name))
+            payload = _timed(seconds, "encode", lambda bf16=bf16, name=name: to_payload(bf16, name))
             back = _timed(
                 seconds,
                 "decode",
-                lambda payload=payload, column=column, name=name: decode(payload, column, name, torch.bfloat16),
+                lambda payload=payload, column=column, name=name: from_payload(payload, column, name, torch.bfloat16),
             )
             error[column.name] = float((back.float() - value).norm() / value.norm())
         megabytes = sum(value.numel() * 2 for value in features.values()) / 1e6

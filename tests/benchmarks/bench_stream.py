@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ import numpy as np
 import stream_peers as peers
 from stream_peers import COLUMNS, PAYLOAD, PER_SHARD, ROOT, Read
 
-from training.order import Examples, OrderSettings, epoch_batches, padding_share
+from training.stream.order import Examples, Order, epoch_batches, padding_share
 
 SLOW = 8.0  # seconds after which a reader gets no further pass
 PEERS = {"mosaicml-streaming": "streaming", "litdata": "litdata", "megatron-energon": "megatron.energon"}
@@ -162,10 +162,10 @@ def padding(ranks: int = 8, microbatch: int = 4) -> dict[str, dict[str, float]]:
         tokens = np.minimum(text + IMAGE_TOKENS * image, 2048).astype(np.int64)
         number = np.arange(len(words))
         examples = Examples(number, np.zeros_like(number), number // 480, words.astype(np.int64), image)
-        plain = OrderSettings(global_batch_size=128)
+        plain = Order(global_batch_size=128)
         shares[name] = {
             label: round(padding_share(epoch_batches(examples, order, 0), tokens, order, ranks, microbatch), 4)
-            for label, order in (("shuffled", plain), ("grouped", replace(plain, group_by_length=True)))
+            for label, order in (("shuffled", plain), ("grouped", plain.model_copy(update={"group_by_length": True})))
         }
         print(
             f"padding    {name:9} {shares[name]['shuffled']:.1%} -> {shares[name]['grouped']:.1%} with group_by_length"

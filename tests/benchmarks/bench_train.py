@@ -30,13 +30,11 @@ sys.path[0] = str(ROOT)
 import torch  # noqa: E402
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
-from pipeline.manifest import read_store  # noqa: E402
-from pipeline.storage import Storage  # noqa: E402
-from training.composer_model import TrainableModel  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
-from training.optimizer import build_optimizer  # noqa: E402
-from training.stream import Batch  # noqa: E402
-from training.train import assemble  # noqa: E402
+from training.fit.composer_model import TrainableModel  # noqa: E402
+from training.fit.optimizer import build_optimizer  # noqa: E402
+from training.fit.parts import open_parts  # noqa: E402
+from training.stream.batch import Batch  # noqa: E402
 
 BLOCKS, GRID, WIDTH = (2, 3, 4, 5, 6, 7, 8), 24, 128
 CLIP = {"hidden_size": WIDTH, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4}
@@ -106,8 +104,7 @@ def run_composer(config: dict[str, Any], ranks: int) -> dict[str, float]:
 def bare_loop(config: dict[str, Any], steps: int, live: bool = False) -> dict[str, float]:
     """The same model, optimizer and batches in a plain loop, batches in memory; `live` encodes pixels instead."""
     parsed = TrainConfig.model_validate(config)
-    store = read_store(Storage(parsed.data.store))
-    _, _, model, stream = assemble(parsed, 0, 1)
+    store, _, model, stream = open_parts(parsed, 0, 1)
     columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
     optimizer = build_optimizer(model, parsed.optimizer)
     batches: list[Batch] = []
@@ -135,8 +132,7 @@ def bare_loop(config: dict[str, Any], steps: int, live: bool = False) -> dict[st
 def kept(config: dict[str, Any], everywhere: bool, parts: int) -> dict[str, float]:
     """MB that a forward pass keeps for its backward pass, with logits at all positions or at supervised ones alone."""
     parsed = TrainConfig.model_validate(config)
-    store = read_store(Storage(parsed.data.store))
-    _, _, model, stream = assemble(parsed, 0, 1)
+    store, _, model, stream = open_parts(parsed, 0, 1)
     model.loss_chunks = parts
     columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
     batch = next(iter(stream))

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from gpu_part import Job, Rows, median_seconds, wait
 
-from pipeline.codec import decode, encode, payload_bytes
+from pipeline.codec import from_payload, payload_bytes, to_payload
 from pipeline.schema import Codec, Column
 
 
@@ -56,9 +56,9 @@ def decoding(job: Job, codec: Codec) -> dict[str, Any]:
     column = Column(name="block03", tokens=576, width=1024)
     if codec == "bf16":
         return {"note": "a view of the payload: no work"}
-    payload = encode(torch.randn(images, 576, 1024, device=job.device, dtype=torch.bfloat16), codec)
+    payload = to_payload(torch.randn(images, 576, 1024, device=job.device, dtype=torch.bfloat16), codec)
     wait(job.device)
-    seconds = median_seconds(lambda: decode(payload, column, codec, torch.bfloat16), job.device)
+    seconds = median_seconds(lambda: from_payload(payload, column, codec, torch.bfloat16), job.device)
     size = images * payload_bytes(column, codec)
     row = {"payload_gb_per_s": size / seconds / 1e9, "images_per_s": images / seconds / 8}
     moved = size + images * 576 * 1024 * 2  # read the payload, write bf16

@@ -16,15 +16,16 @@ from gpu_part import BLOCKS, TINY_CLIP, Job, Rows, median_seconds
 from PIL import Image
 
 from pipeline.build_shards import read_sources
-from pipeline.codec import encode
+from pipeline.codec import to_payload
 from pipeline.config import BuildConfig
-from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image, preprocess
+from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image
+from pipeline.encoders.clip import Clip
 from pipeline.plan import Work, row_of, shard_records
 from pipeline.schema import Codec
 from pipeline.shard import TarWriter
 from pipeline.worker import ShardWorker, to_host
-from training.efficiency import CLIP_L
-from training.flops import encoder_flops
+from training.cost.flops import encoder_flops
+from training.cost.shapes import CLIP_L
 
 SIZE = (640, 480)  # most of COCO's photos
 
@@ -106,7 +107,7 @@ class Bench:
         names = [self.images / f"{number}.jpg" for number in range(self.shard)]
 
         def one(path: Path) -> None:
-            preprocess(load_image(path.read_bytes()), "pad", self.encoder.image_size)
+            Clip().pixels(load_image(path.read_bytes()), "pad", self.encoder.image_size)
 
         with ThreadPoolExecutor(self.cores) as pool:
             seconds = median_seconds(lambda: list(pool.map(one, names)), "cpu", rounds=2)
@@ -118,8 +119,8 @@ class Bench:
         shape = (count, self.columns[0].tokens, self.columns[0].width)
         numbers = torch.randn(shape, device=self.job.device, dtype=torch.bfloat16)
         names = [column.name for column in self.columns]
-        ours = lambda: to_host({name: encode(numbers, codec) for name in names})  # noqa: E731
-        plain = lambda: [encode(numbers, codec).cpu() for _ in names]  # noqa: E731
+        ours = lambda: to_host({name: to_payload(numbers, codec) for name in names})  # noqa: E731
+        plain = lambda: [to_payload(numbers, codec).cpu() for _ in names]  # noqa: E731
         seconds, peer = (median_seconds(call, self.job.device, rounds=3) for call in (ours, plain))
         return {"images_per_s": count / seconds, "peer": "pageable copies", "x": peer / seconds}
 
@@ -127,7 +128,7 @@ class Bench:
         """Images/s of the tars alone: eight files with their checksums, one thread that writes, as in the worker."""
         count = 8 if self.job.cpu else 64
         features = torch.randn(1, self.columns[0].tokens, self.columns[0].width, dtype=torch.bfloat16)
-        payload = encode(features, codec).numpy()[0]
+        payload = to_payload(features, codec).numpy()[0]
         target = self.job.scratch / "tars"
         target.mkdir(exist_ok=True)
 

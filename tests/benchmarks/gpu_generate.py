@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import torch
 from gpu_part import LLAMA, TINY_CLIP, TINY_LLAMA, Job, Rows
 
-from training.efficiency import benchmark
-from training.flops import prefill_flops
+from training.cost.flops import prefill_flops
+from training.cost.measured import Measurement, benchmark
 
 TEXT, NEW, ROUNDS = 64, 12, 2  # tokens, tokens, medians over so many
 
@@ -18,7 +17,7 @@ def measured(job: Job, batch: int) -> list[dict[str, Any]]:
     """A row of efficiency.py for each number of vision tokens, most first."""
     settings = {"model": None, "config": _shape(job), "layers": None, "dtype": "auto", "text_tokens": TEXT}
     settings |= {"device": "cpu" if job.cpu else "cuda", "new_tokens": NEW, "batch_size": batch, "rounds": ROUNDS}
-    rows: list[dict[str, Any]] = benchmark(argparse.Namespace(**settings))["rows"]
+    rows: list[dict[str, Any]] = benchmark(Measurement(**settings))["rows"]
     return rows
 
 
@@ -27,7 +26,7 @@ def _shape(job: Job) -> str:
         return "7b"
     from transformers import CLIPVisionConfig, LlamaConfig
 
-    from training.model import CompactVisionConfig
+    from training.model.model import CompactVisionConfig
 
     text = LlamaConfig(vocab_size=480, **TINY_LLAMA)
     connector = {"vision_width": TINY_CLIP["hidden_size"], "llm_width": text.hidden_size, "grid": 12}

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.efficiency import CLIP_L, SIZES
+from training.cost.shapes import CLIP_L, SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["red", "green", "blue", "big", "small", "circle", "square", "left", "right", "above", "one", "two", "the", "a"]
@@ -146,7 +146,7 @@ def llama_folder(job: Job, size: str) -> Path:
     """A folder with a configuration and a tokenizer, and no weights: `random_llama` makes them."""
     from transformers import LlamaConfig
 
-    from training.demo_models import train_tokenizer
+    from training.toy.models import train_tokenizer
 
     folder = job.scratch / f"llm-{size}"
     if not folder.exists():

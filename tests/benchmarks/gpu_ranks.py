@@ -62,7 +62,7 @@ def resumed(job: Job, ranks: int) -> dict[str, Any]:
     """A small run three times: undisturbed; killed in the middle; and the killed one once more. Equal losses?"""
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-    from training.demo_models import train_tokenizer
+    from training.toy.models import train_tokenizer
 
     small = replace(job, cpu=True)
     llm, clip = job.scratch / "small-llm", job.scratch / "small-clip"

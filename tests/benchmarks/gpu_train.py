@@ -20,23 +20,25 @@ import torch
 from composer.core.engine import Engine
 from gpu_part import BLOCKS, Job, Rows, llama_folder, median_seconds, random_llama, wait, write_store
 
-import training.assemble
-import training.callbacks
-import training.checkpoint
-import training.mfu
-import training.train
-from training.callbacks import StepLog
-from training.composer_model import TrainableModel, supervised_tokens
+import training.checkpoints.checkpoint
+import training.cost.mfu
+import training.fit.assemble
+import training.fit.callbacks
+import training.fit.parts
+import training.fit.stage
+import training.fit.trainer
 from training.config import TrainConfig
-from training.mfu import StepFlops
-from training.optimizer import build_optimizer
-from training.stream import split
+from training.cost.memory import GRADIENT, MOMENTS, WEIGHT
+from training.cost.mfu import StepFlops
+from training.fit.callbacks import StepLog
+from training.fit.composer_model import TrainableModel, supervised_tokens
+from training.fit.optimizer import build_optimizer
+from training.stream.batch import split
 
 WARM_UP = 2  # steps of each run that do not count
 CONNECTOR = {"blocks": BLOCKS}
 ALL_TOKENS = {"arm": "mbtf", "blocks": BLOCKS}  # 576 vision tokens
 LORA = {"rank": 128, "alpha": 256}  # LLaVA-1.5's
-ADAM_BYTES = 16  # per weight that learns: fp32 weight and gradient, two moments
 
 
 class Bench:
@@ -49,11 +51,11 @@ class Bench:
         # A batch for each step: nothing is read ahead across the end of an epoch.
         captions, talk = (32, 32) if job.cpu else (7 * 64, 8 * 16)
         self.stores = {1: write_store(job, "captions", captions, (8, 20)), 2: write_store(job, "talk", talk, (60, 200))}
-        training.assemble.LlamaForCausalLM = _Random(random_llama(job.device))  # type: ignore[attr-defined]
-        training.train.finish = lambda *_: None  # no export
-        training.checkpoint.Checkpoints.save = lambda *_: None  # type: ignore[method-assign]
-        training.callbacks.peak_flops = lambda: 1.0  # `mfu` in the log is then the step's FLOP/s
-        self.nominal = training.mfu.peak_flops() or float("nan")
+        training.fit.assemble.LlamaForCausalLM = _Random(random_llama(job.device))  # type: ignore[attr-defined]
+        training.fit.stage.finish = lambda *_: None  # no export
+        training.checkpoints.checkpoint.Checkpoints.save = lambda *_: None  # type: ignore[method-assign]
+        training.fit.callbacks.peak_flops = lambda: 1.0  # `mfu` in the log is then the step's FLOP/s
+        self.nominal = training.cost.mfu.peak_flops() or float("nan")
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # as train.py, also in `bare`
 
     def settings(self, stage: int, steps: int, **changes: Any) -> dict[str, Any]:
@@ -90,7 +92,7 @@ class Bench:
         config = TrainConfig.model_validate(self.settings(stage, WARM_UP + steps, **changes))
         shutil.rmtree(config.run, ignore_errors=True)
         try:
-            training.train.train(config)
+            training.fit.stage.train(config)
         finally:  # Composer registers it with the whole state, which would stay in memory
             atexit.unregister(Engine._close)
         lines = [json.loads(line) for line in (Path(config.run) / "log.jsonl").read_text().splitlines()]
@@ -178,11 +180,11 @@ class Bench:
                 if state.timestamp.batch.value == 6:
                     seen["watch"].__exit__(None, None, None)
 
-        training.callbacks.StepLog = Traced  # type: ignore[misc]
+        training.fit.trainer.StepLog = Traced  # type: ignore[misc]
         try:
             self.run(stage, 4, **changes)
         finally:
-            training.callbacks.StepLog = StepLog  # type: ignore[misc]
+            training.fit.trainer.StepLog = StepLog  # type: ignore[misc]
             if torch.cuda.is_available():
                 torch.cuda.set_sync_debug_mode("default")
         row = read_trace(seen["profiler"], seen["ns"])
@@ -200,12 +202,15 @@ class Bench:
         if self.job.cpu:
             return True, ""
         # autocast keeps a bf16 copy of each weight from forward to backward; 6 GB for activations
-        need, there = (ADAM_BYTES + 2) * weights / 1e9 + 6, torch.cuda.get_device_properties(0).total_memory / 1e9
+        need, there = (
+            (WEIGHT + GRADIENT + MOMENTS + 2) * weights / 1e9 + 6,
+            torch.cuda.get_device_properties(0).total_memory / 1e9,
+        )
         return need < there, f"weights, gradients, moments and bf16 copies take {need:.0f} GB, the card has {there:.0f}"
 
     def _assembled(self, stage: int, steps: int, **changes: Any) -> tuple[Any, ...]:
         config = TrainConfig.model_validate(self.settings(stage, steps, **changes))
-        _, store, model, stream = training.train.assemble(config, 0, 1)
+        store, _, model, stream = training.fit.parts.open_parts(config, 0, 1)
         return config, model.to(self.job.device), store, stream
 
     def _rates(self, row: dict[str, Any]) -> dict[str, Any]:

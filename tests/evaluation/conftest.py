@@ -177,23 +177,27 @@ def write_mme(root: Path) -> None:
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
     """An exported model of random weights that answers a few tokens."""
+    return tiny_model(tmp_path_factory.mktemp("model"), tiny_tokenizer)
+
+
+def tiny_model(folder: Path, tiny_tokenizer: Path) -> Path:
+    """Write it into `folder`."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-    from training.connectors import ConnectorConfig, build_connector
-    from training.model import CompactVisionForConditionalGeneration
-    from training.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+    from training.model.model import CompactVisionForConditionalGeneration
+    from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+    from training.model.reducers import build_connector, connector_config
 
     torch.manual_seed(0)
     sides = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     llm = LlamaForCausalLM(LlamaConfig(vocab_size=736, initializer_range=0.3, pad_token_id=0, **sides))
     tower = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **sides))
-    connector = build_connector(ConnectorConfig(arm="stf", block=1, grid=4, vision_width=32, llm_width=32))
+    connector = build_connector(connector_config(arm="stf", block=1, grid=4, vision_width=32, llm_width=32))
     whole = CompactVisionForConditionalGeneration.from_parts(llm, connector, tower)
     (tokenizer_file,) = tiny_tokenizer.glob("*.model")
     tokenizer = CompactVisionTokenizer(str(tokenizer_file), image_token_id=whole.config.image_token_id)
     images = CompactVisionImageProcessor(aspect="pad", image_size=32)
-    folder = tmp_path_factory.mktemp("model")
     whole.generation_config.eos_token_id = tokenizer.eos_token_id
     CompactVisionProcessor(images, tokenizer, image_tokens=connector.tokens).save_pretrained(folder)
     whole.save_pretrained(folder)

@@ -9,8 +9,8 @@ from pipeline.config import ConfigError, load_config
 from training import ablate
 from training.ablate import AblationConfig, runs, stage_config
 from training.benchmarks import AVERAGED
-from training.connectors import ConnectorConfig
-from training.metrics import Scored, together
+from training.benchmarks.metrics import Scored, together
+from training.model.reducers import connector_config
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "training" / "ablations").glob("*.yaml"))
@@ -40,15 +40,15 @@ def test_arms_differ_in_their_connector_and_folder_alone(path: Path) -> None:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_published_rows_agree_with_themselves_and_with_the_tokens(path: Path) -> None:
-    from training.efficiency import shape
-    from training.flops import prefill_flops
+    from training.cost.flops import prefill_flops
+    from training.cost.shapes import shape
 
     config = read(path)
     for arm in config.arms:
         scores = [arm.published[name] for name in AVERAGED]
         # TokenConcat's mean is 65.46, of which the paper prints 65.4
         assert sum(scores) / 8 == pytest.approx(arm.published["avg"], abs=0.07), arm.name
-        tokens = ConnectorConfig(**arm.connector).tokens
+        tokens = connector_config(**arm.connector).tokens
         assert round(prefill_flops(shape("7b").text_config, tokens) / 1e12, 1) == arm.published["tflops"]
 
 
@@ -84,7 +84,7 @@ def test_the_mean_over_seeds_pairs_the_questions() -> None:
 
 
 def test_a_table_in_words() -> None:
-    from training.ablation_table import as_text
+    from training.sweep.table import as_text
 
     score = {"score": 61.25, "interval": [60.0, 62.5], "units": 9, "by_seed": [60, 62.5]}
     row = {

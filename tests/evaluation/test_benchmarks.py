@@ -11,8 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openpyxl import Workbook, load_workbook
 
-from training.benchmarks import BENCHMARKS, Benchmark, open_benchmark
+from training.benchmarks import AVERAGED, BENCHMARKS, Source, open_benchmark, paper_average
+from training.benchmarks.own import OwnQuestions
 from training.benchmarks.predictions import Predictions, read_predictions
+from training.benchmarks.questions import Benchmark
+from training.benchmarks.scores import score_file
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -318,7 +321,7 @@ def test_predictions_of_something_else_are_refused(data: Path, tmp_path: Path) -
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_missing_files_are_named_with_where_they_are_had(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ValueError, match=r"(?s)needs, in .*https://") as error:
+    with pytest.raises(ValueError, match=r"(?s)needs, in .*\(from (https://|you)") as error:
         open_benchmark(name, tmp_path)
     if name == "pope":
         assert str(error.value).count("coco/coco_pope_") == 3
@@ -345,6 +348,90 @@ def test_files_of_another_layout_are_named(tmp_path: Path) -> None:
     (tmp_path / "testdev_balanced_questions.json").write_text("[1")
     with pytest.raises(ValueError, match=r"testdev_balanced_questions.json is not JSON"):
         open_benchmark("gqa", tmp_path)
+
+
+def own_questions(folder: Path, lines: list[dict[str, Any]]) -> OwnQuestions:
+    folder.mkdir(exist_ok=True)
+    path = folder / "asked.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for line in lines:
+        (folder / line["image"]).write_bytes(b"an image")
+    (benchmark,) = Source(questions=path, images=folder).open()
+    assert isinstance(benchmark, OwnQuestions)
+    return benchmark
+
+
+OWN = [
+    {"question_id": 7, "image": "a.png", "text": "What?", "answer": "cat", "category": "what"},
+    {"image": "b.png", "question_id": 7, "text": "What?", "answer": "Dog.", "category": "what"},
+    {"question_id": "8", "image": "a.png", "text": "How many?", "answer": 2, "category": "count", "why": "kept"},
+    {"question_id": "9", "image": "b.png", "text": "Why?"},
+]
+
+
+def test_own_questions_are_scored_in_all_and_by_category(tmp_path: Path) -> None:
+    own = own_questions(tmp_path / "own", OWN)
+    texts = zip(OWN, [" CAT.", "cat", "2", "x"], strict=True)
+    said = [{**line, "prompt": line["text"], "text": text} for line, text in texts]
+    path = tmp_path / "said.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in said))
+    report = score_file(own, path, out=tmp_path / "out" / "said.jsonl")
+    written = json.loads((tmp_path / "out" / "said.scores.json").read_text())
+    assert written == own.as_json(report) | {"interval": written["interval"]}
+    assert {key: written[key] for key in ("questions", "scored", "accuracy")} == {
+        "questions": 4,
+        "scored": 3,
+        "accuracy": report["score"] / 100,
+    }
+    assert written["accuracy"] == pytest.approx(2 / 3)
+    assert {name: part["accuracy"] for name, part in written["categories"].items()} == {"count": 1.0, "what": 0.5}
+    assert own.headline(written) == ("accuracy", pytest.approx(200 / 3))
+
+
+def test_own_questions_keep_their_line_and_are_found_by_id_and_image(tmp_path: Path) -> None:
+    own = own_questions(tmp_path / "own", OWN)
+    assert [list(q.line.items()) for q in own.to_ask()] == [list(line.items()) for line in OWN]
+    result = read(own, tmp_path, [{"question_id": 7, "text": "x"}, {"question_id": 8, "text": "2"}])
+    assert list(result.answers) == ["8 a.png"]
+    assert len(result.unknown) == 1  # two questions have the id 7
+    own.shuffle_images(0)
+    assert [q.line for q in own.to_ask()] == [
+        {**line, "image": {"a.png": "b.png", "b.png": "a.png"}[line["image"]]} for line in OWN
+    ]
+    shuffled = read(own, tmp_path, [{"question_id": 7, "image": "b.png", "text": "cat"}])
+    assert list(shuffled.answers) == ["7 a.png"]
+
+
+def test_own_questions_may_lie_beside_the_official_files(tmp_path: Path) -> None:
+    own_questions(tmp_path, [OWN[3]])
+    (tmp_path / "own" / "images").mkdir(parents=True)
+    (tmp_path / "asked.jsonl").rename(tmp_path / "own" / "questions.jsonl")
+    own = opened(tmp_path, "own")
+    with pytest.raises(ValueError, match=r"1 image\(s\) of own are not in .*images: b.png"):
+        own.to_ask()
+    (tmp_path / "b.png").rename(tmp_path / "own" / "images" / "b.png")
+    assert own.image(own.to_ask()[0].image or "") == b"an image"
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        ([], "holds no question"),
+        ([{"question_id": 1, "image": "a.png"}], "question 1 lacks text; it has question_id, image"),
+        ([{**OWN[0], "text": 3}], "question 1 has text 3; text was expected"),
+        ([OWN[0], {**OWN[0], "question_id": "7"}], r"occur again with the same image, first \('7', 'a.png'\)"),
+    ],
+)
+def test_mistakes_in_own_questions_are_named(tmp_path: Path, lines: list[dict[str, Any]], said: str) -> None:
+    with pytest.raises(ValueError, match=f"asked.jsonl.*{said}"):
+        own_questions(tmp_path, lines)
+
+
+def test_the_papers_average_is_of_its_eight_or_says_what_is_missing() -> None:
+    scores: dict[str, float | None] = dict.fromkeys(AVERAGED, 66.0) | {"vizwiz": 2.0, "mme": 1500.0, "own": 1.0}
+    assert paper_average(scores) == (58.0, ())
+    assert paper_average(scores, without="vizwiz") == (66.0, ())
+    assert paper_average(scores | {"gqa": None}) == (None, ("gqa",))
 
 
 SAID = ("A", "B", "C", " A\n", "up", "Yes", "no.", "The answer is B.", "猫", "left\u2028", "")

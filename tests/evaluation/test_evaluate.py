@@ -86,7 +86,7 @@ def test_predictions_are_scored_and_compared_without_torch(data: Path, tmp_path:
 
 def test_averages_with_and_without_vizwiz(tmp_path: Path) -> None:
     from training.benchmarks import AVERAGED
-    from training.evaluate import averages
+    from training.benchmarks.scores import averages
 
     assert len(AVERAGED) == 8
     for name in (*AVERAGED, "mme"):

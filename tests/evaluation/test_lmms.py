@@ -10,8 +10,9 @@ pytest.importorskip("lmms_eval", reason="the extra lmms-eval is not installed")
 
 
 def test_lmms_eval_gets_the_answers_that_evaluate_gives(model: Path) -> None:
-    from training.answer import Ranks, load_model, reply
-    from training.lmms import MANIFEST, CompactVision
+    from training.answers.answer import load_model, reply
+    from training.answers.lmms import MANIFEST, CompactVision
+    from training.answers.processes import AnsweringProcess
 
     module, _, name = MANIFEST.simple_class_path.rpartition(".")
     assert (module, name) == (CompactVision.__module__, CompactVision.__name__)
@@ -24,7 +25,7 @@ def test_lmms_eval_gets_the_answers_that_evaluate_gives(model: Path) -> None:
         SimpleNamespace(args=(document["text"], settings, lambda d: [d["image"]], n, "task", "test"))
         for n, document in enumerate(documents)
     ]
-    loaded = load_model(str(model), Ranks(0, 1, 0))
+    loaded = load_model(str(model), AnsweringProcess().device())
     expected = [reply(*loaded, [d["text"]], [d["image"]], 6)[0].partition("\n")[0].strip() for d in documents]
     assert adapter.generate_until(requests) == expected
     two = SimpleNamespace(args=("x", settings, lambda d: [d["image"]] * 2, 0, "task", "test"))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.metrics import (
+from training.benchmarks.metrics import (
     CONTRACTIONS,
     Scored,
     bootstrap,

@@ -7,8 +7,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from pipeline.codec import encode
-from training.connectors import ConnectorConfig, build_connector
+from pipeline.codec import to_payload
+from training.model.reducers import build_connector, connector_config
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 
@@ -33,7 +33,7 @@ def test_the_page_holds_the_tables_of_today(scaling: ModuleType) -> None:
 def test_the_connectors_weights_are_counted_right(scaling: ModuleType, size: str) -> None:
     _, width = scaling.LLAMA[size]
     with torch.device("meta"):
-        connector = build_connector(ConnectorConfig(grid=24, vision_width=1024, llm_width=width))
+        connector = build_connector(connector_config(grid=24, vision_width=1024, llm_width=width))
     counted = dict.fromkeys(("mbtf", "stf"), 0)
     for name, weight in connector.named_parameters():
         counted[name.split(".")[0]] += weight.numel()
@@ -56,7 +56,7 @@ def test_the_language_models_weights_are_counted_right(scaling: ModuleType) -> N
 
 def test_an_image_has_the_bytes_that_the_codec_writes(scaling: ModuleType) -> None:
     features = torch.zeros(len(scaling.BLOCKS), 576, 1024)
-    assert encode(features, "bf16").numel() == scaling.IMAGE
+    assert to_payload(features, "bf16").numel() == scaling.IMAGE
 
 
 def test_at_the_break_even_bandwidth_both_ways_take_as_long(scaling: ModuleType) -> None:

@@ -51,8 +51,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
     from pipeline.demo_data import draw
-    from training.demo_models import train_tokenizer
-    from training.tokenizer import Tokenizer
+    from training.model.tokenizer import Tokenizer
+    from training.toy.models import train_tokenizer
 
     folder = tmp_path_factory.mktemp("data")
     draw(folder, images=80, heldout=4, image_size=48)

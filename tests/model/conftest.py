@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from training.connectors import Connector, ConnectorConfig, build_connector
-from training.model import CompactVisionForConditionalGeneration
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.reducers import build_connector, connector_config
+from training.model.reducers.connector import Connector
 
 VOCABULARY = 736  # of tests/parity/tiny_tokenizer
 BLOCKS = (1, 2, 4)
@@ -31,7 +32,7 @@ def make_llm(seed: int = 1, **more: object) -> LlamaForCausalLM:
 def make_connector(seed: int = 2, **more: object) -> Connector:
     torch.manual_seed(seed)
     shape = {"grid": 4, "vision_width": 32, "llm_width": 64, "blocks": BLOCKS, "block": 4, **more}
-    return build_connector(ConnectorConfig(**shape))
+    return build_connector(connector_config(**shape))
 
 
 @pytest.fixture

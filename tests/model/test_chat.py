@@ -8,7 +8,6 @@ import shutil
 import socket
 import subprocess
 import sys
-from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,22 +16,22 @@ import torch
 from PIL import Image
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from training.chat import Speaker, Talk, main, open_image
-from training.connectors import ConnectorConfig, build_connector
-from training.conversation import prompt_for
-from training.export import write_model
-from training.model import CompactVisionForConditionalGeneration
-from training.tokenizer import Tokenizer
+from training.answers.talk import Speaker, Talk, open_image
+from training.chat import main
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.reducers import build_connector, connector_config
+from training.model.tokenizer import Tokenizer
+from training.release.folder import write_model
+from training.text.templates import prompt_for
 
 ROOT = Path(__file__).resolve().parents[2]
-SETTINGS = Namespace(device="cpu", max_new_tokens=6, temperature=0.0)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path, llm_folder: Path, clip_folder: Path) -> Path:
     """A model of random weights that answers something, and always the same."""
     torch.manual_seed(2)
-    connector = build_connector(ConnectorConfig(grid=4, vision_width=32, llm_width=64, blocks=(1, 2, 4)))
+    connector = build_connector(connector_config(grid=4, vision_width=32, llm_width=64, blocks=(1, 2, 4)))
     parts = LlamaForCausalLM.from_pretrained(llm_folder), connector, CLIPVisionModel.from_pretrained(clip_folder)
     out = tmp_path_factory.mktemp("models") / "tiny"
     model = CompactVisionForConditionalGeneration.from_parts(*parts)
@@ -51,7 +50,7 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def talk(folder: Path, picture: Path) -> Talk:
-    return Talk(Speaker.load(str(folder), SETTINGS), open_image(picture))
+    return Talk(Speaker.load(str(folder), max_new_tokens=6, device="cpu"), open_image(picture))
 
 
 def generated(talk: Talk, prompt: str) -> str:
@@ -127,7 +126,7 @@ def test_the_page_without_gradio_says_what_to_install(folder: Path, monkeypatch:
 
 def test_on_the_page_answers_grow_one_model_after_the_other(talk: Talk, picture: Path) -> None:
     gr = pytest.importorskip("gradio", reason="the page needs gradio: pip install 'compact-vision-tokens[web]'")
-    from training.chat_web import answers
+    from training.answers.web import answers
 
     talk.speaker.max_new_tokens = 20
     speakers = [talk.speaker, talk.speaker]

@@ -9,9 +9,10 @@ import torch
 from safetensors.torch import save_file
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from training.convert import TOWER, give_out, main, read_tensors, take_in
-from training.model import CompactVisionForConditionalGeneration
-from training.tokenizer import Tokenizer
+from training.convert import main
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.tokenizer import Tokenizer
+from training.release.llava import TOWER, give_out, read_tensors, take_in
 
 C1, C3 = 16, 64
 
@@ -162,7 +163,9 @@ def test_nothing_but_tensors_is_unpickled(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_other_connectors_are_refused_with_what_the_authors_code_loads(make_model, tmp_path: Path) -> None:
     make_model().save_pretrained(tmp_path / "paper")
-    with pytest.raises(ValueError, match=r"no connector mbtf\+stf with preset paper .* preset released"):
+    with pytest.raises(
+        ValueError, match=r"no connector FusionConfig\(arm='mbtf\+stf'.*preset='paper'.* preset released"
+    ):
         give_out(tmp_path / "paper", tmp_path / "theirs")
 
 

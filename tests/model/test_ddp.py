@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
-from training.model import CompactVisionForConditionalGeneration
+from training.model.model import CompactVisionForConditionalGeneration
 
 PROMPT = [1, 5, *[736] * 4, 8, 9]
 

@@ -10,10 +10,11 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from training.connectors import ARMS, ConnectorConfig, build_connector
-from training.efficiency import main, render, shape
-from training.flops import connector_flops, counted, encoder_flops, kv_cache_bytes, paper_rows, prefill_flops
-from training.model import CompactVisionForConditionalGeneration
+from training.cost.flops import counted, encoder_flops, kv_cache_bytes, paper_rows, prefill_flops
+from training.cost.shapes import shape
+from training.efficiency import main, render
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.reducers import FAMILIES, build_connector, connector_config
 
 
 @pytest.fixture
@@ -65,14 +66,14 @@ def test_grouped_keys_cost_what_torch_counts() -> None:
 
 
 @pytest.mark.parametrize("preset", ["paper", "released"])
-@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("arm", FAMILIES)
 def test_the_closed_form_of_every_connector_is_torchs_count(arm: str, preset: str) -> None:
     for more in ({}, {"pool": "after"}, {"kernel_size": 4, "fused_tokens": 2 if "stf" in arm else 1}):
-        config = ConnectorConfig(arm=arm, preset=preset, grid=8, vision_width=16, llm_width=24, **more)
+        config = connector_config(arm=arm, preset=preset, grid=8, vision_width=16, llm_width=24, **more)
         with torch.device("meta"):
             connector = build_connector(config)
             columns = {name: torch.zeros(1, 64, 16) for name in connector.columns}
-        assert counted(lambda: connector(columns)) == connector_flops(config)  # noqa: B023
+        assert counted(lambda: connector(columns)) == config.flops()  # noqa: B023
 
 
 def test_clip_is_counted_up_to_the_deepest_block_alone(model: CompactVisionForConditionalGeneration) -> None:

@@ -12,14 +12,15 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
-from pipeline.codec import decode, encode
+from pipeline.codec import from_payload, to_payload
 from pipeline.encoder import Encoder, columns_of, describe_encoder
 from pipeline.schema import StoreSpec
-from training.assemble import build_model, load_tokenizer
 from training.config import TrainConfig
-from training.export import export_connector, export_model, load_connector, replaced_folder
-from training.model import CompactVisionConfig, CompactVisionForConditionalGeneration
-from training.processor import CompactVisionProcessor
+from training.fit.assemble import build_model, load_tokenizer
+from training.model.model import CompactVisionConfig, CompactVisionForConditionalGeneration
+from training.model.processor import CompactVisionProcessor
+from training.release.connector import export_connector, load_connector
+from training.release.folder import export_model, replaced_folder
 
 
 @pytest.fixture
@@ -104,7 +105,7 @@ def test_the_llm_is_taken_as_it_is(config, store: StoreSpec, llm_folder: Path) -
 def test_parts_that_do_not_fit_are_refused(config, store: StoreSpec, clip_folder: Path) -> None:
     with pytest.raises(ValueError, match="needs block03, block05; there is only block01, block02, block04"):
         build_model(config(connector={"blocks": [3, 4, 5]}), store)
-    with pytest.raises(ValueError, match="is a clip_vision_model model; Llama's architecture is needed"):
+    with pytest.raises(ValueError, match="a language model of type 'clip_vision_model' is not known"):
         build_model(config(llm=str(clip_folder)), store)
     with pytest.raises(OSError, match="nowhere"):
         build_model(config(llm="/nowhere/at/all"), store)
@@ -122,7 +123,7 @@ def test_stage_two_starts_from_the_connector_of_stage_one(config, store: StoreSp
     first = build_model(config(("connector",)), store)
     with torch.no_grad():
         first.connector.mbtf[0].weight.add_(1)
-    export_connector(first, tmp_path / "connector")
+    export_connector(first.connector, tmp_path / "connector")
     second = build_model(config(connector_from=str(tmp_path / "connector")), store)
     for name, weight in first.connector.state_dict().items():
         assert torch.equal(second.connector.state_dict()[name], weight)
@@ -130,12 +131,12 @@ def test_stage_two_starts_from_the_connector_of_stage_one(config, store: StoreSp
 
 
 def test_another_connector_is_refused_with_every_difference(config, store: StoreSpec, tmp_path: Path) -> None:
-    export_connector(build_model(config(), store), tmp_path / "connector")
+    export_connector(build_model(config(), store).connector, tmp_path / "connector")
     other = build_model(config(connector={"blocks": [1, 2], "preset": "released"}), store)
     with pytest.raises(
         ValueError, match=r"preset: paper there, released here; blocks: \(1, 2, 4\) there, \(1, 2\) here"
     ):
-        load_connector(other, tmp_path / "connector")
+        load_connector(other.connector, tmp_path / "connector")
 
 
 def test_the_exported_model_sees_what_it_was_trained_on(
@@ -148,7 +149,9 @@ def test_the_exported_model_sees_what_it_was_trained_on(
     assert {p.dtype for p in live.parameters()} == {torch.bfloat16}
     pixels = torch.randn(2, 3, 32, 32)
     features = Encoder(str(clip_folder), None, store.columns, store.compute)(pixels)
-    stored = {c.name: decode(encode(features[c.name], "bf16"), c, "bf16", torch.bfloat16) for c in store.columns}
+    stored = {
+        c.name: from_payload(to_payload(features[c.name], "bf16"), c, "bf16", torch.bfloat16) for c in store.columns
+    }
     seen = live.encode_images(pixels.bfloat16())
     assert stored.keys() == seen.keys()
     assert all(torch.equal(stored[name], seen[name]) for name in seen)

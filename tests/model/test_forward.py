@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from training.model import CompactVisionForConditionalGeneration
+from training.model.model import CompactVisionForConditionalGeneration
 
 IMAGE = 736  # just outside the vocabulary
 TOKENS = 4

@@ -6,8 +6,9 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from training.connectors import ConnectorConfig, build_connector
-from training.model import CompactVisionConfig, CompactVisionForConditionalGeneration
+from training.model.model import CompactVisionConfig, CompactVisionForConditionalGeneration
+from training.model.reducers import build_connector, connector_config
+from training.release.code import write_code
 
 IMAGE = 736
 ROWS = [[1, 5, *[IMAGE] * 4, 8, 9], [1, 60, 61, 62], [1, *[IMAGE] * 4, 70]]
@@ -159,7 +160,7 @@ def test_a_configuration_of_nothing_is_the_7b_model_of_the_paper() -> None:
 
 def test_two_tokens_per_window_have_two_placeholders_each(make_model, tmp_path: Path) -> None:
     llm = make_model().llm
-    shape = ConnectorConfig(fused_tokens=2, grid=4, vision_width=32, llm_width=64, blocks=(1, 2))
+    shape = connector_config(fused_tokens=2, grid=4, vision_width=32, llm_width=64, blocks=(1, 2))
     model = CompactVisionForConditionalGeneration.from_parts(llm, build_connector(shape))
     model.save_pretrained(tmp_path)
     assert CompactVisionConfig.from_pretrained(tmp_path).image_tokens == 8
@@ -167,17 +168,19 @@ def test_two_tokens_per_window_have_two_placeholders_each(make_model, tmp_path: 
 
 def test_a_connector_of_another_width_is_refused(make_model) -> None:
     model = make_model()
-    connector = build_connector(ConnectorConfig(grid=4, vision_width=32, llm_width=32, blocks=(1,)))
+    connector = build_connector(connector_config(grid=4, vision_width=32, llm_width=32, blocks=(1,)))
     with pytest.raises(ValueError, match=r"connector.llm_width is 32, the language model's 64"):
         CompactVisionForConditionalGeneration.from_parts(model.llm, connector)
-    connector = build_connector(ConnectorConfig(grid=6, vision_width=32, llm_width=64, blocks=(1,)))
+    connector = build_connector(connector_config(grid=6, vision_width=32, llm_width=64, blocks=(1,)))
     with pytest.raises(ValueError, match=r"makes 4 x 4 tokens of width 32; the connector expects 6 x 6 of width 32"):
         CompactVisionForConditionalGeneration.from_parts(model.llm, connector, model.vision_tower)
-    connector = build_connector(ConnectorConfig(grid=4, vision_width=32, llm_width=64, blocks=(1, 6)))
+    connector = build_connector(connector_config(grid=4, vision_width=32, llm_width=64, blocks=(1, 6)))
     with pytest.raises(ValueError, match="needs block 6; the vision tower has 5"):
         CompactVisionForConditionalGeneration.from_parts(model.llm, connector, model.vision_tower)
 
 
 def test_auto_config_needs_no_trust_once_the_class_is_known(make_model, tmp_path: Path) -> None:
-    make_model().save_pretrained(tmp_path)
+    model = make_model()
+    model.save_pretrained(tmp_path)
+    write_code(model, tmp_path)
     assert AutoConfig.from_pretrained(tmp_path, trust_remote_code=True).model_type == "compact_vision"

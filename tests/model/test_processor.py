@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.encoder import load_image, preprocess
-from training.conversation import prompt_for
-from training.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+from pipeline.encoder import load_image
+from pipeline.encoders.clip import Clip
+from training.model.decoders.llama import CHAT_TEMPLATE
+from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+from training.text.templates import prompt_for
 
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -22,7 +24,9 @@ SYSTEM = (
 @pytest.fixture
 def processor(tiny_tokenizer: Path) -> CompactVisionProcessor:
     tokenizer = CompactVisionTokenizer(str(tiny_tokenizer / "tokenizer.model"), legacy=False)
-    return CompactVisionProcessor(CompactVisionImageProcessor(image_size=32), tokenizer, image_tokens=4)
+    return CompactVisionProcessor(
+        CompactVisionImageProcessor(image_size=32), tokenizer, image_tokens=4, chat_template=CHAT_TEMPLATE
+    )
 
 
 def picture(color: tuple[int, int, int] = (200, 30, 10), size: tuple[int, int] = (50, 40)) -> Image.Image:
@@ -62,7 +66,7 @@ def test_pixels_are_those_that_the_feature_store_was_built_from(aspect: str, kin
         exif[0x0112] = 6
     image.save(path, exif=exif)
     ours = CompactVisionImageProcessor(aspect=aspect, image_size=32)(Image.open(path))["pixel_values"][0]
-    assert np.array_equal(ours, preprocess(load_image(path.read_bytes()), aspect, 32))
+    assert np.array_equal(ours, Clip().pixels(load_image(path.read_bytes()), aspect, 32))
 
 
 def test_arrays_and_nested_lists_are_images_too() -> None:

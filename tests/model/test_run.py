@@ -16,13 +16,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from pipeline.codec import decode
+from pipeline.codec import from_payload
 from pipeline.demo_data import draw
 from pipeline.manifest import read_store
 from pipeline.storage import Storage
-from training.export import export_run, main, push
-from training.model import CompactVisionForConditionalGeneration
-from training.processor import CompactVisionProcessor
+from training.export import main
+from training.fit.trained import export_run
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.processor import CompactVisionProcessor
+from training.release.folder import push
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 8
@@ -96,7 +98,7 @@ def _columns(store: Path, spec, commit: dict, batch: slice) -> dict[str, torch.T
             members = [f"{key}.{column.name}.bf16" for key in commit["keys"][batch]]
             payload = b"".join(tar.extractfile(name).read() for name in members)
         rows = torch.frombuffer(bytearray(payload), dtype=torch.uint8).view(len(members), -1)
-        columns[column.name] = decode(rows, column, "bf16", torch.bfloat16)
+        columns[column.name] = from_payload(rows, column, "bf16", torch.bfloat16)
     return columns
 
 

@@ -15,10 +15,10 @@ import transformers
 from PIL import Image
 from transformers import CLIPVisionModel, LlamaForCausalLM
 
-from training.connectors import ConnectorConfig, build_connector
-from training.export import write_model
-from training.model import CompactVisionForConditionalGeneration
-from training.tokenizer import Tokenizer
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.reducers import build_connector, connector_config
+from training.model.tokenizer import Tokenizer
+from training.release.folder import write_model
 
 pytestmark = pytest.mark.slow(minutes=1)
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,7 +38,7 @@ def asked(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path, llm_fo
     """A folder with an exported model, questions and their images."""
     folder = tmp_path_factory.mktemp("asked")
     torch.manual_seed(2)
-    connector = build_connector(ConnectorConfig(grid=4, vision_width=32, llm_width=64, blocks=(1, 2, 4)))
+    connector = build_connector(connector_config(grid=4, vision_width=32, llm_width=64, blocks=(1, 2, 4)))
     parts = LlamaForCausalLM.from_pretrained(llm_folder), connector, CLIPVisionModel.from_pretrained(clip_folder)
     tokenizer = Tokenizer(tiny_tokenizer / "tokenizer.model", legacy=False)
     write_model(CompactVisionForConditionalGeneration.from_parts(*parts), tokenizer, folder / "model", card="")

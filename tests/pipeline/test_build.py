@@ -17,8 +17,8 @@ import pytest
 import torch
 import webdataset as wds
 
-from pipeline.codec import decode
-from pipeline.encoder import Encoder, load_image, preprocess
+from pipeline.codec import from_payload
+from pipeline.encoder import Encoder, load_image
 from pipeline.manifest import read_manifest, read_store
 from pipeline.schema import tar_path
 from pipeline.storage import Storage
@@ -53,13 +53,15 @@ def test_cached_features_are_those_of_live_clip(store: Path, scenes: Path, clip:
     rows = read_manifest(storage).to_pylist()
     assert len(rows) == 60
     batch = rows[:8]  # as the job batched them: other batch sizes differ in the last bit
-    pixels = [preprocess(load_image((scenes / "images" / row["image"]).read_bytes()), "pad", 32) for row in batch]
+    pixels = [live.pixels(load_image((scenes / "images" / row["image"]).read_bytes()), "pad") for row in batch]
     features = live(torch.stack([torch.from_numpy(p) for p in pixels]))
     for column in spec.columns:
         for row, expected in zip(batch, features[column.name], strict=True):
             name = tar_path(column.name, row["shard"])
             payload = storage.read_range(name, row[f"{column.name}.offset"], row[f"{column.name}.size"])
-            got = decode(torch.frombuffer(bytearray(payload), dtype=torch.uint8)[None], column, "bf16", torch.bfloat16)
+            got = from_payload(
+                torch.frombuffer(bytearray(payload), dtype=torch.uint8)[None], column, "bf16", torch.bfloat16
+            )
             assert torch.equal(got[0], expected.bfloat16())
 
 
@@ -77,13 +79,18 @@ def test_the_same_settings_give_the_same_bytes_with_one_worker(
 
 
 @pytest.mark.parametrize(
-    ("setting", "said"), [("aspect=square", "aspect"), ("seed=3", "seed"), ("codec=fp16", "codec")]
+    ("setting", "said"),
+    [
+        ("aspect=square", "aspect: 'pad' there, 'square' now"),
+        ("seed=3", "seed: 0 there, 3 now (the samples would come in another order)"),
+        ("codec=fp16", "codec: 'bf16' there, 'fp16' now"),
+    ],
 )
 def test_another_build_on_the_same_store_is_refused_by_name(
     store: Path, settings: Settings, run: Run, setting: str, said: str
 ) -> None:
     output = run(BUILD, *settings(store), setting, fails=True)
-    assert f"- {said}:" in output
+    assert f"- {said}\n" in output
     assert "Traceback" not in output
 
 
@@ -110,11 +117,11 @@ def test_faults_are_recorded_with_a_reason_and_the_job_goes_on(
     run(BUILD, *settings(tmp_path / "store", data=data, images=tmp_path / "images"))
     failures = [json.loads(line) for line in (tmp_path / "store" / "failures.jsonl").read_text().splitlines()]
     reasons = {failure["source"]: failure["reason"] for failure in failures}
-    assert reasons["missing.jpg"] == "missing image"
+    assert reasons["missing.jpg"].startswith("missing image: ")
     assert "truncated" in reasons["truncated.jpg"]
     assert reasons["empty.jpg"] == "empty file"
     assert "leaves the image folder" in reasons["data.json#9"]
-    assert reasons["data.json#10"] == "no conversations"
+    assert reasons["data.json#10"] == "no conversations: found None, expected a list of turns"
     assert len(failures) == 5
     manifest = read_manifest(Storage(tmp_path / "store"))
     assert len(manifest) == 7
@@ -158,6 +165,12 @@ def test_blocks_are_added_without_touching_what_is_there(
     }
     assert "cls04.size" in read_manifest(Storage(tmp_path / "store")).column_names
     assert "0 to do" in run(BUILD, *settings(tmp_path / "store"))
+
+
+def test_a_plan_of_no_images_a_second_is_refused(settings: Settings, run: Run, tmp_path: Path) -> None:
+    output = run(BUILD, *settings(tmp_path / "store"), "--plan", "--rate", "0", fails=True)
+    assert "--rate is 0" in output
+    assert "Traceback" not in output
 
 
 def test_the_plan_writes_nothing(settings: Settings, run: Run, tmp_path: Path) -> None:

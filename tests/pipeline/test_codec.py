@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.codec import decode, encode, payload_bytes
+from pipeline.codec import from_payload, payload_bytes, to_payload
 from pipeline.schema import Codec, Column
 
 COLUMN = Column(name="block03", tokens=6, width=16)
@@ -22,10 +22,10 @@ def test_what_comes_back_is_what_went_in_within_the_precision(codec: Codec, seed
     generator = torch.Generator().manual_seed(seed)
     features = torch.randn(3, COLUMN.tokens, COLUMN.width, generator=generator) * 10**exponent
     features[0, 2] = 0
-    payload = encode(features, codec)
+    payload = to_payload(features, codec)
     assert payload.dtype == torch.uint8
     assert payload.shape == (3, payload_bytes(COLUMN, codec))
-    back = decode(payload, COLUMN, codec, torch.float32)
+    back = from_payload(payload, COLUMN, codec, torch.float32)
     largest = features.abs().amax(dim=-1, keepdim=True)
     assert bool(((back - features).abs() <= ERROR[codec] * largest + 1e-7).all())
     assert bool((back[0, 2] == 0).all())
@@ -34,24 +34,24 @@ def test_what_comes_back_is_what_went_in_within_the_precision(codec: Codec, seed
 @pytest.mark.parametrize("codec", ["fp8", "int8"])
 def test_one_large_token_does_not_cost_the_others_their_precision(codec: Codec) -> None:
     features = torch.randn(1, COLUMN.tokens, COLUMN.width, generator=torch.Generator().manual_seed(1))
-    alone = decode(encode(features, codec), COLUMN, codec, torch.float32)
+    alone = from_payload(to_payload(features, codec), COLUMN, codec, torch.float32)
     features[0, 0] *= 1e4
-    beside = decode(encode(features, codec), COLUMN, codec, torch.float32)
+    beside = from_payload(to_payload(features, codec), COLUMN, codec, torch.float32)
     assert torch.equal(alone[:, 1:], beside[:, 1:])
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_decoding_gives_the_dtype_that_is_asked_for(codec: Codec) -> None:
-    payload = encode(torch.randn(2, COLUMN.tokens, COLUMN.width), codec)
+    payload = to_payload(torch.randn(2, COLUMN.tokens, COLUMN.width), codec)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        assert decode(payload, COLUMN, codec, dtype).dtype == dtype
+        assert from_payload(payload, COLUMN, codec, dtype).dtype == dtype
 
 
 def test_bf16_features_come_back_bit_for_bit() -> None:
     features = torch.randn(2, COLUMN.tokens, COLUMN.width).bfloat16()
-    assert torch.equal(decode(encode(features, "bf16"), COLUMN, "bf16", torch.bfloat16), features)
+    assert torch.equal(from_payload(to_payload(features, "bf16"), COLUMN, "bf16", torch.bfloat16), features)
 
 
 def test_a_number_beyond_fp16_is_an_error_that_says_so() -> None:
     with pytest.raises(ValueError, match="does not fit fp16; use bf16"):
-        encode(torch.full((1, COLUMN.tokens, COLUMN.width), 1e5), "fp16")
+        to_payload(torch.full((1, COLUMN.tokens, COLUMN.width), 1e5), "fp16")

@@ -89,7 +89,7 @@ def test_the_digest_is_that_of_the_records_not_of_seed_or_limit(write: Write) ->
         ({"image": "a.jpg"}, "no conversations"),
         ({"image": "a.jpg", "conversations": [{"from": "dog", "value": "wau"}]}, "conversations"),
         ({"image": "a.jpg", "conversations": [{"from": "human", "value": None}]}, "conversations"),
-        (["not", "a", "mapping"], "a record is a mapping"),
+        (["not", "a", "mapping"], "a record must be a mapping"),
     ],
 )
 def test_a_bad_record_is_a_failure_with_its_place_and_reason(write: Write, bad: Any, reason: str) -> None:

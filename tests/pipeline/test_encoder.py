@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image, preprocess
+from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image
+from pipeline.encoders.clip import Clip
 
 
 def packed(image: Image.Image, kind: str, **more: object) -> bytes:
@@ -43,7 +44,7 @@ def test_pixels_are_bit_equal_to_those_of_llava(vectors: Path, aspect: str) -> N
     names = [name.removeprefix("in::") for name in arrays if name.startswith("in::")]
     assert names
     for name in names:
-        pixels = preprocess(load_image(packed(Image.fromarray(arrays[f"in::{name}"]), "PNG")), aspect, 336)
+        pixels = Clip().pixels(load_image(packed(Image.fromarray(arrays[f"in::{name}"]), "PNG")), aspect, 336)
         assert np.array_equal(pixels.ravel()[arrays["pick"]], arrays[f"px::{theirs}::{name}"])
         assert hashlib.sha256(pixels.tobytes()).hexdigest() == expected[f"{name}::{theirs}"]["sha256"]
 
@@ -143,7 +144,7 @@ def test_columns_are_the_hidden_states_that_transformers_names(clip: Path) -> No
         expected = hidden[:, :1] if column.name.startswith("cls") else hidden[:, 1:]
         assert features[column.name].shape == (3, column.tokens, column.width)
         assert torch.equal(features[column.name], expected)
-    assert len(encoder._model.encoder.layers) == 3, "blocks above the deepest column are not kept"
+    assert len(encoder._tower.encoder.layers) == 3, "blocks above the deepest column are not kept"
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float16"])

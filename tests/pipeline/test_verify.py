@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 import tarfile
 from collections.abc import Callable
@@ -226,6 +227,24 @@ def test_deep_refuses_another_clip(store: Path, scenes: Path, run: Any, clip: Pa
     output = run(VERIFY, str(store), *deep, fails=True)
     assert "is not the CLIP of this store" in output
     assert "Traceback" not in output
+
+
+def test_deep_names_the_image_that_is_not_to_be_had(store: Path, run: Any, tmp_path: Path) -> None:
+    output = run(VERIFY, str(store), "--deep", "--images", str(tmp_path), "--sample", "1", fails=True)
+    assert re.search(r"error: 000000000 \(\d+\.jpg\): missing image", output), output
+
+
+def test_a_sample_of_no_image_is_refused(store: Path, run: Any) -> None:
+    output = run(VERIFY, str(store), "--sample", "0", fails=True)
+    assert "--sample is 0" in output
+    assert "Traceback" not in output
+
+
+def test_a_damaged_column_is_named(copy: Path) -> None:
+    (copy / "columns").mkdir()
+    (copy / "columns/block03.json").write_text("{")
+    with pytest.raises(ValueError, match=r"columns/block03\.json is damaged"):
+        read_store(Storage(copy))
 
 
 def test_what_is_no_store_is_named(tmp_path: Path, run: Any) -> None:

@@ -145,7 +145,7 @@ def s3() -> Iterator[None]:
 def fork() -> ForkServerContext:
     """Starts processes from one that has imported torch and Composer already."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["composer", "training.stream"])
+    context.set_forkserver_preload(["composer", "training.stream.stream"])
     return context
 
 

@@ -21,8 +21,9 @@ import pytest
 
 from pipeline.schema import Commit, commit_path, tar_path
 from pipeline.storage import Storage
-from training.cache import Ahead, ShardCache, Use, most_bytes_in_use
-from training.tars import FileTars, RangeTars
+from training.stream.ahead import Ahead, Use, most_bytes_in_use
+from training.stream.cache import ShardCache
+from training.stream.tars import FileTars, RangeTars
 
 SIZE = 300_000
 SHARDS = 8
@@ -79,7 +80,7 @@ def bucket(s3: None, request: pytest.FixtureRequest) -> str:
     return name
 
 
-def open_cache(bucket: str, folder: Path, max_bytes: int | None = None) -> ShardCache:
+def open_cache(bucket: str, folder: Path, max_bytes: int = 1 << 40) -> ShardCache:
     return ShardCache(Storage(f"s3://{bucket}"), folder, "identity", max_bytes)
 
 
@@ -176,7 +177,7 @@ def test_an_evicted_tar_is_closed_when_another_is_opened(bucket: str, tmp_path: 
 
 
 def test_an_object_larger_than_the_cache_is_refused(bucket: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="raise cache_bytes"):
+    with pytest.raises(ValueError, match="raise cache_gb"):
         open_cache(bucket, tmp_path, max_bytes=SIZE - 1).open(NAMES[0])
 
 
@@ -210,7 +211,7 @@ class Flipping(Storage):
 
 
 def test_bytes_that_were_damaged_on_the_way_are_fetched_again(bucket: str, tmp_path: Path) -> None:
-    cache = ShardCache(Flipping(f"s3://{bucket}"), tmp_path, "identity", None)
+    cache = ShardCache(Flipping(f"s3://{bucket}"), tmp_path, "identity", 1 << 40)
     assert read_all(cache, NAMES[0]) == contents(NAMES[0])
 
 
@@ -218,7 +219,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from pipeline.storage import Storage
-from training.cache import ShardCache
+from training.stream.cache import ShardCache
 bucket, folder, names = sys.argv[1], Path(sys.argv[2]), sys.argv[3:]
 cache = ShardCache(Storage(f"s3://{bucket}"), folder, "identity", 5 * int(os.environ["SIZE"]))
 cache._expected(names[0])

@@ -15,7 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from training.stream import Batch, Example, Stream, split
+from training.stream.batch import Batch, split
+from training.stream.order import Order
+from training.stream.reader import Reading
+from training.stream.stream import Stream
+from training.text.collate import Example
 
 BATCHES = 5  # per epoch
 Become = Callable[[int, int, int, Path], None]
@@ -72,10 +76,8 @@ def run_rank(
             if state.timestamp.batch.value == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-    stream = Stream(
-        str(store), ("block03",), global_batch_size=8, rank=rank, world_size=ranks, collate=collate, window_shards=2,
-        seed=4, threads=2,
-    )  # fmt: skip
+    order = Order(global_batch_size=8, window_shards=2, seed=4)
+    stream = Stream(str(store), ("block03",), order, Reading(rank=rank, world_size=ranks, threads=2), collate)
     loader = DataLoader(stream, batch_size=None, num_workers=0, collate_fn=lambda batch: batch)
     model = Model()
     Trainer(

@@ -14,8 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from training import doctor
 from training.config import TrainConfig
-from training.demo_models import train_tokenizer
-from training.memory import ModelShape, estimate
+from training.cost.memory import ModelShape, activations
+from training.engines import engine_of
+from training.toy.models import train_tokenizer
 
 LLM = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -91,7 +92,7 @@ def test_without_a_configuration_the_machine_is_looked_at(examine: Callable) -> 
         (["model.connector_from=/nowhere"], "model", "/nowhere holds no connector.safetensors"),
         (["data.max_length=4096"], "model", "more than the 2048 positions"),
         (["--ranks", "3"], "batch", "8 is not divisible by 3 ranks"),
-        (["global_batch_size=512"], "batch", "fewer than one batch of 512; lower global_batch_size"),
+        (["global_batch_size=512"], "batch", "fewer than one global batch of 512; lower global_batch_size"),
         (["run=/proc/nowhere/run"], "disk", "cannot write to /proc"),
         (["device=gpu"], "gpus", "or say device=cpu"),
     ],
@@ -262,7 +263,7 @@ def test_the_estimate_of_ddp_is_what_adam_allocates(good: list[str], llm: Path) 
     gradients = sum(p.grad.nbytes for p in model.parameters())
     moments = sum(s[name].nbytes for s in optimizer.state.values() for name in ("exp_avg", "exp_avg_sq"))
     shape = ModelShape(**{**SHAPE.__dict__, "learning": model.num_parameters(), "frozen": 0})
-    found = estimate(config_of(good), shape, ranks=1, examples=1, text_tokens=1)
+    found = engine_of(config_of(good), ranks=1).memory(shape)
     assert (found.weights, found.gradients, found.optimizer) == (weights, gradients, moments)
 
 
@@ -278,14 +279,20 @@ def test_the_estimate_of_ddp_is_what_adam_allocates(good: list[str], llm: Path) 
 )
 def test_each_engine_shards_its_part(good: list[str], engine: str, expected: tuple[float, ...]) -> None:
     config = config_of(good, precision="amp_bf16").model_copy(update={"parallelism": engine})
-    found = estimate(config, SHAPE, ranks=4, examples=1, text_tokens=1)
+    found = engine_of(config, ranks=4).memory(SHAPE)
     assert (found.weights, found.gradients, found.optimizer) == expected
+
+
+def test_one_rank_shards_with_nobody_under_fsdp(good: list[str]) -> None:
+    ddp, fsdp = (engine_of(config_of(good, parallelism=name), ranks=1) for name in ("ddp", "fsdp"))
+    assert fsdp.name == "ddp"
+    assert fsdp.memory(SHAPE) == ddp.memory(SHAPE)
 
 
 def test_activation_checkpointing_needs_less(good: list[str]) -> None:
     whole = config_of(good)
     saved = whole.model_copy(update={"model": whole.model.model_copy(update={"activation_checkpointing": True})})
-    more, less = (estimate(c, SHAPE, 1, 4, 10).activations for c in (whole, saved))
+    more, less = (activations(c, SHAPE, 4, 10) for c in (whole, saved))
     assert less < more / 2
 
 
@@ -307,7 +314,7 @@ def test_check_shows_groups_and_an_example_with_its_labels(
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", ["train.py", *good, "--check", "precision=amp_bf16"])
     main()
-    assert "precision amp_bf16: Composer takes it on GPUs alone" in capsys.readouterr().out
+    assert "precision amp_bf16: Composer takes it only on GPUs" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -316,7 +323,7 @@ def test_check_shows_groups_and_an_example_with_its_labels(
         ("data.stor=x", "did you mean 'store'?"),
         ("data.store=/nowhere", "is not a feature store"),
         ("model.connector.blocks=[3,6]", "needs block06"),
-        ("global_batch_size=512", "fewer examples than one global batch of 512"),
+        ("global_batch_size=512", "fewer than one global batch of 512"),
         ("data.max_length=4096", "more than the 2048 positions"),
     ],
 )

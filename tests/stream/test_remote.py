@@ -7,8 +7,10 @@ from pathlib import Path
 import boto3
 import pytest
 
-from training.cache import most_bytes_in_use
-from training.stream import Stream
+from training.stream.ahead import most_bytes_in_use
+from training.stream.order import Order
+from training.stream.reader import Reading
+from training.stream.stream import Stream
 
 COLUMNS = ("block03", "cls23")
 
@@ -24,8 +26,8 @@ def remote(store: Path, s3: None) -> str:
 
 
 def open_stream(store: Path | str, **settings: object) -> Stream:
-    fixed = {"columns": COLUMNS, "global_batch_size": 8, "collate": lambda examples: {}, "window_shards": 3}
-    return Stream(str(store), **{**fixed, **settings})
+    order = Order(global_batch_size=8, window_shards=settings.pop("window_shards", 3))
+    return Stream(str(store), COLUMNS, order, Reading(**settings), lambda examples: {})
 
 
 def contents(stream: Stream) -> list[tuple[list[str], list[bytes]]]:
@@ -40,12 +42,12 @@ def test_a_remote_store_gives_the_same_batches_whatever_the_cache_holds(
     if state == "warm":
         contents(open_stream(remote, **cache))
     if state == "small":
-        cache["cache_bytes"] = tars_in_use(open_stream(store))
+        cache["cache_gb"] = tars_in_use(open_stream(store)) / 1e9
     local, stream = open_stream(store), open_stream(remote, **cache)
     for _ in range(2):
         assert contents(stream) == contents(local)
     if state == "small":
-        assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= cache["cache_bytes"]
+        assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= cache["cache_gb"] * 1e9
 
 
 def tars_in_use(stream: Stream) -> int:
@@ -64,8 +66,8 @@ def test_each_tar_of_a_remote_store_is_fetched_once_per_epoch(store: Path, remot
 
 
 def test_a_cache_smaller_than_the_window_is_refused(remote: str, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="raise cache_bytes, lower window_shards"):
-        open_stream(remote, cache_dir=str(tmp_path), cache_bytes=30_000)
+    with pytest.raises(ValueError, match="raise cache_gb, lower window_shards"):
+        open_stream(remote, cache_dir=str(tmp_path), cache_gb=30e-6)
 
 
 def test_a_damaged_remote_tar_stops_the_consumer_with_its_name(store: Path, remote: str, tmp_path: Path) -> None:

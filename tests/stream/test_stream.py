@@ -13,7 +13,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from training.stream import Batch, Example, Stream, split
+from training.stream.batch import Batch, split
+from training.stream.order import Order
+from training.stream.reader import Collate, Reading
+from training.stream.stream import Stream
+from training.text.collate import Example
 
 COLUMNS = ("block03", "cls23")
 
@@ -25,10 +29,15 @@ def lengths(examples: list[Example]) -> dict[str, torch.Tensor]:
     return {"input_ids": mask * counts[:, None], "labels": mask * counts[:, None], "attention_mask": mask}
 
 
-def open_stream(store: Path, **settings: object) -> Stream:
-    return Stream(
-        str(store), **{"columns": COLUMNS, "global_batch_size": 8, "collate": lengths, "window_shards": 3, **settings}
-    )
+def open_stream(
+    store: Path, columns: tuple[str, ...] = COLUMNS, collate: Collate = lengths, **settings: object
+) -> Stream:
+    """A stream whose settings are those of its order and of its reading."""
+    order = {"global_batch_size": 8, "window_shards": 3, **settings}
+    order = {name: value for name, value in order.items() if name in Order.model_fields}
+    reading = {name: value for name, value in settings.items() if name in Reading.model_fields}
+    assert order.keys() | reading.keys() >= settings.keys()
+    return Stream(str(store), columns, Order(**order), Reading(**reading), collate)
 
 
 def epoch_keys(stream: Stream) -> list[list[str]]:
@@ -46,7 +55,7 @@ def joined(parts: list[list[list[str]]], stream: Stream) -> list[list[str]]:
     for shares in zip(*parts, strict=True):
         whole.append([""] * stream.global_batch_size)
         for rank, share in enumerate(shares):
-            whole[-1][stream.settings.share(rank, len(parts))] = share
+            whole[-1][stream.order.share(rank, len(parts))] = share
     return whole
 
 
@@ -191,6 +200,25 @@ def test_a_state_of_another_order_is_refused_by_name(store: Path, setting: str, 
         open_stream(store, **{setting: value}).load_state_dict(state)
 
 
+def test_a_position_holds_the_keys_that_checkpoints_of_before_hold(store: Path) -> None:
+    stream = open_stream(store, limit=30, last_batch="pad")
+    before = {
+        "epoch": 1,
+        "samples": 16,
+        "fingerprint": stream.fingerprint,
+        "global_batch_size": 8,
+        "seed": 0,
+        "shuffle": True,
+        "window_shards": 3,
+        "group_by_length": False,
+        "together": False,
+        "last_batch": "pad",
+        "limit": 30,
+    }
+    stream.load_state_dict(before)
+    assert stream.state_dict(0, False) == before
+
+
 def test_a_state_of_another_store_is_refused(store: Path, make_store: Callable[..., Path], tmp_path: Path) -> None:
     other = make_store(tmp_path, [9, 9])
     with pytest.raises(ValueError, match="fingerprint"):
@@ -305,10 +333,10 @@ def test_an_error_of_the_text_side_reaches_the_consumer(store: Path) -> None:
         ({"columns": ("block09",)}, "no columns block09; it has block03, cls23"),
         ({"world_size": 3}, "no equal share"),
         ({"rank": 2, "world_size": 2}, "rank 2 of 2"),
-        ({"threads": 0}, "threads is 0"),
-        ({"window_shards": 0}, "window_shards is 0"),
+        ({"threads": 0}, r"threads\n  Input should be greater than 0"),
+        ({"window_shards": 0}, r"window_shards\n  Input should be greater than 0"),
         ({"together": True, "group_by_length": True}, "choose one"),
-        ({"last_batch": "keep"}, "last_batch is 'keep'"),
+        ({"last_batch": "keep"}, r"last_batch\n  Input should be 'drop' or 'pad'"),
     ],
 )
 def test_impossible_settings_are_refused(store: Path, settings: dict, words: str) -> None:

@@ -18,7 +18,7 @@ from pipeline.manifest import create_or_check, write_commit, write_manifest
 from pipeline.schema import SAMPLES, Column, Commit, EncoderSpec, Sample, StoreSpec, tar_path
 from pipeline.shard import TarWriter, sample_json
 from pipeline.storage import Storage
-from training.demo_models import VOCABULARY, train_tokenizer
+from training.toy.models import VOCABULARY, train_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS, GRID, WIDTH = (1, 2, 4), 4, 32

@@ -25,10 +25,9 @@ from composer.loggers import TensorboardLogger  # noqa: F401
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM  # noqa: F401
 
-import training.train as stage
-from training.callbacks import StepLog
 from training.config import TrainConfig
-from training.engine import whole_weights
+from training.fit import stage
+from training.fit.callbacks import StepLog
 
 SENT = "signal-sent"  # a file in the folder of a run
 
@@ -37,11 +36,11 @@ def keep_all_weights() -> None:
     """Let every run write all its weights, the frozen ones too, to `all.safetensors` before it finishes."""
     finish = stage.finish
 
-    def finish_and_keep(config: TrainConfig, *arguments: Any) -> None:
-        weights = whole_weights(arguments[-2].state, lambda name: True)
+    def finish_and_keep(config: TrainConfig, parts: Any, engine: Any, state: Any, steps: int) -> None:
+        weights = engine.whole_weights(state, lambda name: True)
         if weights:
             save_file({name: weight.contiguous() for name, weight in weights.items()}, f"{config.run}/all.safetensors")
-        finish(config, *arguments)
+        finish(config, parts, engine, state, steps)
 
     stage.finish = finish_and_keep
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from training.optimizer import cosine_with_warmup
+from training.fit.optimizer import cosine_with_warmup
 
 pytestmark = pytest.mark.slow(minutes=4)
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")

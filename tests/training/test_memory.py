@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.manifest import read_store
 from pipeline.storage import Storage
-from training.assemble import build_model
 from training.config import TrainConfig
-from training.mfu import StepFlops
-from training.model import CompactVisionForConditionalGeneration
+from training.cost.mfu import StepFlops
+from training.fit.assemble import build_model
+from training.model.model import CompactVisionForConditionalGeneration
 
 IMAGES, LENGTH, WIDTH = 4, 100, 32
 

@@ -71,7 +71,7 @@ def test_the_loss_depends_neither_on_ranks_nor_on_microbatches_nor_on_what_saves
 def test_the_llm_may_learn_alone(runs: Path, losses: Callable[[str], list[float]], settings: Any) -> None:
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
-    from training.assemble import build_model
+    from training.fit.assemble import build_model
 
     assert losses("llm-only")[-1] < losses("llm-only")[0]
     config = TrainConfig.model_validate(settings(runs / "llm-only", 2))
@@ -193,26 +193,27 @@ def test_what_cannot_work_is_refused_with_its_reason(changes: list[str], reason:
 
 
 def test_a_board_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from training.callbacks import boards
+    from training.fit.callbacks import boards
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"pip install 'compact-vision-tokens\[wandb\]'"):
         boards(("wandb",), tmp_path, "project")
 
 
-def test_composer_algorithms_are_refused_under_zero() -> None:
+def test_composer_algorithms_are_refused_under_zero(settings: Callable[..., Any], tmp_path: Path) -> None:
     from composer.algorithms import GradientClipping
 
-    from training.deepspeed import ZeroTrainer
+    from training.engines import engine_of
 
-    with pytest.raises(ValueError, match="the engine keeps its own"):
-        ZeroTrainer(stage=2, bf16=False, clip_grad_norm=None, algorithms=[GradientClipping("norm", 1.0)])
+    engine = engine_of(TrainConfig.model_validate(settings(tmp_path, 1, {"parallelism": "zero2"})), 1)
+    with pytest.raises(ValueError, match=r"\(GradientClipping\) .* DeepSpeed keeps its own"):
+        engine.trainer([], {"algorithms": [GradientClipping("norm", 1.0)]})
 
 
 @pytest.mark.vectors("learning_rates*.json")
 def test_the_schedule_is_the_reference_trainers(case: dict[str, Any]) -> None:
     """Step by step: test_engines.py shows that a run's steps take the rates of this curve."""
-    from training.optimizer import build_schedule
+    from training.fit.optimizer import build_schedule
 
     assert math.ceil(case["total_steps"] * 0.03) == case["warmup_steps"]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=case["base_lr"])

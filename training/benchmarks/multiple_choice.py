@@ -8,12 +8,12 @@ import csv
 import io
 import sys
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
-from training.benchmarks.questions import Answers, Benchmark, Question, read_json
-from training.metrics import Scored, option_letter, science_qa_choice
+from training.benchmarks.metrics import Scored, option_letter, science_qa_choice
+from training.benchmarks.questions import Answers, Benchmark, Found, Question, read_json
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHI"
@@ -71,6 +71,24 @@ def _science_question(id: str, problem: dict[str, Any]) -> Question:
     )
 
 
+def _predictions_of_spreadsheet(path: Path, malformed: list[str]) -> Iterator[Found]:
+    """What MMBench's server takes: the columns `index` and `prediction`."""
+    from openpyxl import load_workbook
+
+    try:
+        rows = load_workbook(path, read_only=True, data_only=True).active.iter_rows(values_only=True)
+        names = [str(name) for name in next(rows)]
+    except Exception as error:  # openpyxl raises whatever its zip and XML readers meet
+        raise ValueError(f"{path} is not a spreadsheet (.xlsx): {error}") from error
+    if "index" not in names or "prediction" not in names:
+        raise ValueError(f"{path} has the columns {', '.join(names)}; index and prediction are needed")
+    for number, values in enumerate(rows, 2):
+        if any(value is not None for value in values):
+            record = dict(zip(names, values, strict=False))
+            told = {"index": record["index"], "prediction": record["prediction"]}
+            yield Found(f"{path.name} row {number}", told)
+
+
 class MMBench(Benchmark):
     """MMBench dev: a question counts if the answer is right in every rotation of its options that the table holds."""
 
@@ -78,6 +96,7 @@ class MMBench(Benchmark):
     folders: ClassVar[tuple[str, ...]] = ("mmbench", "MMBench")
     splits = ("dev", "test")
     max_new_tokens = 1024
+    prediction_files: ClassVar = {".xlsx": _predictions_of_spreadsheet}
     suffix = LETTER
     tables: ClassVar[tuple[str, ...]] = (
         "mmbench_dev_20230712.tsv",

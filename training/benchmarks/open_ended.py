@@ -7,8 +7,8 @@ from collections import defaultdict
 from collections.abc import Container, Mapping
 from typing import Any
 
+from training.benchmarks.metrics import Scored, evalai, gqa_answer, vqa_accuracy, vqa_eval
 from training.benchmarks.questions import SHORT, Answer, Answers, Benchmark, Question, read_json, to_json
-from training.metrics import Scored, evalai, gqa_answer, vqa_accuracy, vqa_eval
 
 NOTHING = Answer("", final=True)
 

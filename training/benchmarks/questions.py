@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass
+import random
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self, cast
 
-from training.metrics import Scored
+from training.benchmarks.metrics import Scored
+from training.benchmarks.report import Report
 
 SHORT = "\nAnswer the question using a single word or phrase."
 
@@ -23,6 +25,7 @@ class Question:
         image: name of its image for `Benchmark.image`; None if it has none.
         truth: what the scorer compares with; None if the official files do not tell it.
         group: category, split or circular group.
+        origin: the line of a questions file that it comes from, with all it holds; None for official files.
     """
 
     id: str
@@ -30,6 +33,13 @@ class Question:
     image: str | None
     truth: Any = None
     group: str = ""
+    origin: Mapping[str, Any] | None = None
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """What its line in a file of answers begins with."""
+        origin = self.origin or {"question_id": self.id, "image": self.image, "text": self.text}
+        return {**origin, "image": self.image}
 
 
 class Answer(NamedTuple):
@@ -42,11 +52,25 @@ class Answer(NamedTuple):
 Answers = Mapping[str, Answer]  # by the question's id
 
 
+class Found(NamedTuple):
+    """One record of a file of predictions, whoever wrote it, and its place for a message."""
+
+    place: str
+    record: Any
+
+
+Reader = Callable[[Path, list[str]], Iterator[Found]]  # records of a file; what is no record goes to the list
+
+
 class Benchmark:
     """One benchmark in `folder` (or in the folder of its name below it), on `split`.
 
+    A kind declares the class variables, and writes `read` and `score`; the other methods have a default.
+
     Attributes:
         questions: in the official order.
+        kept: ids of the questions that are asked.
+        image_folder: where their images are; `read` sets it.
 
     Raises:
         ValueError: if files are missing or malformed, or the split is not one of `splits`.
@@ -56,6 +80,7 @@ class Benchmark:
     folders: ClassVar[tuple[str, ...]]  # what its folder may be called
     splits: ClassVar[tuple[str, ...]]  # the first one is the default
     max_new_tokens: ClassVar[int] = 128
+    prediction_files: ClassVar[Mapping[str, Reader]] = {}  # by their ending, beside JSON and JSON lines
 
     def __init__(self, folder: Path, split: str | None = None) -> None:
         if split is not None and split not in self.splits:
@@ -93,9 +118,42 @@ class Benchmark:
                 return name
         return None
 
+    @property
+    def heading(self) -> str:
+        """What a table calls its score."""
+        return self.name
+
+    @classmethod
+    def answers_in(cls, folder: Path) -> Path:
+        """Its file of answers in a folder of several benchmarks."""
+        return folder / f"{cls.name}.jsonl"
+
+    def as_json(self, report: Report) -> dict[str, Any]:
+        """A report as it is written and printed."""
+        return cast(dict[str, Any], report)
+
+    @classmethod
+    def headline(cls, scores: Mapping[str, Any]) -> tuple[str, float | None]:
+        """Name and value of the headline score in what `as_json` wrote."""
+        return scores["headline"], scores["score"]
+
     def server_file(self, answers: Answers) -> tuple[str, bytes] | None:
         """Name and bytes of the file that the benchmark's server takes, if it has one."""
         return None
+
+    def to_ask(self) -> Sequence[Question]:
+        """The questions, for a model that looks at the images.
+
+        Raises:
+            ValueError: if images are missing.
+        """
+        absent = self.absent_images()
+        if absent:
+            raise ValueError(
+                f"{len(absent)} image(s) of {self.name} are not in {self.image_folder}: "
+                f"{', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''}"
+            )
+        return self.questions
 
     def image(self, name: str) -> bytes:
         """Bytes of an image file.
@@ -111,10 +169,25 @@ class Benchmark:
         root = self.image_folder.resolve()
         return sorted(name for name in names if not is_within(root, name))
 
-    def keep(self, limit: int | None) -> None:
+    def keep(self, limit: int | None) -> Self:
         """Go on with the first `limit` questions only; `kept` has their ids."""
         self.questions = self.questions[:limit]
         self.kept = frozenset(question.id for question in self.questions)
+        return self
+
+    def shuffle_images(self, seed: int) -> None:
+        """Give each question another question's image: what a model that looks cannot answer any more.
+
+        Raises:
+            ValueError: if there is only one image.
+        """
+        images = sorted({q.image for q in self.questions if q.image is not None})
+        if len(images) < 2:
+            raise ValueError(f"shuffling images needs at least two different ones; {self.name} has {len(images)}")
+        order = images.copy()
+        random.Random(seed).shuffle(order)
+        following = dict(zip(order, order[1:] + order[:1], strict=True))  # so none keeps its image
+        self.questions = [q if q.image is None else replace(q, image=following[q.image]) for q in self.questions]
 
     def find(self, origin: str, *places: str) -> Path:
         """The first of `places` in the folder that exists; a missing one is reported by `check` with its `origin`."""

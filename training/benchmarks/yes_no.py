@@ -5,13 +5,13 @@ from __future__ import annotations
 import glob
 import json
 from collections import defaultdict
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import permutations
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from training.benchmarks.questions import SHORT, Answers, Benchmark, Question, read_json_lines
-from training.metrics import Scored, mean_f1, mean_percent, mme_answer, mme_total, pope_answer
+from training.benchmarks.metrics import Scored, mean_f1, mean_percent, mme_answer, mme_total, pope_answer
+from training.benchmarks.questions import SHORT, Answers, Benchmark, Found, Question, read_json_lines
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"
@@ -142,12 +142,29 @@ def _plain(text: str) -> str:
     return " ".join(bare.split())
 
 
+def _mme_lines(path: Path, malformed: list[str]) -> Iterator[Found]:
+    """MME's results: <category>.txt with image, question, truth and answer, separated by tabs."""
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        fields = line.rstrip("\r\n").split("\t")
+        if len(fields) != 4:
+            malformed.append(
+                f"{path.name}:{number}: {len(fields)} fields, image, question, truth and answer were expected"
+            )
+            continue
+        image, question, _, answer = fields
+        record = {"question_id": f"{path.stem}/{image}", "prompt": question, "answer": answer}
+        yield Found(f"{path.name}:{number}", record)
+
+
 class MME(Benchmark):
     """MME: accuracy plus accuracy+ (both questions of an image right), summed over categories."""
 
     name = "mme"
     folders = ("MME", "mme")
     splits = ("test",)
+    prediction_files: ClassVar = {".txt": _mme_lines}
 
     def read(self) -> list[Question]:
         """`MME_Benchmark_release_version/<category>/`: images and a text file of questions beside each."""

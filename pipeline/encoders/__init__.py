@@ -1,0 +1,43 @@
+"""Vision encoders: a file for each family, a line for each in `ENCODERS`.
+
+The build, the trained model and its export compute features and pixels by the same code, that of this folder. It needs
+torch, transformers and Pillow: it travels with every exported model.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .base import VisionEncoder
+
+ENCODERS = {  # transformers' model_type, of the whole model or of its vision part -> "file:class"
+    **dict.fromkeys(("clip", "clip_vision_model"), "clip:Clip"),
+}
+
+
+def encoder_of(model_type: str) -> VisionEncoder:
+    """How encoders of this type are loaded, fed and walked.
+
+    Raises:
+        ValueError: if there is no file for them.
+    """
+    if model_type not in ENCODERS:
+        raise ValueError(
+            f"a vision encoder of type {model_type!r} is not known; choose one of type {', '.join(ENCODERS)}, or add a "
+            "file to pipeline/encoders"
+        )
+    file, name = ENCODERS[model_type].split(":")
+    found: type[VisionEncoder] = getattr(import_module(f"{__name__}.{file}"), name)
+    return found()
+
+
+def block_of(column: str) -> int:
+    """The block whose output a column is: `block03` -> 3, `cls22` -> 22."""
+    return int(column[-2:])
+
+
+def is_cls(column: str) -> bool:
+    """Whether a column is a CLS token, and no patch tokens."""
+    return column.startswith("cls")

@@ -1,0 +1,122 @@
+"""A new benchmark is a class and its line in `BENCHMARKS`: it is offered, asked, scored and reported as the others."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from training import evaluate
+from training.ablate import AblationConfig, open_all
+from training.benchmarks import BENCHMARKS
+from training.benchmarks.metrics import Scored
+from training.benchmarks.questions import Answers, Benchmark, Question, read_json
+
+
+class Colours(Benchmark):
+    """Toy: which colour a picture has; `colours.json` says it by the picture's name."""
+
+    name = "colours"
+    folders = ("colours",)
+    splits = ("test",)
+    max_new_tokens = 3
+
+    def read(self) -> list[Question]:
+        path = self.find("https://example.org", "colours.json")
+        self.check()
+        return [Question(name, "Which colour?", name, colour) for name, colour in read_json(path).items()]
+
+    def score(self, answers: Answers) -> dict[str, Scored]:
+        hits = {q.id: ("", float(q.id in answers and q.truth in answers[q.id].text.lower())) for q in self.questions}
+        return {"named": Scored("the colour is named", hits)}
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The toy's files; the toy is one more benchmark while the test runs."""
+    monkeypatch.setitem(BENCHMARKS, Colours.name, Colours)  # the one line
+    folder = tmp_path / "data" / "colours"
+    folder.mkdir(parents=True)
+    for colour in ("red", "green", "blue"):
+        buffer = io.BytesIO()
+        Image.new("RGB", (32, 32), colour).save(buffer, format="PNG")
+        (folder / f"{colour}.png").write_bytes(buffer.getvalue())
+    (folder / "colours.json").write_text(json.dumps({f"{name}.png": name for name in ("red", "green", "blue")}))
+    return folder.parent
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *map(str, words)])
+    evaluate.main()
+
+
+def test_it_is_offered(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(monkeypatch, "--help")
+    assert "colours" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="did you mean 'colours'"):
+        run(monkeypatch, "--benchmark", "colurs", "--data", data, "--predictions", "x")
+
+
+def test_a_model_is_asked_and_its_answers_are_scored_and_reported(
+    data: Path,
+    models: ModuleType,
+    tiny_tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = data.parent / "out"
+    model = models.tiny_model(data.parent / "model", tiny_tokenizer)
+    run(monkeypatch, model, "--benchmark", "colours", "--data", data, "--out", out)
+    said = capsys.readouterr()
+    report = json.loads(said.out.splitlines()[-1])
+    assert report["answered"] == report["questions"] == 3
+    answers = [json.loads(line) for line in (out / "colours.jsonl").read_text().splitlines()]
+    assert [answer["image"] for answer in answers] == ["red.png", "green.png", "blue.png"]
+    assert json.loads((out / "colours.jsonl.run.json").read_text())["max_new_tokens"] == 3
+    assert json.loads((out / "colours.scores.json").read_text()) == report
+    assert "colours test: 3 of 3 questions answered" in said.err
+    assert "\ncolours      named " in said.err  # the table of averages has it
+
+
+def test_predictions_of_another_model_are_scored_and_compared(
+    data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, colours in (("mine", ("Red.", "green", "a blue one")), ("theirs", ("red", "red", "red"))):
+        lines = zip(("red.png", "green.png", "blue.png"), colours, strict=True)
+        text = "".join(json.dumps({"question_id": id, "text": said}) + "\n" for id, said in lines)
+        (data / f"{name}.jsonl").write_text(text)
+    common = ["--benchmark", "colours", "--data", data]
+    run(monkeypatch, *common, "--predictions", data / "mine.jsonl", "--against", data / "theirs.jsonl")
+    report = json.loads(capsys.readouterr().out)
+    assert report["score"] == 100
+    assert report["against"]["differences"]["named"]["difference"] == pytest.approx(200 / 3)
+
+
+def test_an_ablation_may_name_it(data: Path) -> None:
+    stage = {"config": "training/pretrain.yaml"}
+    arms = [{"name": "STF", "connector": {"arm": "stf"}}]
+    config = AblationConfig(
+        title="T", run="r", pretrain=stage, finetune=stage, arms=arms, benchmarks=["colours"], data=str(data), limit=2
+    )
+    (benchmark,) = open_all(config)
+    assert benchmark.heading == "colours"
+    assert benchmark.answers_in(Path("run")) == Path("run/colours.jsonl")
+    assert len(benchmark.to_ask()) == 2
+
+
+@pytest.fixture(scope="session")
+def models() -> ModuleType:
+    """The tiny models of the other tests of evaluate.py."""
+    path = Path(__file__).resolve().parents[1] / "evaluation" / "conftest.py"
+    spec = importlib.util.spec_from_file_location("evaluation_conftest", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

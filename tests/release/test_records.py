@@ -1,0 +1,28 @@
+"""What a run wrote of itself is read in one place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from training.release.records import LAST, final_loss, read_log
+
+
+def test_a_line_that_a_killed_process_left_unfinished_is_skipped(tmp_path: Path) -> None:
+    lines = [{"step": step, "loss": 1.0 / step} for step in (1, 2)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
+    assert read_log(tmp_path) == lines
+
+
+def test_a_run_that_has_not_begun_has_no_lines(tmp_path: Path) -> None:
+    assert read_log(tmp_path) == []
+    with pytest.raises(ValueError, match="let it train first"):
+        final_loss([])
+
+
+def test_the_final_loss_is_the_mean_of_the_last_steps() -> None:
+    lines = [{"loss": float(step)} for step in range(100)]
+    assert final_loss(lines) == pytest.approx(sum(range(100 - LAST, 100)) / LAST)
+    assert final_loss(lines[:2]) == 0.5

@@ -1,0 +1,1 @@
+"""A trained model answers: in batches, in a talk, on a web page, to lmms-eval."""

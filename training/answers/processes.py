@@ -1,0 +1,93 @@
+"""One of several processes that share the questions, and how they are started on one machine."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+
+class AnsweringProcess(NamedTuple):
+    """This process, number `rank` of `world_size`, as Composer's launcher and torchrun tell it."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0  # among those of its machine
+
+    @classmethod
+    def of_environment(cls) -> AnsweringProcess:
+        """RANK, WORLD_SIZE and LOCAL_RANK; one process where they are not set.
+
+        Raises:
+            ValueError: if one of them is no number.
+        """
+        given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+        given |= {name: os.environ[name] for name in given if name in os.environ}
+        wrong = [f"{name}={value!r}" for name, value in given.items() if not value.isdigit()]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} in the environment: a number was expected; unset it or start anew")
+        return cls(*map(int, given.values()))
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process gathers the answers of all."""
+        return self.rank == 0
+
+    def device(self) -> str:
+        """The GPU of this process, or the CPU, whose cores the processes share."""
+        import torch
+
+        if torch.cuda.is_available():
+            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        if self.world_size > 1:
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // self.world_size))
+        return "cpu"
+
+    def progress(self, done: int, total: int, seconds: float) -> None:
+        """Say on standard error how many of this process's questions are answered."""
+        who = f"process {self.rank} of {self.world_size}: " if self.world_size > 1 else ""
+        rate = done / seconds
+        left = (total - done) / rate
+        print(f"{who}answered {done}/{total}  {rate:.1f} questions/s  ETA {left:.0f} s", file=sys.stderr, flush=True)
+
+    def wait_for_others(self) -> None:
+        """Return when every process has written its last answer; one that dies ends the job through its launcher."""
+        if self.world_size == 1:
+            return
+        from datetime import timedelta
+
+        import torch.distributed
+
+        if not torch.distributed.is_initialized():  # in an ablation, training has done so
+            # The shares may take hours more or less than each other: the bound is a week.
+            torch.distributed.init_process_group(
+                "gloo", rank=self.rank, world_size=self.world_size, timeout=timedelta(days=7)
+            )
+        torch.distributed.barrier()
+
+
+def in_processes(count: int, command: Sequence[str]) -> int:
+    """Run `command` in `count` processes on this machine; the first that fails ends all. Returns the exit code."""
+    import socket
+    import subprocess
+
+    with socket.socket() as probe:  # the system names a free port, where the processes then meet
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    processes = [
+        subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)
+    ]
+    try:
+        while any(process.poll() is None for process in processes):
+            failed = [process.returncode for process in processes if process.returncode]
+            if failed:
+                return int(failed[0])
+            time.sleep(0.1)
+        return max((process.returncode for process in processes), key=abs)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()

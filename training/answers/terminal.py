@@ -1,0 +1,61 @@
+"""The talk in a terminal: `python training/chat.py MODEL IMAGE`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from training.answers.talk import Talk, open_image
+
+DIM, PLAIN = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
+
+
+def say(talk: Talk, question: str) -> None:
+    """Ask, and print the answer while it comes; Ctrl-C stops it."""
+    pieces = talk.ask(question)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pieces.close()  # type: ignore[attr-defined]
+        print(" ...", end="")
+    print(f"\n{DIM}({talk.facts}){PLAIN}", flush=True)
+
+
+def converse(talk: Talk) -> None:
+    """Questions from the keyboard until /quit or the end of input."""
+    import contextlib
+
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - it gives `input` a history and its keys
+
+    print(f"{DIM}{talk.speaker.name}: {talk.speaker.tokens}. /image PATH, /new, /quit{PLAIN}")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            print()
+            return
+        except KeyboardInterrupt:
+            print()
+            continue
+        if line == "/quit":
+            return
+        if not line:
+            continue
+        try:
+            talk = _obey(talk, line)
+        except (ValueError, OSError) as error:
+            print(f"{DIM}{error}{PLAIN}")
+
+
+def _obey(talk: Talk, line: str) -> Talk:
+    command, _, rest = line.partition(" ")
+    if command == "/image":
+        return Talk(talk.speaker, open_image(Path(rest.strip()).expanduser()))
+    if command == "/new":
+        return Talk(talk.speaker, talk.image)
+    if command.startswith("/"):
+        raise ValueError(f"{command} is unknown; there are /image PATH, /new and /quit")
+    say(talk, line)
+    return talk

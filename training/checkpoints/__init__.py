@@ -1,0 +1,1 @@
+"""Checkpoints: whole or not there, on disk and in a bucket."""

@@ -1,0 +1,1 @@
+"""The doctor's questions: is the machine ready, does the run fit it?"""

@@ -1,0 +1,1 @@
+"""One stage, from settings to a finished run."""

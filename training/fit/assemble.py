@@ -1,0 +1,149 @@
+"""From a configuration and a store to the model that is trained: load the parts, check that they fit, freeze.
+
+And back at the end: from weights, wherever the ranks kept them, to one whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from pipeline.schema import StoreSpec
+from training.config import TrainConfig
+from training.fit.lora import add_lora, merge_lora
+from training.model.decoders import decoder_of
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.reducers import build_connector, connector_config
+from training.model.reducers.connector import Connector
+from training.model.tokenizer import Tokenizer
+from training.release.connector import load_connector
+
+
+def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
+    """The model of one stage, without a vision tower: it is fed the store's columns.
+
+    Weights that learn are fp32, frozen ones `config.model.frozen_dtype`. The initial weights of
+    connector and adapters depend only on `config.seed`, so every rank starts from the same.
+
+    Raises:
+        ValueError: if the connector does not fit the store or the language model, or `connector_from` another one,
+            or LoRA is wanted without peft.
+        OSError: if the language model cannot be read.
+    """
+    frozen: torch.dtype = getattr(torch, config.model.frozen_dtype)
+    text = _text_config(config)
+    connector = _connector(config, store, text.hidden_size)
+    llm = AutoModelForCausalLM.from_pretrained(
+        config.model.llm,
+        revision=config.model.revision,
+        dtype=torch.float32 if _learns_whole(config) else frozen,
+    )
+    if config.model.connector_from is not None:
+        load_connector(connector, Path(config.model.connector_from))
+    if "connector" not in config.train:
+        connector.to(frozen)
+    model = CompactVisionForConditionalGeneration.from_parts(llm, connector, aspect=store.aspect)
+    model.connector.requires_grad_("connector" in config.train)
+    model.llm.requires_grad_(_learns_whole(config))
+    if config.model.lora is not None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            add_lora(model.llm, config.model.lora)
+    model.loss_chunks = config.model.loss_chunks
+    if "connector" in config.model.compile:
+        model.connector.compile()
+    if "llm" in config.model.compile:
+        for layer in model.llm.get_decoder().layers:
+            layer.compile(dynamic=True)
+    if config.model.activation_checkpointing:
+        model.llm.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.train()  # type: ignore[no-any-return]
+
+
+def _learns_whole(config: TrainConfig) -> bool:
+    return "llm" in config.train and config.model.lora is None
+
+
+def is_exported(config: TrainConfig, name: str) -> bool:
+    """Whether the weight `name` is needed when the stage ends: stage 1 leaves the language model where it was."""
+    return "llm" in config.train or not name.startswith("llm.")
+
+
+def whole_model(
+    config: TrainConfig, model: CompactVisionForConditionalGeneration, weights: Mapping[str, torch.Tensor]
+) -> CompactVisionForConditionalGeneration:
+    """A model of `model`'s shape with only the exported `weights`, adapters merged; the rest has no contents."""
+    with torch.device("meta"):
+        llm = type(model.llm)(model.llm.config)
+        if config.model.lora is not None:
+            add_lora(llm, config.model.lora)
+        whole = CompactVisionForConditionalGeneration.from_parts(
+            llm, build_connector(model.connector.config), aspect=model.config.aspect
+        )
+    llm.name_or_path, llm.generation_config = model.llm.name_or_path, model.llm.generation_config
+    missing, unknown = whole.load_state_dict(weights, strict=False, assign=True)
+    missing = [name for name in missing if is_exported(config, name)]
+    assert not missing and not unknown, f"missing {missing}, unknown {unknown}"
+    if config.model.lora is not None:
+        merge_lora(llm)
+    return whole
+
+
+def empty_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
+    """The model of `build_model`, checked as it is, but for the LLM's weights: they have shapes and no contents.
+
+    Raises:
+        ValueError, OSError: as `build_model`.
+    """
+    text = _text_config(config)
+    connector = _connector(config, store, text.hidden_size)
+    if config.model.connector_from is not None:
+        load_connector(connector, Path(config.model.connector_from))
+    with torch.device("meta"):
+        llm = AutoModelForCausalLM.from_config(text)
+        model = CompactVisionForConditionalGeneration.from_parts(llm, connector, aspect=store.aspect)
+        model.connector.requires_grad_("connector" in config.train)
+        model.llm.requires_grad_(_learns_whole(config))
+        if config.model.lora is not None:
+            add_lora(model.llm, config.model.lora)
+    return model
+
+
+def _text_config(config: TrainConfig) -> Any:
+    text = AutoConfig.from_pretrained(config.model.llm, revision=config.model.revision)
+    try:
+        decoder_of(text.model_type)
+    except ValueError as error:
+        raise ValueError(f"model.llm {config.model.llm}: {error}") from error
+    if config.data.max_length > text.max_position_embeddings:
+        raise ValueError(
+            f"data.max_length {config.data.max_length} is more than the {text.max_position_embeddings} positions "
+            f"of {config.model.llm}"
+        )
+    return text
+
+
+def _connector(config: TrainConfig, store: StoreSpec, llm_width: int) -> Connector:
+    shape = connector_config(
+        **config.model.connector.model_dump(),
+        grid=store.encoder.grid,
+        vision_width=store.encoder.width,
+        llm_width=llm_width,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return build_connector(shape, available=[column.name for column in store.columns])
+
+
+def load_tokenizer(config: TrainConfig) -> Tokenizer:
+    """The SentencePiece tokenizer of `model.tokenizer`, by default that of the language model.
+
+    Raises:
+        ValueError: if it has no `tokenizer.model`.
+    """
+    name = config.model.tokenizer or config.model.llm
+    return Tokenizer.from_pretrained(name, revision=config.model.revision if name == config.model.llm else None)

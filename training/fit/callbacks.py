@@ -1,0 +1,201 @@
+"""What a run says while it runs: one line of metrics per step, on screen and in `log.jsonl`; and what stops it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import resource
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.loggers.logger_destination import LoggerDestination
+from composer.utils import dist
+
+from training.cost.mfu import peak_flops
+from training.engines.base import Engine
+from training.release.records import LOG, read_log
+from training.stream.stream import Stream
+from training.text.templates import IGNORE
+
+
+class StepLog(LoggerDestination):  # type: ignore[misc]
+    """Writes one JSON object per optimizer step to the run's log (rank 0), prints it, sends it to other loggers.
+
+    Keys: step, loss (mean over supervised tokens of the global batch), lr (of the first parameter group; lr_llm of the
+    second), grad_norm (L2, before any clipping), samples_per_s, tokens_per_s (all ranks), data_wait (share of the step
+    this rank waited for data), step_s, eta_s, memory_gb (peak; of the process where there is no GPU), mfu (of this
+    rank; on a known GPU), padding (share of the positions of this rank's microbatches that hold no token).
+
+    Args:
+        run: folder of the run.
+        engine: measures the gradient, and clips it on this occasion.
+        flops: of a batch, by the lengths of its examples, its number of images and of supervised tokens.
+    """
+
+    def __init__(
+        self,
+        run: Path,
+        stream: Stream,
+        total_steps: int,
+        engine: Engine,
+        flops: Callable[[list[int], int, int], float],
+    ) -> None:
+        self.run = run
+        self.stream = stream
+        self.total_steps = total_steps
+        self.engine = engine
+        self.flops = flops
+        self.peak = peak_flops()
+        self._line: dict[str, float] = {}
+        self._step_start = 0.0
+        self._tokens = 0
+        self._work = 0.0
+        self._positions, self._used = 0, torch.tensor(0)
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Drop the lines of steps that a resumed run is about to repeat."""
+        done = state.timestamp.batch.value
+        path = self.run / LOG
+        if dist.get_global_rank() == 0 and path.exists():
+            kept = [line for line in read_log(self.run) if line["step"] <= done]
+            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        self._step_start = time.perf_counter()
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Note the learning rates that this step will use, before the schedule moves on."""
+        rates = [group["lr"] for group in state.optimizers[0].param_groups]
+        self._line = {"lr": rates[0]} | ({"lr_llm": rates[1]} if len(rates) > 1 and rates[1] != rates[0] else {})
+        self._tokens = state.timestamp.token.value
+        self._positions, self._used = 0, torch.tensor(0)
+        if self.peak is not None:
+            batch = state.batch
+            lengths = batch["attention_mask"].sum(dim=1).tolist()
+            supervised = int((batch["labels"][:, 1:] != IGNORE).sum())
+            self._work = self.flops(lengths, len(batch["image_rows"]), supervised)
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        """Count the positions of a microbatch, and the tokens among them, where they are: without waiting for them."""
+        mask = state.batch["attention_mask"]
+        self._positions += mask.numel()
+        self._used = self._used.to(mask.device) + mask.sum()
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Measure the gradient, and clip it, while it exists."""
+        self.engine.clip_gradients(state)
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Write the line of this step."""
+        seconds = time.perf_counter() - self._step_start
+        self._step_start = time.perf_counter()
+        step = state.timestamp.batch.value
+        line: dict[str, float] = {
+            "step": step,
+            "loss": state.total_loss_dict["loss/train/total"],
+            **self._line,
+            "grad_norm": self.engine.gradient_norm(state),
+            "samples_per_s": self.stream.global_batch_size / seconds,
+            "tokens_per_s": (state.timestamp.token.value - self._tokens) / seconds,
+            "data_wait": min(1.0, self.stream.data_wait / seconds),
+            "step_s": seconds,
+            "eta_s": (self.total_steps - step) * seconds,
+            "memory_gb": _peak_memory() / 1e9,
+            "padding": 1 - float(self._used) / self._positions,
+        }
+        if self.peak is not None:
+            line["mfu"] = self._work / seconds / self.peak
+        logger.log_metrics({f"step/{name}": value for name, value in line.items() if name != "step"})
+        if dist.get_global_rank() == 0:
+            with (self.run / LOG).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+            print(_one_line(line, self.total_steps), flush=True)
+
+
+def _peak_memory() -> int:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _one_line(line: dict[str, float], total: int) -> str:
+    text = (
+        f"step {line['step']:.0f}/{total}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  |g| {line['grad_norm']:.3f}  "
+        f"{line['samples_per_s']:.1f} samples/s  {line['tokens_per_s']:.0f} tokens/s  "
+        f"data wait {line['data_wait']:.1%}  padding {line['padding']:.1%}  {line['memory_gb']:.1f} GB"
+    )
+    text += f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
+    return f"{text}  ETA {line['eta_s']:.0f} s"
+
+
+def boards(names: tuple[str, ...], run: Path, project: str) -> list[LoggerDestination]:
+    """Composer's loggers of these names; addresses and keys come from the environment.
+
+    Raises:
+        ValueError: if the package of one is not installed.
+    """
+    made: list[LoggerDestination] = []
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"boards: {name} is not installed; pip install 'compact-vision-tokens[{name}]'")
+        if name == "tensorboard":
+            from composer.loggers import TensorboardLogger
+
+            made.append(TensorboardLogger(log_dir=str(run / "tensorboard"), flush_interval=10))
+        elif name == "wandb":
+            from composer.loggers import WandBLogger
+
+            made.append(WandBLogger(project=project, name=run.name, init_kwargs={"dir": str(run)}))
+        else:
+            from composer.loggers import MLFlowLogger
+
+            made.append(MLFlowLogger(experiment_name=project, run_name=run.name, log_system_metrics=False))
+    return made
+
+
+class StopOnBadLoss(Callback):  # type: ignore[misc]
+    """Ends a run whose loss is NaN or infinite, or jumps, naming the examples of the batch that caused it.
+
+    Args:
+        spike: a step's loss may be at most this many times the median of the last 100; None for any.
+    """
+
+    def __init__(self, spike: float | None) -> None:
+        self.spike = spike
+        self._recent: deque[float] = deque(maxlen=100)
+
+    def after_loss(self, state: State, logger: Logger) -> None:
+        """Check the microbatch's loss before it reaches the weights.
+
+        Raises:
+            FloatingPointError: with the keys (`<image>#<conversation>`) of the microbatch.
+        """
+        assert isinstance(state.loss, torch.Tensor)
+        if not bool(torch.isfinite(state.loss)):
+            raise FloatingPointError(
+                f"loss is {state.loss.item()} at step {state.timestamp.batch.value}; "
+                f"the microbatch held the examples {', '.join(state.batch['keys'])}. "
+                "Lower optimizer.lr, or look at them."
+            )
+
+    def batch_end(self, state: State, logger: Logger) -> None:
+        """Check the step's loss, before a checkpoint of the weights that made it, or that it made, is written.
+
+        Raises:
+            FloatingPointError: with the keys of the whole global batch.
+        """
+        loss = state.total_loss_dict["loss/train/total"]
+        usual = statistics.median(self._recent) if len(self._recent) >= 10 else float("inf")
+        self._recent.append(loss)
+        if self.spike is not None and loss > self.spike * usual:
+            keys: list[Any] = [key for part in dist.all_gather_object(state.batch["keys"]) for key in part]
+            raise FloatingPointError(
+                f"loss {loss:.4g} at step {state.timestamp.batch.value} is more than {self.spike:g} times the usual "
+                f"{usual:.4g}; the batch held the examples {', '.join(keys)}. The last checkpoint is from before it: "
+                "look at them, lower optimizer.lr, or raise stop_on_spike, in another run"
+            )

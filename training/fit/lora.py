@@ -1,0 +1,48 @@
+"""Low-rank adapters (LoRA, arXiv 2106.09685) on the language model's linear layers, through peft."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from training.config import LoraSettings
+
+
+def linear_layers(llm: PreTrainedModel) -> list[str]:
+    """Names of the linear layers of a language model's layer: all but the head, as LLaVA-1.5."""
+    layer = llm.get_decoder().layers[0]
+    return [name.rpartition(".")[2] for name, module in layer.named_modules() if isinstance(module, torch.nn.Linear)]
+
+
+def add_lora(llm: PreTrainedModel, settings: LoraSettings) -> None:
+    """Put adapters into `llm`, in place: only they learn, in fp32; B is 0, so nothing changes before the first step.
+
+    Raises:
+        ValueError: if peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise ValueError("model.lora needs peft: pip install 'compact-vision-tokens[lora]'") from error
+    config = LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        target_modules=linear_layers(llm),
+    )
+    inject_adapter_in_model(config, llm)
+    for name, parameter in llm.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+
+
+def merge_lora(llm: PreTrainedModel) -> None:
+    """Add the adapters to the weights they adapt, in place and in fp32, and take them out of the model."""
+    from peft.tuners.lora import LoraLayer
+
+    llm.to(torch.float32)  # in bf16 most of an adapter's small change would be rounded away
+    for name, module in list(llm.named_modules()):
+        if isinstance(module, LoraLayer):
+            module.merge()
+            llm.set_submodule(name, module.get_base_layer())

@@ -1,0 +1,65 @@
+"""What a stage is made of: the store, the tokenizer, the model and the stream of batches, which fit each other."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from pipeline.manifest import read_store
+from pipeline.schema import StoreSpec
+from pipeline.storage import Storage
+from training.config import TrainConfig
+from training.fit.assemble import build_model, load_tokenizer
+from training.model.model import CompactVisionForConditionalGeneration
+from training.model.tokenizer import Tokenizer
+from training.stream.order import Order
+from training.stream.reader import Collate, Reading
+from training.stream.stream import Stream
+from training.text.collate import Collator
+
+
+class Parts(NamedTuple):
+    """The parts of one rank."""
+
+    store: StoreSpec
+    tokenizer: Tokenizer
+    model: CompactVisionForConditionalGeneration
+    stream: Stream
+
+
+def open_parts(config: TrainConfig, rank: int, ranks: int) -> Parts:
+    """Load what the configuration names and check that the parts fit; nothing is trained yet.
+
+    Raises:
+        ValueError: if they do not. OSError: if one cannot be read.
+    """
+    config.per_rank(ranks)
+    store = read_store(Storage(config.data.store))
+    tokenizer = load_tokenizer(config)
+    model = build_model(config, store)
+    stream = open_stream(config, model.connector.columns, rank, ranks, text_collate(config, tokenizer, model))
+    return Parts(store, tokenizer, model, stream)
+
+
+def open_stream(config: TrainConfig, columns: tuple[str, ...], rank: int, ranks: int, collate: Collate) -> Stream:
+    """The batches of one rank of a run, in the order that `config` asks for.
+
+    Raises:
+        ValueError: if the settings do not fit the store, or an epoch has no batch.
+    """
+    order = Order.of(config.data, config.global_batch_size)
+    reading = Reading.of(config.data, rank, ranks, pin_memory=torch.cuda.is_available())
+    stream = Stream(config.data.store, columns, order, reading, collate)
+    if len(stream) == 0:
+        raise ValueError(
+            f"{config.data.store} gives {len(stream.examples)} examples, fewer than one global batch of "
+            f"{config.global_batch_size}; lower global_batch_size or set data.last_batch=pad"
+        )
+    return stream
+
+
+def text_collate(config: TrainConfig, tokenizer: Tokenizer, model: CompactVisionForConditionalGeneration) -> Collator:
+    """What makes the text tensors of a batch."""
+    data = config.data
+    return Collator(tokenizer, data.template, data.max_length, model.connector.tokens, model.config.image_token_id)

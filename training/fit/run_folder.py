@@ -1,0 +1,73 @@
+"""The folder of a run: whose it is when a stage begins, and what lies in it when the stage is complete."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from composer.core import State
+from composer.utils import dist
+
+from training.config import TrainConfig
+from training.engines.base import Engine
+from training.fit.assemble import is_exported, whole_model
+from training.fit.parts import Parts
+from training.release.connector import export_connector
+from training.release.folder import export_model
+from training.release.records import final_loss, read_log
+
+
+def claim(config: TrainConfig, write: bool) -> None:
+    """A run folder belongs to one configuration: say what differs instead of mixing two runs. A collective.
+
+    Raises:
+        ValueError: if the folder holds another run.
+    """
+    path = Path(config.run) / "config.json"
+    now = config.model_dump(mode="json")
+    if path.exists():
+        differing = differences(json.loads(path.read_text(encoding="utf-8")), now)
+        if differing:
+            raise ValueError(
+                f"{config.run} holds a run with other settings; take another run=..., or delete it:\n  "
+                + "\n  ".join(differing)
+            )
+    dist.barrier()  # all have read before it is written
+    if write and dist.get_global_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(now, indent=1), encoding="utf-8")
+
+
+def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """A line for each key of `now` whose value is another one there."""
+    return [f"{key}: {there.get(key)!r} there, {now[key]!r} now" for key in now if there.get(key) != now[key]]
+
+
+def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: int) -> None:
+    """Write what the next stage needs, then `summary.json`: its presence says that the stage is complete.
+
+    A collective, as the ranks may hold parts of the weights; rank 0 writes.
+    """
+    weights = engine.whole_weights(state, lambda name: is_exported(config, name))
+    if dist.get_global_rank() != 0:
+        return
+    run = Path(config.run)
+    whole = whole_model(config, parts.model, weights)
+    export_connector(whole.connector, run / "connector")
+    if "llm" in config.train:
+        export_model(whole, parts.tokenizer, parts.store, run / "model", run=run)
+    lines = read_log(run)
+    seconds = sum(line["step_s"] for line in lines)
+    summary = {
+        "steps": steps,
+        "loss_first": lines[0]["loss"],
+        "loss_last": final_loss(lines),
+        "seconds": round(seconds, 2),
+        "data_wait": sum(line["data_wait"] * line["step_s"] for line in lines) / seconds,
+        "vision_tokens_in": parts.store.encoder.grid**2,
+        "vision_tokens_out": parts.model.connector.tokens,
+    }
+    (run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    print(f"done      loss {summary['loss_first']:.4f} -> {summary['loss_last']:.4f}; weights in {run}", flush=True)

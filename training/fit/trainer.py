@@ -1,0 +1,80 @@
+"""Composer's Trainer over the stream: loss weighting, schedule, checkpoints, one line per step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from composer import Trainer
+from composer.core import DataSpec
+from torch.utils.data import DataLoader
+
+from training.checkpoints.checkpoint import Checkpoints, StopRequest, find
+from training.config import TrainConfig
+from training.cost.mfu import StepFlops
+from training.engines.base import Engine
+from training.fit.callbacks import StepLog, StopOnBadLoss, boards
+from training.fit.composer_model import TrainableModel, token_counts
+from training.fit.optimizer import build_optimizer, build_schedule
+from training.fit.parts import Parts
+from training.stream.batch import split
+from training.stream.stream import Stream
+
+WAIT_S = 1800  # for the other ranks, in a collective
+
+
+def build_trainer(
+    config: TrainConfig, parts: Parts, engine: Engine, steps: int, stop: StopRequest
+) -> tuple[Trainer, Checkpoints]:
+    """The trainer, gone back to the newest checkpoint of the run if there is one, and what saves the next ones.
+
+    Raises:
+        ValueError: if the engine refuses the settings or the checkpoint. OSError: if a checkpoint cannot be read.
+    """
+    run, model = Path(config.run), parts.model
+    left_out = engine.left_out(model)
+    checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, engine, stop, left_out)
+    latest = find(run / "checkpoints", config.checkpoint, engine)
+    log = StepLog(run, parts.stream, steps, engine, StepFlops(model, config.train))
+    optimizer = build_optimizer(model, config.optimizer)
+    settings = {
+        "model": _trainable(config, parts),
+        "train_dataloader": _data(parts.stream),
+        "optimizers": optimizer,
+        "schedulers": build_schedule(optimizer, steps, config.optimizer.warmup_ratio),
+        "step_schedulers_every_batch": True,
+        "max_duration": f"{steps}ba",
+        "device_train_microbatch_size": engine.microbatch_size(),
+        "accumulate_train_batch_on_tokens": config.loss == "global",
+        "callbacks": [StopOnBadLoss(config.stop_on_spike), checkpoints],
+        "loggers": [*boards(config.boards, run, config.project), log],
+        "device": None if config.device == "auto" else config.device,
+        "seed": config.seed,
+        "run_name": "train",
+        "load_path": None if latest is None else str(latest),
+        "load_strict_model_weights": not left_out,
+        "progress_bar": False,
+        "dist_timeout": WAIT_S,
+    }
+    return engine.trainer(left_out, settings), checkpoints
+
+
+def _trainable(config: TrainConfig, parts: Parts) -> TrainableModel:
+    """The model as Composer takes it, fed with the store's columns."""
+    columns = tuple(next(c for c in parts.store.columns if c.name == name) for name in parts.model.connector.columns)
+    dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+    return TrainableModel(parts.model, columns, parts.store.codec, dtype)
+
+
+def _data(stream: Stream) -> DataSpec:
+    """The stream as Composer takes it.
+
+    Composer saves and restores the position of a DataLoader's dataset, of nothing else. The batches are ready: the
+    DataLoader hands them on as they are.
+    """
+    return DataSpec(
+        DataLoader(stream, batch_size=None, num_workers=0, collate_fn=lambda batch: batch),
+        split_batch=split,
+        get_num_samples_in_batch=lambda batch: len(batch["keys"]),
+        get_num_tokens_in_batch=token_counts,
+    )

@@ -1,0 +1,1 @@
+"""The model and all that travels with an export: connectors, the Hugging Face model, processor and tokenizer."""

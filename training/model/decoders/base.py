@@ -1,0 +1,21 @@
+"""What this project must be told of a family of language models.
+
+Layers, heads, widths and the linear layers that adapters go to are asked of the model itself, in transformers' words.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A family of language models.
+
+    Attributes:
+        template: of conversations, a name of text/templates.py: how turns become a prompt, and which ids are labels.
+        chat_template: the same prompt as a Jinja template, which an export gives to transformers.
+    """
+
+    template: str
+    chat_template: str

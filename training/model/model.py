@@ -1,0 +1,395 @@
+"""The Hugging Face model: a frozen vision encoder, the connector, and a language model.
+
+It runs from cached columns (training; no encoder in memory) or from pixels (inference). This file and what it imports
+of ours travel with every exported model, so that it loads with `trust_remote_code=True` where this project is not
+installed: they need torch and transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import can_return_tuple
+
+from pipeline.encoders import block_of, encoder_of
+from pipeline.encoders.base import grid_of
+
+from .reducers import build_connector, connector_config
+from .reducers.connector import Connector, Text
+
+IGNORED = -100  # label of a token that is not predicted
+
+
+class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
+    """Configuration of the whole model.
+
+    Attributes:
+        text_config: of the language model.
+        vision_config: of the vision tower; None for a model that is fed cached columns only.
+        connector: fields of the connector's configuration (reducers.connector_config).
+        image_token_id: placeholder of one vision token in `input_ids`. It lies just outside the vocabulary, so no
+            text can contain it and the language model keeps its embeddings as they are.
+        image_tokens: placeholders per image (derived from `connector`).
+        aspect: how images become square, `pad` or `square`, as the features the model was trained on.
+    """
+
+    model_type = "compact_vision"
+    sub_configs = {  # noqa: RUF012 - transformers' own way to declare them, in every version
+        "text_config": AutoConfig,
+        "vision_config": AutoConfig,
+    }
+
+    text_config: dict[str, Any] | PreTrainedConfig | None = None
+    vision_config: dict[str, Any] | PreTrainedConfig | None = None
+    connector: dict[str, Any] | None = None
+    image_token_id: int | None = None
+    image_tokens: int | None = None
+    aspect: str = "pad"
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.text_config, PreTrainedConfig):  # a file gives dicts
+            self.text_config = _config_of(self.text_config or {}, "llama")
+        if isinstance(self.vision_config, dict):
+            self.vision_config = _config_of(self.vision_config, "clip_vision_model")
+        super().__post_init__(**kwargs)
+        text: Any = self.text_config
+        connector = connector_config(self.connector or {"llm_width": text.hidden_size})
+        if connector.llm_width != text.hidden_size:
+            raise ValueError(f"connector.llm_width is {connector.llm_width}, the language model's {text.hidden_size}")
+        self.connector = asdict(connector)
+        self.image_tokens = connector.tokens
+        if self.image_token_id is None:
+            self.image_token_id = text.vocab_size
+        self.tie_word_embeddings = bool(text.tie_word_embeddings)
+
+
+def _config_of(fields: dict[str, Any], default: str) -> PreTrainedConfig:
+    known = {name: value for name, value in fields.items() if name != "model_type"}
+    config: PreTrainedConfig = AutoConfig.for_model(fields.get("model_type") or default, **known)
+    return config
+
+
+@dataclass
+class CompactVisionOutput(CausalLMOutputWithPast):  # type: ignore[misc]
+    """What `forward` returns.
+
+    Attributes:
+        loss: mean cross-entropy over the supervised tokens, if labels were given.
+        logits: (batch, kept positions, vocabulary); None in training, where only supervised positions are computed.
+        image_hidden_states: (images, tokens, width) vision tokens, if images were given.
+        The rest is the language model's: its cache (`past_key_values`, from transformers 5.24 on `cache`), hidden
+        states and attentions.
+    """
+
+    image_hidden_states: Tensor | None = None
+
+
+class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """Vision encoder -> connector -> language model.
+
+    Attributes:
+        vision_tower: the encoder's module in transformers, or None where only cached columns are used.
+        connector: makes vision tokens of the columns it needs.
+        llm: a causal language model of transformers.
+        loss_chunks: in how many parts a training loss is computed.
+    """
+
+    loss_chunks = 1
+    config_class = CompactVisionConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _skip_keys_device_placement = ("past_key_values",)
+
+    def __init__(self, config: CompactVisionConfig) -> None:
+        super().__init__(config)
+        vision: Any = config.vision_config
+        self.vision_tower: Any = None if vision is None else encoder_of(vision.model_type).build(vision)
+        self.connector = build_connector(connector_config(config.connector))
+        self.llm: Any = AutoModelForCausalLM.from_config(config.text_config)
+        self.post_init()
+
+    @classmethod
+    def from_parts(
+        cls,
+        llm: PreTrainedModel,
+        connector: Connector,
+        vision_tower: PreTrainedModel | None = None,
+        aspect: str = "pad",
+    ) -> CompactVisionForConditionalGeneration:
+        """Put loaded parts together; no weight is copied or changed.
+
+        Raises:
+            ValueError: if the parts' widths do not fit.
+        """
+        config = CompactVisionConfig(
+            text_config=llm.config,
+            vision_config=None if vision_tower is None else vision_tower.config,
+            connector=asdict(connector.config),
+            aspect=aspect,
+            dtype=llm.dtype,
+        )
+        if vision_tower is not None:
+            _check_tower(vision_tower.config, connector)
+        with torch.device("meta"):  # the frame alone
+            model = cls(config)
+        model.llm, model.connector, model.vision_tower = llm, connector, vision_tower
+        model.generation_config = llm.generation_config
+        return model
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Of the connector: PyTorch's own, as LLaVA-1.5. The other two parts know theirs."""
+        if isinstance(module, nn.Linear):
+            module.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The language model's."""
+        return self.llm.get_input_embeddings()  # type: ignore[no-any-return]
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """The language model's."""
+        self.llm.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The language model's."""
+        return self.llm.get_output_embeddings()  # type: ignore[no-any-return]
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """The language model's."""
+        self.llm.set_output_embeddings(value)
+
+    @torch.no_grad()  # the encoder is frozen always
+    def encode_images(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        """(n, 3, S, S) -> the columns that the connector needs, (n, grid*grid, C1) each, a CLS column (n, 1, C1).
+
+        Raises:
+            ValueError: if the model has no vision tower.
+        """
+        tower = self.vision_tower
+        if tower is None:
+            raise ValueError("this model has no vision tower; give it columns, or export it with its encoder")
+        if tower.device.type != "meta":  # weights that a device_map keeps elsewhere come to their input
+            pixel_values = pixel_values.to(tower.device)
+        return encoder_of(tower.config.model_type).columns(tower, pixel_values, self.connector.columns)
+
+    def get_image_features(self, pixel_values: Tensor, text: Text | None = None) -> Tensor:
+        """(n, 3, S, S) -> vision tokens (n, tokens, width of the language model)."""
+        features: Tensor = self.connector(self.encode_images(pixel_values), text)
+        return features
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+        pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        cache: Any = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CompactVisionOutput:
+        """One pass.
+
+        Args:
+            input_ids: (batch, length), with `image_token_id` where vision tokens go.
+            attention_mask: (batch, length), 1 for what is no padding.
+            labels: (batch, length), -100 for what is not predicted; position i predicts label i + 1.
+            columns: cached features, (images, grid*grid, C1) each, images in the order of their placeholders.
+            pixel_values: (images, 3, S, S), instead of columns.
+            inputs_embeds: (batch, length, width), instead of input_ids.
+            position_ids: (batch, length).
+            past_key_values, cache: keys and values of the positions before; from transformers 5.24 on `cache`.
+            logits_to_keep: only the last so many positions, or those at these indices; 0 keeps all.
+            **kwargs: to the language model without its head, `use_cache` among them.
+
+        Raises:
+            ValueError: if placeholders and vision tokens differ in number.
+        """
+        text = self._text(input_ids, attention_mask, labels)
+        inputs_embeds, vision = self._inputs(input_ids, inputs_embeds, columns, pixel_values, text)
+        # Named above for `generate`, which reads the signature; a version knows one name of the cache alone.
+        given = {"position_ids": position_ids, "past_key_values": past_key_values, "cache": cache}
+        kwargs |= {name: value for name, value in given.items() if value is not None}
+        outputs = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
+        hidden = outputs.last_hidden_state
+        logits = None
+        if labels is None or not self.training:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.llm.get_output_embeddings()(hidden[:, keep])
+        return CompactVisionOutput(
+            loss=None if labels is None else self._loss(hidden, labels, vision),
+            logits=logits,
+            image_hidden_states=vision,
+            **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
+        )
+
+    def _text(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None) -> Text | None:
+        """What a connector that reads text is given: of each row with an image, all tokens that are not predicted."""
+        if not self.connector.config.reads_text or input_ids is None:
+            return None
+        shown = input_ids == self.config.image_token_id
+        mask = ~shown if attention_mask is None else ~shown & attention_mask[:, -input_ids.shape[1] :].bool()
+        if labels is not None:
+            mask = mask & (labels == IGNORED)
+        rows = shown.any(dim=1)
+        return Text(self.get_input_embeddings()(input_ids[rows].masked_fill(~mask[rows], 0)), mask[rows])
+
+    def _inputs(
+        self,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        columns: Mapping[str, Tensor] | None,
+        pixel_values: Tensor | None,
+        text: Text | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the language model reads, (batch, length, width), and the vision tokens in it."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is not None:
+            return inputs_embeds, None
+        assert input_ids is not None
+        if columns is None and pixel_values is not None:
+            columns = self.encode_images(pixel_values)
+        vision: Tensor | None = None if columns is None else self.connector(columns, text)
+        return self._embed(input_ids, vision), vision
+
+    def _embed(self, input_ids: Tensor, vision: Tensor | None) -> Tensor:
+        """Token embeddings (batch, length, width), with the vision tokens in their places."""
+        if vision is None and input_ids.shape[1] == 1:
+            embedded: Tensor = self.get_input_embeddings()(input_ids)  # a step of decoding
+            return embedded
+        places = input_ids == self.config.image_token_id
+        embeds: Tensor = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
+        expected = 0 if vision is None else vision.shape[0] * vision.shape[1]
+        found = int(places.sum())
+        if found != expected:
+            images = 0 if vision is None else vision.shape[0]
+            raise ValueError(
+                f"input_ids hold {found} image placeholders (id {self.config.image_token_id}), but {images} image(s) "
+                f"of {self.connector.tokens} vision tokens were given, {expected} in all"
+            )
+        if vision is None:
+            return embeds
+        return embeds.masked_scatter(places.unsqueeze(-1).to(embeds.device), vision.to(embeds.device, embeds.dtype))
+
+    def _loss(self, hidden: Tensor, labels: Tensor, vision: Tensor | None) -> Tensor:
+        """Mean cross-entropy in fp32; logits are computed at supervised positions alone, whose memory they bound.
+
+        With `loss_chunks` above 1 they are computed in so many parts, none of which is kept: the backward pass
+        computes each again, for 2 FLOPs per weight of the head and supervised token.
+
+        Without supervised tokens it is 0, and without images 0 is added to it, both with a graph: every parameter
+        that learns then has a gradient on every rank, which DDP waits for.
+        """
+        following = labels[:, 1:].to(hidden.device)
+        supervised = following != IGNORED
+        hidden, targets = hidden[:, :-1][supervised], following[supervised]
+        parts = zip(hidden.tensor_split(self.loss_chunks), targets.tensor_split(self.loss_chunks), strict=True)
+        if self.loss_chunks == 1:
+            sums = [self._cross_entropy(*part) for part in parts]
+        else:  # as many on every rank, however few tokens it has: a sharded head is gathered once for each
+            sums = [checkpoint(self._cross_entropy, *part, use_reentrant=False) for part in parts]
+        loss = torch.stack(sums).sum() / max(1, len(targets))
+        if vision is not None and vision.shape[0] == 0:
+            loss = loss + vision.sum() * 0
+        return loss
+
+    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Sum over (tokens, width) and (tokens,)."""
+        return F.cross_entropy(self.llm.get_output_embeddings()(hidden).float(), targets, reduction="sum")
+
+    def _get_logits_processor(self, *args: Any, encoder_input_ids: Any = None, **kwargs: Any) -> LogitsProcessorList:
+        """transformers' list, which never sees an id beyond the vocabulary."""
+        if encoder_input_ids is not None:
+            encoder_input_ids = _within(encoder_input_ids, self.config.image_token_id)
+        made = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
+        return _VocabularyOnly(made, self.config.image_token_id)
+
+    def prepare_inputs_for_generation(
+        self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers', which sends pixels with the prompt only; the same for cached columns."""
+        inputs: dict[str, Any] = super().prepare_inputs_for_generation(
+            *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if not is_first_iteration and kwargs.get("use_cache", True):
+            inputs.pop("columns", None)
+        return inputs
+
+
+class CompactVisionModel(CompactVisionForConditionalGeneration):
+    """The same weights up to the last hidden state: what `AutoModel` loads, for servers that bring their own head."""
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        columns: Mapping[str, Tensor] | None = None,
+        pixel_values: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As the parent's, without labels and logits -> BaseModelOutputWithPast."""
+        text = self._text(input_ids, kwargs.get("attention_mask"), None)
+        embeds, _ = self._inputs(input_ids, inputs_embeds, columns, pixel_values, text)
+        return self.llm.get_decoder()(inputs_embeds=embeds, **kwargs)
+
+
+class _VocabularyOnly(LogitsProcessorList):  # type: ignore[misc]
+    """Logits processors that look up the scores of ids in the prompt, such as the repetition penalty's."""
+
+    def __init__(self, processors: LogitsProcessorList, image_token_id: int) -> None:
+        super().__init__(processors)
+        self.image_token_id = image_token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        """(rows, length) and (rows, vocabulary) -> (rows, vocabulary)."""
+        result: Tensor = super().__call__(_within(input_ids, self.image_token_id), scores, **kwargs)
+        return result
+
+
+def _within(input_ids: Tensor, image_token_id: int) -> Tensor:
+    """The row's first id instead of each placeholder: the row holds it anyway, so no other id is punished."""
+    first = input_ids[:, :1].clamp(max=image_token_id - 1)
+    return torch.where(input_ids == image_token_id, first, input_ids)
+
+
+def _check_tower(vision: PreTrainedConfig, connector: Connector) -> None:
+    found = (grid_of(vision), vision.hidden_size)
+    expected = (connector.config.grid, connector.config.vision_width)
+    if found != expected:
+        raise ValueError(
+            f"the vision tower makes {found[0]} x {found[0]} tokens of width {found[1]}; the connector expects "
+            f"{expected[0]} x {expected[0]} of width {expected[1]}: give it the encoder of its store"
+        )
+    deepest = max(map(block_of, connector.columns))
+    if deepest > vision.num_hidden_layers:
+        raise ValueError(
+            f"the connector needs block {deepest}; the vision tower has {vision.num_hidden_layers}: give it the "
+            "encoder of its store"
+        )

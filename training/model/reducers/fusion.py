@@ -1,0 +1,151 @@
+"""Fusion of blocks and of windows: the paper's method, its two parts alone, and the simple reductions beside it.
+
+    mbtf+stf      the method: Multi-Block Token Fusion (section 3.3), then Spatial Token Fusion (section 3.4)
+    mbtf, stf     one of the two (Table 3)
+    mlp           LLaVA-1.5's two-layer projector, all patch tokens
+    avgpool       k x k mean, before or after that projector (Table 5)
+    tokenconcat   k x k tokens joined along the channels, then a projector (Table 5)
+
+`fusion_layers.py` computes them. C1 is the encoder's width, C2 = k*k*C1, C3 the language model's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+
+from .base import ConnectorConfig
+
+if TYPE_CHECKING:
+    from .fusion_layers import Fusion
+
+PAPER_BLOCKS = (3, 6, 9, 12, 15, 18, 21, 24)  # section 3.3
+RELEASED_BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)  # the channel order of the published weights
+
+
+def _setting(default: object, description: str, **bounds: Any) -> Any:
+    """A field with what `--help` and the check of settings need: pydantic's words."""
+    return field(default=default, metadata={"description": description, **bounds})
+
+
+@dataclass(frozen=True)
+class FusionConfig(ConnectorConfig):
+    """Which of the family, of which shape.
+
+    Attributes:
+        preset: `paper` is what sections 3.3 and 3.4 define; `released` is the topology of the published weights: no
+            GELU at the end of MBTF, and STF as one k x k convolution to 4*C3, GELU, and one projection to C3.
+        blocks: the encoder's blocks in channel order, for the arms with MBTF; None is the preset's own.
+        block: the one block of the other arms; 23 of 24 is LLaVA-1.5's `select_layer=-2`.
+        kernel_size: k; a window of k x k patch tokens becomes E tokens (Table 4).
+        fused_tokens: E.
+        pool: for avgpool, whether to pool before or after the projector.
+
+    Raises:
+        ValueError: if the shapes do not fit each other.
+    """
+
+    arm: Literal["mbtf+stf", "mbtf", "stf", "mlp", "avgpool", "tokenconcat"] = "mbtf+stf"
+    preset: Literal["paper", "released"] = _setting("paper", "as the paper defines it, or as released")
+    blocks: tuple[int, ...] | None = _setting(
+        None, "blocks, in channel order; default: the preset's eight", min_length=1
+    )
+    block: int = _setting(23, "the one block of arms without MBTF; 23 is LLaVA's select_layer -2", ge=0)
+    kernel_size: int = _setting(2, "k: a k x k window of patch tokens is fused (Table 4)", gt=0)
+    fused_tokens: int = _setting(1, "E: into E tokens (Table 4)", gt=0)
+    pool: Literal["before", "after"] = _setting("before", "avgpool: before or after the MLP")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(FusionConfig)
+        for name in ("arm", "preset", "pool"):
+            known = get_args(hints[name])
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"connector.{name} {getattr(self, name)!r} is unknown; choose one of {', '.join(known)}"
+                )
+        blocks = self.blocks or (RELEASED_BLOCKS if self.preset == "released" else PAPER_BLOCKS)
+        object.__setattr__(self, "blocks", tuple(blocks))  # JSON has lists
+        if len(set(blocks)) != len(blocks):
+            raise ValueError(f"connector.blocks {list(blocks)} names a block twice; name each once")
+        if self.arm not in ("mlp", "mbtf"):
+            self._check_window()
+
+    def _check_window(self) -> None:
+        k, fused, grid = self.kernel_size, self.fused_tokens, self.grid
+        if k < 1 or grid % k:
+            divisors = [d for d in range(1, grid + 1) if grid % d == 0]
+            raise ValueError(f"connector.kernel_size {k} does not divide the grid of {grid} x {grid}; use {divisors}")
+        if "stf" not in self.arm:
+            if fused != 1:
+                raise ValueError(f"connector.fused_tokens {fused}: {self.arm} makes one token of a window; use 1")
+            return
+        if fused < 1 or (fused >= k * k and (k, fused) != (1, 1)):
+            raise ValueError(
+                f"connector.fused_tokens {fused} is not below kernel_size^2 = {k * k}: there would be no fewer tokens; "
+                "lower it, or raise kernel_size"
+            )
+        width = self.fused_width
+        if width % fused:
+            name = "C2 = k*k*C1" if self.preset == "paper" else "4*C3"
+            raise ValueError(
+                f"connector.fused_tokens {fused} does not divide the fused width {name} = {width}; use a divisor of it"
+            )
+
+    @property
+    def fused_width(self) -> int:
+        """Channels of a fused window, which its E tokens share."""
+        return self.kernel_size**2 * self.vision_width if self.preset == "paper" else 4 * self.llm_width
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Names of the columns read, in channel order."""
+        assert self.blocks is not None
+        blocks = self.blocks if "mbtf" in self.arm else (self.block,)
+        return tuple(f"block{block:02d}" for block in blocks)
+
+    @property
+    def tokens(self) -> int:
+        """Vision tokens per image."""
+        if self.arm in ("mlp", "mbtf"):
+            return self.grid**2
+        return (self.grid // self.kernel_size) ** 2 * self.fused_tokens
+
+    @property
+    def label(self) -> str:
+        """The arm, with k and E where windows are fused."""
+        return self.arm if self.arm in ("mlp", "mbtf") else f"{self.arm} k={self.kernel_size} E={self.fused_tokens}"
+
+    def flops(self) -> int:
+        """The columns of one image to its vision tokens: every Linear layer of `Fusion`."""
+        c1, c3, k, patches = self.vision_width, self.llm_width, self.kernel_size, self.grid**2
+        products = 0  # multiply-adds
+        if "mbtf" in self.arm:
+            products += patches * (len(self.columns) * c1 * 4 * c1 + 4 * c1 * c1)
+        if "stf" in self.arm:
+            narrow = self.fused_width // self.fused_tokens
+            products += patches // k**2 * k**2 * c1 * self.fused_width
+            products += self.tokens * (narrow * 4 * c3 + 4 * c3 * c3 if self.preset == "paper" else narrow * c3)
+        else:
+            width = k * k * c1 if self.arm == "tokenconcat" else c1
+            projected = patches if self.arm == "avgpool" and self.pool == "after" else self.tokens
+            products += projected * (width * c3 + c3 * c3)
+        return 2 * products
+
+    def build(self) -> Fusion:
+        """The module, with PyTorch's initial weights."""
+        from .fusion_layers import Fusion
+
+        return Fusion(self)
+
+    def published_names(self) -> dict[str, str]:
+        """The released topology with E = 1, and LLaVA-1.5's projector."""
+        if self.arm == "mlp":
+            return {"model.mm_projector.0": "mlp.0", "model.mm_projector.2": "mlp.2"}
+        if (self.arm, self.preset, self.fused_tokens) != ("mbtf+stf", "released", 1):
+            return {}
+        return {
+            "model.mm_projector_crosslayer.0": "mbtf.0",
+            "model.mm_projector_crosslayer.2": "mbtf.2",
+            "model.mm_projector.0": "stf.fuse",
+            "model.mm_projector.2": "stf.project.0",
+        }

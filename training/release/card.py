@@ -1,0 +1,172 @@
+"""The model card: what a model is, what it was trained on and how, its losses and scores; numbers from files and parts.
+
+Nothing is typed by hand: a figure that is not known is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.schema import StoreSpec
+    from training.model.model import CompactVisionForConditionalGeneration
+
+LAST = 10  # steps that the loss at the end is a mean of
+
+USE = """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+processor = AutoProcessor.from_pretrained(FOLDER, trust_remote_code=True)
+model = AutoModelForImageTextToText.from_pretrained(FOLDER, trust_remote_code=True)
+picture, words = {"type": "image", "path": "photo.jpg"}, {"type": "text", "text": "What is this?"}
+inputs = processor.apply_chat_template(
+    [{"role": "user", "content": [picture, words]}],
+    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+)
+answer = model.generate(**inputs, max_new_tokens=128)
+print(processor.batch_decode(answer[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0])
+```
+
+An image goes first in its message, one image per conversation. `pip install transformers sentencepiece pillow` is all
+it needs."""
+
+
+def model_card(
+    model: CompactVisionForConditionalGeneration,
+    origin: Mapping[str, str],
+    run: Path | None = None,
+    scores: Sequence[Path] = (),
+) -> str:
+    """The card as Markdown.
+
+    Args:
+        model: whole, with its vision tower.
+        origin: rows about where the weights come from.
+        run: folder of the training run: its settings, its losses, and those of the stage that it started from.
+        scores: files that training/evaluate.py wrote beside its answers.
+
+    Raises:
+        ValueError: if a file of scores is none.
+    """
+    parts = [
+        f"# An image in {model.connector.tokens} vision tokens",
+        _table({**_facts(model), **origin}),
+        USE,
+        *_training(run),
+        *_scores(scores),
+    ]
+    return "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n" + "\n\n".join(parts) + "\n"
+
+
+def store_facts(store: StoreSpec) -> dict[str, str]:
+    """What the features were that a model was trained on."""
+    encoder = store.encoder
+    fingerprint = hashlib.sha256(store.model_dump_json().encode()).hexdigest()
+    return {
+        "vision encoder": f"{encoder.id} at {encoder.revision}, frozen",
+        "images": f"aspect {store.aspect}, {encoder.image_size} x {encoder.image_size} pixels",
+        "trained on features": f"{store.samples} samples, data {store.dataset}, codec {store.codec}, "
+        f"computed in {store.compute}",
+        "feature store": f"fingerprint {fingerprint}",
+    }
+
+
+def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
+    from training.cost.flops import image_flops, kv_cache_bytes, prefill_flops
+
+    connector, text, vision = model.connector, model.llm.config, model.config.vision_config
+    patches, tokens = connector.config.grid**2, connector.tokens
+    flops = image_flops(text, vision, connector.config, text_tokens=0)
+    parts = (flops.encoder, flops.connector, flops.prefill)
+    encoder, fusion, prefill = map(_flops_text, parts)
+    size, layers = model.llm.dtype.itemsize, connector.config.tokens_per_layer(text.num_hidden_layers)
+    kept, instead = (kv_cache_bytes(text, count, size) / 2**20 for count in (layers, patches))
+    return {
+        "vision tokens per image": f"{tokens} of {patches} patch tokens",
+        "prefill of the vision tokens": f"{prefill}, instead of "
+        f"{_flops_text(prefill_flops(text, patches))} for all patch tokens (language model alone, no head)",
+        "one image in all": f"{_flops_text(sum(parts))}: vision encoder {encoder}, connector {fusion}, "
+        f"prefill {prefill}",
+        "KV cache of an image": f"{kept:.4g} MiB, instead of {instead:.4g}",
+        "connector": f"`{json.dumps(asdict(connector.config))}`",
+        "columns read": ", ".join(connector.columns),
+        "parameters": f"connector {_count(connector):,}, language model {_count(model.llm):,}, "
+        f"vision encoder {_count(model.vision_tower):,}",
+        "language model": model.llm.name_or_path or "as converted",
+    }
+
+
+def _flops_text(flops: int) -> str:
+    scale, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "G")) if flops >= s / 10), (1e6, "M"))
+    return f"{flops / scale:.4g} {unit}FLOPs"
+
+
+def _count(module: torch.nn.Module | None) -> int:
+    return 0 if module is None else sum(p.numel() for p in module.parameters())
+
+
+def _training(run: Path | None) -> list[str]:
+    """Settings and losses of each stage that led to `run`, the first stage first."""
+    if run is None or not (run / "config.json").is_file():
+        return []
+    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    before = settings["model"].get("connector_from")
+    earlier = _training(Path(before).parent) if before else []
+    rows = {key: f"`{value}`" for key, value in _flat(settings).items() if key not in ("run", "data.cache_dir")}
+    log = run / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+    text = f"## Trained: {', '.join(settings['train'])}\n\n"
+    if lines:
+        last = [line["loss"] for line in lines[-LAST:]]
+        text += (
+            f"{lines[-1]['step']:,.0f} steps in {sum(line['step_s'] for line in lines):,.0f} s; loss "
+            f"{lines[0]['loss']:.4f} at the first step, {sum(last) / len(last):.4f} over the last {len(last)}.\n\n"
+        )
+    return [*earlier, text + "<details><summary>Settings</summary>\n\n" + _table(rows) + "\n\n</details>"]
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _scores(files: Sequence[Path]) -> list[str]:
+    if not files:
+        return []
+    rows = {}
+    for path in files:
+        try:
+            scores = json.loads(path.read_text(encoding="utf-8"))
+            name = path.name.removesuffix(".scores.json").removesuffix(".json")
+            rows[name] = _score_text(scores)
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+            raise ValueError(
+                f"{path} holds no scores ({type(error).__name__}: {error}); training/evaluate.py writes them"
+            ) from error
+    return ["## Scores\n\n" + _table(rows)]
+
+
+def _score_text(scores: Mapping[str, Any]) -> str:
+    """The score of a benchmark or of a file of questions, with its 95% interval, its count, and its categories."""
+    name, value = (scores["headline"], scores["score"]) if "headline" in scores else ("accuracy", scores["accuracy"])
+    if value is None:
+        return f"{scores['questions']} questions, whose truth is not known"
+    interval = scores.get("interval")
+    text = f"{name} {value:.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
+    parts = [f"{category} {part['accuracy']:.4g}" for category, part in scores.get("categories", {}).items()]
+    return ", ".join([text, f"{scores['questions']} questions", *parts])
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    return "\n".join(["| | |", "|---|---|", *lines])

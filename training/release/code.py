@@ -1,0 +1,94 @@
+"""The code that travels with an exported model: the files that it needs, in one flat folder.
+
+transformers runs a folder's own code (`trust_remote_code`): files beside each other, which import each other as
+`from .name import ...`. So `training.model.reducers.fusion` becomes `reducers_fusion.py`, and every import names that.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from training.model.model import CompactVisionForConditionalGeneration
+
+ROOTS = ("training.model", "pipeline.encoders")  # what may travel; it imports nothing else of ours
+ENTRIES = ("training.model.model", "training.model.processor")
+AUTO_CLASSES: dict[str, dict[str, Any]] = {  # file -> what transformers' Auto classes make of the folder
+    "config.json": {
+        "AutoConfig": "model.CompactVisionConfig",
+        "AutoModel": "model.CompactVisionModel",
+        "AutoModelForImageTextToText": "model.CompactVisionForConditionalGeneration",
+    },
+    "tokenizer_config.json": {"AutoTokenizer": ["processor.CompactVisionTokenizer", None]},
+    "processor_config.json": {
+        "AutoImageProcessor": "processor.CompactVisionImageProcessor",
+        "AutoProcessor": "processor.CompactVisionProcessor",
+    },
+}
+_BY_NAME = 'f"{__name__}.{file}"'  # how a registry opens a file of its folder
+
+
+def write_code(model: CompactVisionForConditionalGeneration, folder: Path) -> None:
+    """Write the code of `model` into an exported folder, and name its classes where transformers looks for them."""
+    for name, text in flat_code(families_of(model)).items():
+        (folder / f"{name}.py").write_text(text, encoding="utf-8")
+    for path in map(folder.joinpath, AUTO_CLASSES):
+        if path.is_file():
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            for part in (settings, settings.get("image_processor")):
+                if part is not None:
+                    part["auto_map"] = AUTO_CLASSES[path.name]
+            path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def families_of(model: CompactVisionForConditionalGeneration) -> list[str]:
+    """The modules that registries open by name for this very model."""
+    from pipeline.encoders import encoder_of
+
+    encoder = encoder_of(model.config.vision_config.model_type)
+    return [type(part).__module__ for part in (model.connector.config, model.connector, encoder)]
+
+
+def flat_code(families: list[str]) -> dict[str, str]:
+    """Flat name -> text, of the entries, of `families`, and of all of ours that they import."""
+    waiting, found = [*ENTRIES, *families], dict[str, str]()
+    while waiting:
+        module = waiting.pop()
+        if _flat(module) not in found:
+            text, imported = _rewritten(module)
+            found[_flat(module)] = text
+            waiting += imported
+    # transformers copies what it finds imported, so each entry imports what is opened by name behind it.
+    for entry in map(_flat, ENTRIES):
+        behind = [_flat(module) for module in families if entry == "model" or module.startswith("pipeline.")]
+        lines = "".join(f"from .{name} import *  # noqa: F403\n" for name in behind)
+        found[entry] += f"\n# Opened by name; imported for transformers to find.\n{lines}"
+    return found
+
+
+def _flat(module: str) -> str:
+    """`training.model.reducers.fusion` -> `reducers_fusion`."""
+    return module.removeprefix("training.model.").removeprefix("pipeline.").replace(".", "_")
+
+
+def _rewritten(module: str) -> tuple[str, list[str]]:
+    """A module's text with flat imports, and the modules of ours that it imports."""
+    spec: Any = find_spec(module)
+    path = Path(spec.origin)
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    text = path.read_text(encoding="utf-8")
+    lines, imported = text.splitlines(keepends=True), []
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom):
+            base = package.rsplit(".", node.level - 1)[0] if node.level else ""
+            target = ".".join(part for part in (base, node.module) if part)
+            if target.startswith(ROOTS):
+                imported.append(target)
+                line = lines[node.lineno - 1]
+                lines[node.lineno - 1] = re.sub(r"from\s+\S+\s+import", f"from .{_flat(target)} import", line, count=1)
+    return "".join(lines).replace(_BY_NAME, _BY_NAME.replace("}.{", "}_{")), imported

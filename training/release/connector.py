@@ -1,0 +1,48 @@
+"""The connector that stage 1 leaves and stage 2 starts from: its weights, and its shape."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.model.reducers import connector_config
+from training.release.folder import replaced_folder
+
+if TYPE_CHECKING:
+    from training.model.reducers.connector import Connector
+
+WEIGHTS, SHAPE = "connector.safetensors", "connector.json"
+
+
+def export_connector(connector: Connector, folder: Path) -> None:
+    """Write weights and shape."""
+    from safetensors.torch import save_file
+
+    with replaced_folder(folder) as target:
+        weights = {name: weight.detach().cpu().contiguous() for name, weight in connector.state_dict().items()}
+        save_file(weights, target / WEIGHTS)
+        (target / SHAPE).write_text(json.dumps(asdict(connector.config), indent=1), encoding="utf-8")
+
+
+def load_connector(connector: Connector, folder: Path) -> None:
+    """Load the weights that `export_connector` wrote.
+
+    Raises:
+        ValueError: if there are none, or the connector has another shape, naming each difference.
+    """
+    from safetensors.torch import load_file
+
+    if not (folder / WEIGHTS).is_file() or not (folder / SHAPE).is_file():
+        raise ValueError(f"{folder} holds no {WEIGHTS} with its {SHAPE}; stage 1 writes them to its run's connector/")
+    theirs = asdict(connector_config(json.loads((folder / SHAPE).read_text(encoding="utf-8"))))
+    mine = asdict(connector.config)
+    differing = [
+        f"{name}: {theirs.get(name)} there, {mine[name]} here" for name in mine if theirs.get(name) != mine[name]
+    ]
+    if differing:
+        raise ValueError(
+            f"{folder} holds another connector: {'; '.join(differing)}; set model.connector as it was in stage 1"
+        )
+    connector.load_state_dict(load_file(folder / WEIGHTS))

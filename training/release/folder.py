@@ -1,0 +1,133 @@
+"""A model as an ordinary Hugging Face folder: weights, settings, tokenizer, processor, the code that runs them, card.
+
+Every folder is written beside its final place and renamed, so one that exists is whole.
+"""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.schema import StoreSpec
+    from training.model.model import CompactVisionForConditionalGeneration
+    from training.model.tokenizer import Tokenizer
+
+
+def export_model(
+    model: CompactVisionForConditionalGeneration,
+    tokenizer: Tokenizer,
+    store: StoreSpec,
+    folder: Path,
+    dtype: torch.dtype | None = None,
+    run: Path | None = None,
+    scores: Sequence[Path] = (),
+) -> None:
+    """Write a folder from which transformers loads the whole model, the store's own vision encoder included.
+
+    Args:
+        model: as trained; it is left as it is.
+        tokenizer: of the language model.
+        store: says which encoder made the features and how images became square.
+        folder: replaced if it exists.
+        dtype: of the weights; None keeps each part's own.
+        run: the training run's folder, whose settings and losses go into the card. scores: files for it too.
+
+    Raises:
+        ValueError: if a file of scores is none. OSError: if the vision encoder cannot be read.
+    """
+    from pipeline.encoder import family_of
+    from training.model.model import CompactVisionForConditionalGeneration
+    from training.release.card import model_card, store_facts
+
+    local = Path(store.encoder.id).is_dir()  # its revision is then a digest, which no Hub knows
+    revision = None if local else store.encoder.revision
+    tower: Any = family_of(store.encoder.id, revision).load(store.encoder.id, revision, dtype=dtype or model.llm.dtype)
+    whole = CompactVisionForConditionalGeneration.from_parts(model.llm, model.connector, tower, aspect=store.aspect)
+    write_model(whole, tokenizer, folder, model_card(whole, store_facts(store), run, scores), dtype)
+
+
+def write_model(
+    whole: CompactVisionForConditionalGeneration,
+    tokenizer: Tokenizer,
+    folder: Path,
+    card: str,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Write a whole model with its processor, tokenizer, generation settings, code and card."""
+    from transformers import GenerationConfig
+
+    from training.model.decoders import decoder_of
+    from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+    from training.release.code import write_code
+
+    assert whole.vision_tower is not None, "a model that is written sees"
+    text = CompactVisionTokenizer(
+        str(tokenizer.model_file), legacy=tokenizer.legacy, image_token_id=whole.config.image_token_id
+    )
+    vision = whole.vision_tower.config
+    images = CompactVisionImageProcessor(whole.config.aspect, vision.image_size, vision.model_type)
+    processor = CompactVisionProcessor(
+        images,
+        text,
+        image_tokens=whole.config.image_tokens,
+        chat_template=decoder_of(whole.config.text_config.model_type).chat_template,
+    )
+    whole.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    )
+    state: dict[str, Any] | None = None
+    if dtype is not None:
+        whole.config.dtype = dtype
+        state = {name: weight.to(dtype) for name, weight in whole.state_dict().items()}
+    with replaced_folder(folder) as target:
+        processor.save_pretrained(target)
+        whole.save_pretrained(target, state_dict=state)
+        write_code(whole, target)
+        (target / "README.md").write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """A new folder to write to, which becomes `folder` at the end, or nothing at all if writing fails."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
+    fresh.mkdir()
+    try:
+        yield fresh
+        if folder.exists():
+            old = fresh.with_name(fresh.name + ".old")
+            folder.rename(old)
+            fresh.rename(folder)
+            shutil.rmtree(old)
+        else:
+            fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def push(folder: Path, repo: str, private: bool = False) -> str:
+    """Upload a folder to the Hub, in one commit; returns its address.
+
+    Raises:
+        ValueError: if the Hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    try:
+        address = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Model, processor, tokenizer and card")
+    except Exception as error:  # the Hub client raises many kinds; all mean that nothing was uploaded
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"{folder} is written, but cannot be uploaded to {repo}: {first}; see `hf auth login`, HF_ENDPOINT and "
+            "HF_HUB_OFFLINE"
+        ) from error
+    return str(address)

@@ -1,0 +1,209 @@
+"""Reads one rank's batches ahead of the trainer: threads fill a ring of reused, optionally pinned buffers.
+
+The work of a batch is cut by image; each thread reads members straight into the batch's place in memory, so a feature
+byte is copied once between the page cache and the device. The thread that finishes a batch last also collates its text.
+Memory is (prefetch + 1) batches of the wanted columns, whatever the shuffle window.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+
+from pipeline.schema import SAMPLES, tar_path
+from pipeline.shard import read_sample
+from training.config import ReadSettings
+from training.stream.batch import Batch
+from training.stream.index import Index
+from training.stream.order import Examples, Ints
+from training.stream.tars import Tars
+from training.text.collate import Example
+
+Collate = Callable[[list[Example]], dict[str, torch.Tensor]]
+
+
+class Reading(ReadSettings):
+    """Which part of each global batch this process reads, and how."""
+
+    rank: int = Field(default=0, ge=0)
+    world_size: int = Field(default=1, gt=0, description="ranks that share each global batch")
+    pin_memory: bool = Field(default=False, description="page-locked buffers, for asynchronous copies to a GPU")
+
+    @classmethod
+    def of(cls, settings: ReadSettings, rank: int = 0, world_size: int = 1, pin_memory: bool = False) -> Reading:
+        """How a rank reads by `settings` (a run's `config.data`)."""
+        chosen = settings.model_dump(include=set(ReadSettings.model_fields))
+        return cls(rank=rank, world_size=world_size, pin_memory=pin_memory, **chosen)
+
+
+class _Buffers:
+    """Room for one batch's features: uint8 (rows, bytes of an image) for each column.
+
+    A copy from pinned memory to the device runs on after the call that asked for it. So whoever fills these buffers
+    again first waits for an event of the device's queue, which `release` put behind all copies of the last batch.
+    """
+
+    def __init__(self, payload: dict[str, int], rows: int, pin: bool) -> None:
+        self.columns = {
+            name: torch.empty((rows, size), dtype=torch.uint8, pin_memory=pin) for name, size in payload.items()
+        }
+        self.rows = {name: tensor.numpy() for name, tensor in self.columns.items()}  # the same memory, to read into
+        self._pinned = pin
+        self._event: Any = None
+
+    def release(self) -> None:
+        """The consumer has asked for all its copies: note where the device's queue stands now."""
+        if self._pinned:
+            self._event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._event.record()
+
+    def wait(self) -> None:
+        """Block until the device has made those copies."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class Reader:
+    """Turns lists of examples into batches. One iteration at a time: the buffers are shared between them."""
+
+    def __init__(
+        self, tars: Tars, index: Index, examples: Examples, rows: int, collate: Collate, reading: Reading
+    ) -> None:
+        self.tars = tars
+        self.index = index
+        self.examples = examples
+        self.threads = reading.threads
+        self.collate = collate
+        self.collate_lock = threading.Lock()  # so that the caller's function need not be safe for threads
+        self.data_wait = 0.0
+        # A ring: one batch is with the consumer, the others are being filled or are full.
+        self._free = [_Buffers(index.payload, rows, reading.pin_memory) for _ in range(reading.prefetch + 1)]
+
+    def read(self, batches: Ints) -> Generator[Batch, None, None]:
+        """Yield a batch for each row of `batches`, example indices of shape (batches, rows), in order.
+
+        Raises:
+            ValueError: if a tar does not hold what the manifest says.
+            OSError: if a tar cannot be read.
+        """
+        todo = iter(batches)
+        waiting: deque[_Job] = deque()  # in the order in which they are handed out
+        free, self._free = self._free, []
+        assert free, "two iterations over one stream share its buffers: finish the first"
+        every = list(free)  # for the next iteration, wherever this one ends
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="stream")
+        try:
+            while True:
+                # Begin a batch for each free buffer, then hand out the oldest.
+                while free and (rows := next(todo, None)) is not None:
+                    waiting.append(_Job(self, rows, free.pop()))
+                    waiting[-1].start(pool)
+                if not waiting:
+                    return
+                start = time.perf_counter()
+                job = waiting.popleft()
+                batch = job.done.result()
+                self.data_wait = time.perf_counter() - start
+                try:
+                    yield batch
+                finally:
+                    job.buffers.release()
+                free.append(job.buffers)
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            self._free = every
+
+
+class _Job:
+    """One batch in the making: parts of it run in threads, and the one that ends last completes it.
+
+    Args:
+        rows: example indices, (B,). buffers: free ones, which are this job's until its batch is let go.
+    """
+
+    def __init__(self, reader: Reader, rows: npt.NDArray[np.int64], buffers: _Buffers) -> None:
+        self.reader = reader
+        self.rows = rows
+        self.buffers = buffers
+        self.done: Future[Batch] = Future()
+        examples = reader.examples
+        self._examples: list[Example | None] = [None] * len(rows)
+        self._image_rows = np.flatnonzero(examples.has_image[rows])  # (I,), the rows that have an image
+        self._slot = {int(row): slot for slot, row in enumerate(self._image_rows)}  # row -> its place in the buffers
+        self._users: dict[int, list[int]] = {}  # sample -> its rows in this batch: read once, copied to the others
+        for row, sample in enumerate(examples.sample[rows].tolist()):
+            self._users.setdefault(sample, []).append(row)
+        self._left = 0  # parts that still run
+        self._lock = threading.Lock()  # guards `_left`, and who sets `done`
+
+    def start(self, pool: ThreadPoolExecutor) -> None:
+        """Share the samples out in order of place, so that each thread stays in few files."""
+        samples = sorted(self._users)
+        parts = [part.tolist() for part in np.array_split(samples, self.reader.threads) if len(part)]
+        self._left = len(parts)
+        for part in parts:
+            pool.submit(self._run, part)
+
+    def _run(self, samples: list[int]) -> None:
+        """Read one part's samples; the last part to end also makes the batch."""
+        try:
+            if not self.done.done():  # another part may have failed
+                self.buffers.wait()
+                for sample in samples:
+                    self._read_sample(sample, self._users[sample])
+        except BaseException as error:  # whatever it is, it belongs to the thread that waits for the batch
+            self._fail(error)
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last and not self.done.done():
+            try:
+                self.done.set_result(self._finish())
+            except BaseException as error:
+                self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        with self._lock:
+            if not self.done.done():
+                self.done.set_exception(error)
+
+    def _read_sample(self, sample: int, rows: list[int]) -> None:
+        """Read a sample's record, and its features if it has an image, for all `rows` of the batch that use it."""
+        index, reader = self.reader.index, self.reader
+        shard = int(index.shard[sample])
+        text = bytearray(int(index.sizes[SAMPLES][sample]))
+        reader.tars.read_into(tar_path(SAMPLES, shard), int(index.offsets[SAMPLES][sample]), memoryview(text))
+        record = read_sample(bytes(text))
+        has_image = record.image is not None
+        for row in rows:
+            number = int(reader.examples.conversation[self.rows[row]])
+            self._examples[row] = Example(f"{record.key}#{number}", record.conversations[number], has_image)
+        if has_image:
+            first, *others = (self._slot[row] for row in rows)
+            for name, target in self.buffers.rows.items():
+                reader.tars.read_into(
+                    tar_path(name, shard), int(index.offsets[name][sample]), memoryview(target[first])
+                )
+                for slot in others:
+                    target[slot] = target[first]
+
+    def _finish(self) -> Batch:
+        """The batch, once all its samples are read."""
+        examples = [example for example in self._examples if example is not None]
+        assert len(examples) == len(self.rows)
+        with self.reader.collate_lock:
+            batch = Batch(self.reader.collate(examples))
+        images = len(self._image_rows)
+        batch["columns"] = {name: tensor[:images] for name, tensor in self.buffers.columns.items()}
+        batch["image_rows"] = torch.from_numpy(self._image_rows.astype(np.int64))
+        batch["keys"] = [example.key for example in examples]
+        return batch

@@ -1,0 +1,200 @@
+"""The stream: from a feature store to this rank's part of each global batch, in an order that nothing can change.
+
+The way of an example: index.py says where it lies, order.py when it comes, reader.py reads it ahead of the trainer,
+through tars.py, and for a remote store through cache.py, which ahead.py fills. batch.py is what comes out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from pipeline.manifest import fingerprint, read_store
+from pipeline.storage import Storage
+from training.stream.ahead import Ahead, Use, most_bytes_in_use, tar_uses
+from training.stream.batch import Batch
+from training.stream.cache import ShardCache
+from training.stream.index import read_index
+from training.stream.order import Ints, Order, epoch_batches
+from training.stream.reader import Collate, Reader, Reading
+from training.stream.tars import FileTars, RangeTars, Tars, local_tars
+
+DOWNLOADS = 4  # tars of a remote store that each rank fetches ahead at a time
+
+
+class Stream(IterableDataset[Batch]):
+    """This rank's batches of one epoch after another, for `DataLoader(stream, batch_size=None, num_workers=0)`.
+
+    The global batches are a function of the store, `order` and the epoch. Rank r of R takes B / R examples of
+    each (`Order.share`), so every R that divides the global batch size B sees the same global batches, and all ranks
+    have equally many. Each `iter()` starts the next epoch, or goes on in the middle of one after `load_state_dict`.
+    Features lie in reused buffers: a batch is valid until the next one is asked for.
+
+    Args:
+        store_url: folder or s3:// prefix of a feature store.
+        columns: which features to read; no other tar is opened.
+        order: what the global batches are.
+        reading: which part of them is ours, and how it is read.
+        collate: makes the text tensors of a batch; called by one thread at a time.
+
+    Attributes:
+        store: what `store.json` says. fingerprint: of the store, whatever its place.
+        examples: those of an epoch, in the store's own order.
+        data_wait: seconds that the consumer waited for the last batch.
+
+    Raises:
+        ValueError: if the settings contradict each other or the store.
+    """
+
+    def __init__(
+        self, store_url: str, columns: tuple[str, ...], order: Order, reading: Reading, collate: Collate
+    ) -> None:
+        if order.global_batch_size % reading.world_size or reading.rank >= reading.world_size:
+            raise ValueError(
+                f"rank {reading.rank} of {reading.world_size} has no equal share of a global batch of "
+                f"{order.global_batch_size} examples; choose a global batch size that the number of ranks divides"
+            )
+        self.order = order
+        self._reading = reading
+        self._share = order.share(reading.rank, reading.world_size)
+        storage = Storage(store_url)
+        self.store = read_store(storage)
+        self.fingerprint = fingerprint(storage)
+        self._index, examples = read_index(storage, self.store, columns)
+        self.examples = examples.first(order.limit)
+        if not len(self.examples):
+            raise ValueError(f"{store_url} holds no examples; build it again with pipeline/build_shards.py")
+        self._cache = _cache(storage, reading, self.fingerprint)
+        if self._cache is not None:
+            self._check_room(self._cache)
+        rows = order.global_batch_size // reading.world_size
+        self._reader = Reader(_tars(storage, self._cache), self._index, self.examples, rows, collate, reading)
+        self._epoch = -1  # the epoch that the last iter() began
+        self._handed_out = 0  # global batches of it that were yielded, those before a resume included
+        self._resume: tuple[int, int] | None = None  # (epoch, batches) that the next iter() goes on from
+        self._resumed_batches = 0
+        self._running: weakref.ref[Generator[Batch, None, None]] | None = None  # weak: whoever iterates keeps it alive
+
+    @property
+    def data_wait(self) -> float:
+        """Seconds that the consumer waited for the last batch."""
+        return self._reader.data_wait
+
+    @property
+    def global_batch_size(self) -> int:
+        """Examples of all ranks together per batch."""
+        return self.order.global_batch_size
+
+    def __len__(self) -> int:
+        """Global batches per epoch."""
+        return self.order.batches(len(self.examples))
+
+    def epoch_batches(self, epoch: int) -> Ints:
+        """The order of an epoch: indices into `examples` of shape (batches, global_batch_size)."""
+        return epoch_batches(self.examples, self.order, epoch)
+
+    def __iter__(self) -> Generator[Batch, None, None]:
+        """Begin the next epoch (or the rest of one, after `load_state_dict`); ends an iteration still under way."""
+        before = None if self._running is None else self._running()
+        if before is not None:
+            before.close()
+        self._epoch, self._handed_out = self._resume or (self._epoch + 1, 0)
+        self._resumed_batches, self._resume = self._handed_out, None
+        running = self._batches()
+        self._running = weakref.ref(running)
+        return running
+
+    def _batches(self) -> Generator[Batch, None, None]:
+        """The rest of the epoch: from global batch `_handed_out` on, our share of each."""
+        every = self.epoch_batches(self._epoch)  # (batches, global_batch_size)
+        ahead = None
+        if self._cache is not None:
+            ahead = Ahead(self._cache, self._uses(every), self._handed_out, DOWNLOADS)
+        try:
+            with contextlib.closing(self._reader.read(every[self._handed_out :, self._share])) as batches:
+                for batch in batches:
+                    self._handed_out += 1
+                    if ahead is not None:
+                        ahead.at(self._handed_out - 1)
+                    yield batch
+        finally:
+            if ahead is not None:
+                ahead.close()
+
+    def _uses(self, batches: Ints) -> list[Use]:
+        return tar_uses(self._index, self.examples, batches, self._reading.prefetch)
+
+    def _check_room(self, cache: ShardCache) -> None:
+        need = most_bytes_in_use(self._uses(self.epoch_batches(0)))
+        if need > cache.max_bytes:
+            raise ValueError(
+                f"the cache may hold {cache.max_bytes / 1e9:.3g} GB, but this order of examples uses tars of "
+                f"{need / 1e9:.3g} GB at once, and would fetch them again and again; raise cache_gb, lower "
+                f"window_shards (now {self.order.window_shards}), or leave out cache_dir to read by ranged requests"
+            )
+
+    def state_dict(self, num_samples: int, from_beginning: bool) -> dict[str, Any]:
+        """The position, in Composer's dataset-state protocol.
+
+        Args:
+            num_samples: examples of this epoch that all ranks together have consumed.
+            from_beginning: False if `num_samples` counts from the last resume instead.
+
+        The keys beside `epoch` and `samples` say which order this is a position of.
+        """
+        samples = num_samples + (0 if from_beginning else self._resumed_batches * self.global_batch_size)
+        epoch = max(self._epoch, 0)
+        if self._resume is not None:
+            epoch, batches = self._resume
+            samples = samples or batches * self.global_batch_size
+        elif samples == 0 and self._epoch >= 0 and self._handed_out == len(self):
+            epoch += 1  # asked between two epochs
+        return {"epoch": epoch, "samples": samples, "fingerprint": self.fingerprint, **self.order.model_dump()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state` at the next `iter()`; the number of ranks may differ from that of the saved run.
+
+        Raises:
+            ValueError: if the state belongs to another store or to another order, naming the differences.
+        """
+        mine = self.state_dict(0, True)
+        differing = [
+            f"{name}: {state.get(name)!r} in the checkpoint, {mine[name]!r} now"
+            for name in mine
+            if name not in ("epoch", "samples") and state.get(name) != mine[name]
+        ]
+        if differing:
+            raise ValueError(
+                "the checkpoint's position belongs to another order of examples, so going on from it would repeat "
+                "some and skip others; restore these settings, or start a new run:\n  " + "\n  ".join(differing)
+            )
+        batches, rest = divmod(state["samples"], self.global_batch_size)
+        if rest or not 0 <= batches <= len(self):
+            raise ValueError(
+                f"the checkpoint's position, {state['samples']} examples into an epoch, is no batch boundary of an "
+                f"epoch of {len(self)} batches of {self.global_batch_size}; take another checkpoint, or start a new run"
+            )
+        self._resume = (state["epoch"], batches)
+
+
+def _cache(storage: Storage, reading: Reading, identity: str) -> ShardCache | None:
+    """The node's cache, if the store is remote and a folder is named."""
+    if reading.cache_dir is None or _is_local(storage):
+        return None
+    return ShardCache(storage, Path(reading.cache_dir), identity, reading.cache_bytes)
+
+
+def _tars(storage: Storage, cache: ShardCache | None) -> Tars:
+    """Where members are read from: the cache, the disk, or by ranged requests."""
+    if cache is not None:
+        return FileTars(cache.open)
+    return local_tars(storage) if _is_local(storage) else RangeTars(storage)
+
+
+def _is_local(storage: Storage) -> bool:
+    return storage.local_path("store.json") is not None

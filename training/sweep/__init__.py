@@ -1,0 +1,1 @@
+"""Arms x seeds: the runs of an ablation and its table."""

@@ -1,0 +1,56 @@
+"""Conversations to token ids and labels, id for id as LLaVA-1.5."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from training.model.tokenizer import Tokenizer
+from training.text.image import PLACEHOLDER, Turns, image_first, tokenize_with_image
+from training.text.templates import IGNORE, Template
+
+
+class Labelled(NamedTuple):
+    """Token ids, and a label for each: the id itself where it is learned, -100 elsewhere."""
+
+    input_ids: list[int]
+    labels: list[int]
+
+
+def ids_and_labels(
+    turns: Turns, tokenizer: Tokenizer, template: Template, has_image: bool, max_length: int
+) -> Labelled:
+    """A conversation's ids and labels; an image is still one placeholder, -200.
+
+    As in the original, a text-only example is cut at `max_length` here, one with an image only when its placeholder
+    has become vision tokens.
+
+    Raises:
+        ValueError: if the turns do not fit the template.
+    """
+    if has_image:
+        turns = image_first(turns)
+    prompt = template.prompt(turns)
+    if has_image or template.captions_only:
+        ids = tokenize_with_image(prompt, tokenizer)
+    else:
+        ids = tokenizer.encode(prompt)[:max_length]
+    return Labelled(ids, template.labels(prompt, ids, tokenizer, has_image, max_length))
+
+
+def with_vision_tokens(example: Labelled, image_tokens: int, image_token_id: int, max_length: int) -> Labelled:
+    """The placeholder becomes `image_tokens` ids `image_token_id`, which are not learned.
+
+    Raises:
+        ValueError: if the image does not end before `max_length`.
+    """
+    ids, labels = example
+    place = ids.index(PLACEHOLDER)
+    if place + image_tokens >= max_length:
+        raise ValueError(
+            f"data.max_length {max_length} ends before or within the image: {place} tokens stand before it, and it "
+            f"has {image_tokens}; raise data.max_length"
+        )
+    return Labelled(
+        ids[:place] + [image_token_id] * image_tokens + ids[place + 1 :],
+        labels[:place] + [IGNORE] * image_tokens + labels[place + 1 :],
+    )

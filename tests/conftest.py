@@ -7,6 +7,7 @@ hangs meets a bound, the `timeout` of pyproject.toml, which stops it wherever it
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import hypothesis
 import psutil
 import pytest
 
+TESTS = Path(__file__).parent
 MARK = "COMPACT_VISION_TESTS"  # in the environment of all that tests start, grandchildren included
 
 
@@ -31,6 +33,9 @@ def pytest_configure(config: pytest.Config) -> None:
         # A node that was killed refuses the connection, which is seen at once.
         "RAY_health_check_timeout_ms": str(1000 * _bound(config)),
     }
+    config.addinivalue_line(
+        "markers", "vectors(pattern): runs for each file of vectors of that name, or for each case in its list"
+    )
     hypothesis.settings.register_profile(
         "no clock", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
     )
@@ -55,13 +60,48 @@ def hang_s(pytestconfig: pytest.Config) -> int:
     return _bound(pytestconfig)
 
 
+def _folders(own: str, variable: str) -> list[Path]:
+    """The tests' own folder, then the one of the same layout that an environment variable names."""
+    folders = [TESTS / own]
+    if further := os.environ.get(variable):
+        folders.append(Path(further).resolve())
+    for folder in folders:
+        if not folder.is_dir():
+            raise pytest.UsageError(f"{folder} is not a folder; set {variable} to one, or unset it")
+    return folders
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Vectors and photos are found when the tests are collected: a further folder's run like the tests' own.
+
+    A test marked `vectors("prompts*.json")` runs once for each file of that name; `vectors` is its path. If it asks for
+    `case`, it runs once for each entry of the list in that file.
+    """
+    for mark in metafunc.definition.iter_markers("vectors"):
+        asked = [name for name in ("vectors", "case") if name in metafunc.fixturenames]
+        rows, ids = [], []
+        for folder in _folders("parity", "COMPACT_VISION_VECTORS"):
+            for file in sorted(folder.glob(mark.args[0])):
+                name = "-".join((folder.name, *file.relative_to(folder).with_suffix("").parts))
+                cases = json.loads(file.read_text(encoding="utf-8")) if "case" in asked else [None]
+                ids += [f"{name}-{number}" for number in range(len(cases))] if "case" in asked else [name]
+                rows += [[{"vectors": file, "case": case}[key] for key in asked] for case in cases]
+        metafunc.parametrize(asked, rows, ids=ids)
+    if "photos" in metafunc.fixturenames:
+        metafunc.parametrize("photos", _folders("photos", "COMPACT_VISION_PHOTOS"), ids=lambda folder: folder.name)
+
+
 @pytest.fixture(scope="session")
-def shared() -> Path:
-    """The folder of reference vectors and photos beside the checkout; without it the test is skipped."""
-    folder = Path(os.environ.get("COMPACT_VISION_SHARED", Path(__file__).resolve().parents[1] / ".." / "shared"))
-    if not (folder / "parity").is_dir():
-        pytest.skip(f"no reference vectors in {folder} (COMPACT_VISION_SHARED names another folder)")
-    return folder.resolve()
+def tiny_tokenizer() -> Path:
+    """The folder of a SentencePiece model of Llama's kind, with 736 pieces."""
+    return TESTS / "parity" / "tiny_tokenizer"
+
+
+@pytest.fixture
+def tokenizer_model(vectors: Path, tiny_tokenizer: Path) -> Path:
+    """The SentencePiece model that these vectors' ids come from: the one beside them, if there is one."""
+    beside = vectors.parent / "tiny_tokenizer" / "tokenizer.model"
+    return beside if beside.is_file() else tiny_tokenizer / "tokenizer.model"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,19 +28,20 @@ def random_columns(connector, n=2, dtype=torch.float32):
     return {name: torch.randn(n, c.grid**2, c.vision_width, dtype=dtype) for name in connector.columns}
 
 
-def test_the_released_topology_computes_what_the_original_code_computed(shared: Path) -> None:
-    vectors = np.load(shared / "parity" / "released_projector.npz")
-    weights = {f"model.{name[3:]}": torch.from_numpy(vectors[name]) for name in vectors if name.startswith("w::")}
+@pytest.mark.vectors("released_projector*.npz")
+def test_the_released_topology_computes_what_the_original_code_computed(vectors: Path) -> None:
+    arrays = np.load(vectors, allow_pickle=False)
+    weights = {f"model.{name[3:]}": torch.from_numpy(arrays[name]) for name in arrays if name.startswith("w::")}
     connector = connector_from_released(weights)
-    features = [name for name in vectors if name.startswith("feat::")]
+    features = [name for name in arrays if name.startswith("feat::")]
     assert [int(name.split("::")[1]) for name in features] == list(range(8))
     columns = {
-        name: torch.from_numpy(vectors[feature]) for name, feature in zip(connector.columns, features, strict=True)
+        name: torch.from_numpy(arrays[feature]) for name, feature in zip(connector.columns, features, strict=True)
     }
     with torch.no_grad():
         fused = connector.mbtf(torch.cat(list(columns.values()), dim=-1))
         tokens = connector(columns)
-    for ours, theirs in ((fused, vectors["mbtf_fp32"]), (tokens, vectors["y_fp32"])):
+    for ours, theirs in ((fused, arrays["mbtf_fp32"]), (tokens, arrays["y_fp32"])):
         assert ours.shape == theirs.shape
         assert np.abs(ours.numpy() - theirs).max() <= 1e-5 * np.abs(theirs).max()
 

@@ -152,18 +152,22 @@ def test_stage_one_leaves_the_language_model_as_it_was(demo: Path) -> None:
     assert changed, "stage 2 trains the language model"
 
 
-def test_the_photos_go_through_the_same_commands(shared: Path, demo: Path, tmp_path: Path) -> None:
-    photos = shared / "data" / "photos"
+def test_the_photos_go_through_the_same_commands(photos: Path, demo: Path, tmp_path: Path) -> None:
+    (questions,) = photos.glob("*questions.jsonl")
     shutil.copytree(demo / "models", tmp_path / "run" / "models")  # not done again
     command = [sys.executable, "training/demo.py", "--run", str(tmp_path / "run"), "--images", str(photos / "images")]
-    for name, file in {"chat": "chat.json", "instruct": "instruct.json", "questions": "pope_questions.jsonl"}.items():
-        command += [f"--{name}", str(photos / file)]
+    command += ["--chat", str(photos / "chat.json"), "--instruct", str(photos / "instruct.json")]
+    command += ["--questions", str(questions)]
     assert re.search(r"make tiny models +done before", shell(*command))
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["store_images"] == 162 + 68
+    images = [
+        {entry["image"] for entry in json.loads((photos / f"{name}.json").read_text(encoding="utf-8"))}
+        for name in ("chat", "instruct")
+    ]
+    assert summary["store_images"] == sum(map(len, images))
     for store in ("pretrain-store", "finetune-store"):
         assert (tmp_path / "run" / store / "failures.jsonl").read_text() == ""
-    assert summary["questions"] == len((photos / "pope_questions.jsonl").read_text().splitlines())
+    assert summary["questions"] == len(questions.read_text(encoding="utf-8").splitlines())
 
 
 def test_an_ablation_trains_its_arms_once_and_writes_one_table(demo: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ v1_prompt, plain_prompt = TEMPLATES["v1"].prompt, TEMPLATES["plain"].prompt
 
 
 @pytest.fixture(scope="module", params=[True, False], ids=["legacy", "non-legacy"])
-def tokenizer(request: pytest.FixtureRequest, shared: Path) -> Tokenizer:
-    return Tokenizer(shared / "parity" / "tiny_tokenizer" / "tokenizer.model", legacy=request.param)
+def tokenizer(request: pytest.FixtureRequest, tiny_tokenizer: Path) -> Tokenizer:
+    return Tokenizer(tiny_tokenizer / "tokenizer.model", legacy=request.param)
 
 
 def turns(*texts: str) -> list[Turn]:
@@ -42,27 +41,21 @@ def supervised(tokenizer: Tokenizer, example: Labelled) -> str:
     return tokenizer.decode([i for i in example.labels if i != IGNORE], skip_special_tokens=False)
 
 
-def cases(shared: Path, name: str) -> list[dict[str, Any]]:
-    return json.loads((shared / "parity" / name).read_text())
+@pytest.mark.vectors("conversations*.json")
+def test_every_conversation_has_the_originals_ids_and_labels(case: dict[str, Any], tokenizer_model: Path) -> None:
+    ids, labels = ids_and_labels(
+        [Turn.model_validate(turn) for turn in case["conversations"]],
+        Tokenizer(tokenizer_model, case["legacy"]),
+        TEMPLATES[case["version"]],
+        case["has_image"],
+        case["model_max_length"],
+    )
+    assert (ids, labels) == (case["input_ids"], case["labels"])
 
 
-def test_every_conversation_has_the_originals_ids_and_labels(shared: Path) -> None:
-    model = shared / "parity" / "tiny_tokenizer" / "tokenizer.model"
-    for case in cases(shared, "conversations.json"):
-        ids, labels = ids_and_labels(
-            [Turn.model_validate(turn) for turn in case["conversations"]],
-            Tokenizer(model, case["legacy"]),
-            TEMPLATES[case["version"]],
-            case["has_image"],
-            case["model_max_length"],
-        )
-        assert (case["name"], ids, labels) == (case["name"], case["input_ids"], case["labels"])
-
-
-def test_every_prompt_has_the_originals_ids(shared: Path) -> None:
-    model = shared / "parity" / "tiny_tokenizer" / "tokenizer.model"
-    for case in cases(shared, "prompts.json"):
-        assert tokenize_with_image(case["prompt"], Tokenizer(model, case["legacy"])) == case["input_ids"]
+@pytest.mark.vectors("prompts*.json")
+def test_every_prompt_has_the_originals_ids(case: dict[str, Any], tokenizer_model: Path) -> None:
+    assert tokenize_with_image(case["prompt"], Tokenizer(tokenizer_model, case["legacy"])) == case["input_ids"]
 
 
 def test_a_prompt_is_what_stage_two_trained_on() -> None:

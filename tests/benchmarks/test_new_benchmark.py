@@ -67,12 +67,12 @@ def test_it_is_offered(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 def test_a_model_is_asked_and_its_answers_are_scored_and_reported(
     data: Path,
     models: ModuleType,
-    shared: Path,
+    tiny_tokenizer: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = data.parent / "out"
-    model = models.tiny_model(data.parent / "model", shared)
+    model = models.tiny_model(data.parent / "model", tiny_tokenizer)
     run(monkeypatch, model, "--benchmark", "colours", "--data", data, "--out", out)
     said = capsys.readouterr()
     report = json.loads(said.out.splitlines()[-1])

@@ -175,12 +175,12 @@ def write_mme(root: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
     """An exported model of random weights that answers a few tokens."""
-    return tiny_model(tmp_path_factory.mktemp("model"), shared)
+    return tiny_model(tmp_path_factory.mktemp("model"), tiny_tokenizer)
 
 
-def tiny_model(folder: Path, shared: Path) -> Path:
+def tiny_model(folder: Path, tiny_tokenizer: Path) -> Path:
     """Write it into `folder`."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
@@ -195,7 +195,7 @@ def tiny_model(folder: Path, shared: Path) -> Path:
     tower = CLIPVisionModel(CLIPVisionConfig(image_size=32, patch_size=8, **sides))
     connector = build_connector(connector_config(arm="stf", block=1, grid=4, vision_width=32, llm_width=32))
     whole = CompactVisionForConditionalGeneration.from_parts(llm, connector, tower)
-    (tokenizer_file,) = (shared / "parity" / "tiny_tokenizer").glob("*.model")
+    (tokenizer_file,) = tiny_tokenizer.glob("*.model")
     tokenizer = CompactVisionTokenizer(str(tokenizer_file), image_token_id=whole.config.image_token_id)
     images = CompactVisionImageProcessor(aspect="pad", image_size=32)
     whole.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -11,7 +11,7 @@ from training.model.model import CompactVisionForConditionalGeneration
 from training.model.reducers import build_connector, connector_config
 from training.model.reducers.connector import Connector
 
-VOCABULARY = 736  # of the small SentencePiece tokenizer in the shared folder
+VOCABULARY = 736  # of tests/parity/tiny_tokenizer
 BLOCKS = (1, 2, 4)
 
 

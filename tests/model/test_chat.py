@@ -28,14 +28,14 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, shared: Path, llm_folder: Path, clip_folder: Path) -> Path:
+def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path, llm_folder: Path, clip_folder: Path) -> Path:
     """A model of random weights that answers something, and always the same."""
     torch.manual_seed(2)
     connector = build_connector(connector_config(grid=4, vision_width=32, llm_width=64, blocks=(1, 2, 4)))
     parts = LlamaForCausalLM.from_pretrained(llm_folder), connector, CLIPVisionModel.from_pretrained(clip_folder)
     out = tmp_path_factory.mktemp("models") / "tiny"
     model = CompactVisionForConditionalGeneration.from_parts(*parts)
-    write_model(model, Tokenizer(shared / "parity" / "tiny_tokenizer" / "tokenizer.model", legacy=False), out, "a card")
+    write_model(model, Tokenizer(tiny_tokenizer / "tokenizer.model", legacy=False), out, "a card")
     return out
 
 

@@ -28,13 +28,13 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
+def llm(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path) -> Path:
     torch.manual_seed(1)
     shape = {"hidden_size": C3, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
     folder = tmp_path_factory.mktemp("vicuna")
     config = LlamaConfig(vocab_size=736, max_position_embeddings=512, rms_norm_eps=1e-5, **shape)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    Tokenizer(shared / "parity" / "tiny_tokenizer" / "tokenizer.model", legacy=False).save(folder)
+    Tokenizer(tiny_tokenizer / "tokenizer.model", legacy=False).save(folder)
     return folder
 
 

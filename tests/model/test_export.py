@@ -42,7 +42,7 @@ def store(clip_folder: Path) -> StoreSpec:
 
 
 @pytest.fixture
-def config(shared: Path, llm_folder: Path, tmp_path: Path):
+def config(tiny_tokenizer: Path, llm_folder: Path, tmp_path: Path):
     """TrainConfig.model_validate with what these tests have in common."""
 
     def make(train: tuple[str, ...] = ("connector", "llm"), **model: object) -> TrainConfig:
@@ -52,7 +52,7 @@ def config(shared: Path, llm_folder: Path, tmp_path: Path):
                 "train": train,
                 "model": {
                     "llm": str(llm_folder),
-                    "tokenizer": str(shared / "parity" / "tiny_tokenizer"),
+                    "tokenizer": str(tiny_tokenizer),
                     "connector": {"blocks": [1, 2, 4]},
                     **model,
                 },

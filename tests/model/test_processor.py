@@ -22,8 +22,8 @@ SYSTEM = (
 
 
 @pytest.fixture
-def processor(shared: Path) -> CompactVisionProcessor:
-    tokenizer = CompactVisionTokenizer(str(shared / "parity" / "tiny_tokenizer" / "tokenizer.model"), legacy=False)
+def processor(tiny_tokenizer: Path) -> CompactVisionProcessor:
+    tokenizer = CompactVisionTokenizer(str(tiny_tokenizer / "tokenizer.model"), legacy=False)
     return CompactVisionProcessor(
         CompactVisionImageProcessor(image_size=32), tokenizer, image_tokens=4, chat_template=CHAT_TEMPLATE
     )
@@ -33,19 +33,20 @@ def picture(color: tuple[int, int, int] = (200, 30, 10), size: tuple[int, int] =
     return Image.new("RGB", size, color)
 
 
+@pytest.mark.vectors("images*.npz")
 @pytest.mark.parametrize("aspect", ["pad", "square"])
-def test_pixels_are_those_of_the_original_code_bit_for_bit(shared: Path, aspect: str) -> None:
-    vectors = np.load(shared / "parity" / "images.npz")
-    facts = json.loads((shared / "parity" / "images.json").read_text())
+def test_pixels_are_those_of_the_original_code_bit_for_bit(vectors: Path, aspect: str) -> None:
+    arrays = np.load(vectors, allow_pickle=False)
+    facts = json.loads(vectors.with_suffix(".json").read_text(encoding="utf-8"))
     process = CompactVisionImageProcessor(aspect=aspect)
     mode = "pad" if aspect == "pad" else "None"
-    names = [name.removeprefix("in::") for name in vectors if name.startswith("in::")]
-    assert len(names) == 3
+    names = [name.removeprefix("in::") for name in arrays if name.startswith("in::")]
+    assert names
     for name in names:
-        pixels = process(Image.fromarray(vectors[f"in::{name}"]), return_tensors="np")["pixel_values"][0]
+        pixels = process(Image.fromarray(arrays[f"in::{name}"]), return_tensors="np")["pixel_values"][0]
         assert pixels.shape == (3, 336, 336)
         assert pixels.dtype == np.float32
-        assert np.array_equal(pixels.ravel()[vectors["pick"]], vectors[f"px::{mode}::{name}"])
+        assert np.array_equal(pixels.ravel()[arrays["pick"]], arrays[f"px::{mode}::{name}"])
         assert hashlib.sha256(pixels.tobytes()).hexdigest() == facts[f"{name}::{mode}"]["sha256"]
 
 
@@ -79,13 +80,11 @@ def test_arrays_and_nested_lists_are_images_too() -> None:
         process(array.astype(np.float32))
 
 
-def test_token_ids_are_those_of_the_original_code(shared: Path) -> None:
-    path = str(shared / "parity" / "tiny_tokenizer" / "tokenizer.model")
-    cases = json.loads((shared / "parity" / "prompts.json").read_text())
-    for case in cases:
-        tokenizer = CompactVisionTokenizer(path, legacy=case["legacy"])
-        ids = tokenizer(case["prompt"])["input_ids"]
-        assert [-200 if index == tokenizer.image_id else index for index in ids] == case["input_ids"]
+@pytest.mark.vectors("prompts*.json")
+def test_token_ids_are_those_of_the_original_code(case: dict, tokenizer_model: Path) -> None:
+    tokenizer = CompactVisionTokenizer(str(tokenizer_model), legacy=case["legacy"])
+    ids = tokenizer(case["prompt"])["input_ids"]
+    assert [-200 if index == tokenizer.image_id else index for index in ids] == case["input_ids"]
 
 
 def test_a_placeholder_becomes_as_many_as_the_image_has_tokens(processor: CompactVisionProcessor) -> None:

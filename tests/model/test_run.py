@@ -57,11 +57,11 @@ def store(scenes: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def run(store: Path, llm_folder: Path, shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run(store: Path, llm_folder: Path, tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three steps of stage 2, with a checkpoint after each."""
     folder = tmp_path_factory.mktemp("runs") / "finetune"
     settings = [f"run={folder}", f"data.store={store}", f"model.llm={llm_folder}", f"model.connector.blocks={BLOCKS}"]
-    settings += [f"model.tokenizer={shared}/parity/tiny_tokenizer", "model.activation_checkpointing=false"]
+    settings += [f"model.tokenizer={tiny_tokenizer}", "model.activation_checkpointing=false"]
     settings += ["data.group_by_length=false", "data.max_length=512", "precision=fp32", "device=cpu", "steps=3"]
     settings += ["global_batch_size=4", "checkpoint.interval=1ba", "optimizer.lr=1e-3", "model.connector_from=null"]
     shell("training/train.py", "training/finetune.yaml", *settings)

@@ -34,13 +34,13 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory, shared: Path, llm_folder: Path, clip_folder: Path) -> Path:
+def asked(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path, llm_folder: Path, clip_folder: Path) -> Path:
     """A folder with an exported model, questions and their images."""
     folder = tmp_path_factory.mktemp("asked")
     torch.manual_seed(2)
     connector = build_connector(connector_config(grid=4, vision_width=32, llm_width=64, blocks=(1, 2, 4)))
     parts = LlamaForCausalLM.from_pretrained(llm_folder), connector, CLIPVisionModel.from_pretrained(clip_folder)
-    tokenizer = Tokenizer(shared / "parity" / "tiny_tokenizer" / "tokenizer.model", legacy=False)
+    tokenizer = Tokenizer(tiny_tokenizer / "tokenizer.model", legacy=False)
     write_model(CompactVisionForConditionalGeneration.from_parts(*parts), tokenizer, folder / "model", card="")
     for colour in ("red", "blue"):
         Image.new("RGB", (50, 40), colour).save(folder / f"{colour}.png")

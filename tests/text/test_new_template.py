@@ -34,9 +34,9 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> str:
     return "lines"
 
 
-def test_settings_batches_and_prompts_know_a_template_by_its_entry(lines: str, shared: Path) -> None:
+def test_settings_batches_and_prompts_know_a_template_by_its_entry(lines: str, tiny_tokenizer: Path) -> None:
     data = load_config(DataSettings, None, ["store=s", f"template={lines}"])
-    tokenizer = Tokenizer(shared / "parity" / "tiny_tokenizer" / "tokenizer.model", legacy=False)
+    tokenizer = Tokenizer(tiny_tokenizer / "tokenizer.model", legacy=False)
     turns = (Turn(speaker="human", value="<image>\nWhat?"), Turn(speaker="gpt", value="a dog"))
     example = Example("0#0", Conversation(id="0", turns=turns), has_image=True)
     batch = Collator(tokenizer, data.template, data.max_length, image_tokens=2, image_token_id=9000)([example])

@@ -210,16 +210,16 @@ def test_composer_algorithms_are_refused_under_zero(settings: Callable[..., Any]
         engine.trainer([], {"algorithms": [GradientClipping("norm", 1.0)]})
 
 
-def test_the_schedule_is_the_reference_trainers(shared: Path) -> None:
+@pytest.mark.vectors("learning_rates*.json")
+def test_the_schedule_is_the_reference_trainers(case: dict[str, Any]) -> None:
     """Step by step: test_engines.py shows that a run's steps take the rates of this curve."""
     from training.fit.optimizer import build_schedule
 
-    for case in json.loads((shared / "parity" / "learning_rates.json").read_text()):
-        assert math.ceil(case["total_steps"] * 0.03) == case["warmup_steps"]
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=case["base_lr"])
-        schedule = build_schedule(optimizer, case["total_steps"], 0.03)
-        for step in range(case["total_steps"]):
-            if str(step) in case["lr"]:
-                assert optimizer.param_groups[0]["lr"] == pytest.approx(case["lr"][str(step)], rel=1e-9, abs=1e-18)
-            optimizer.step()
-            schedule.step()
+    assert math.ceil(case["total_steps"] * 0.03) == case["warmup_steps"]
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=case["base_lr"])
+    schedule = build_schedule(optimizer, case["total_steps"], 0.03)
+    for step in range(case["total_steps"]):
+        if str(step) in case["lr"]:
+            assert optimizer.param_groups[0]["lr"] == pytest.approx(case["lr"][str(step)], rel=1e-9, abs=1e-18)
+        optimizer.step()
+        schedule.step()

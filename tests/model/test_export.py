@@ -134,7 +134,7 @@ def test_another_connector_is_refused_with_every_difference(config, store: Store
     export_connector(build_model(config(), store).connector, tmp_path / "connector")
     other = build_model(config(connector={"blocks": [1, 2], "preset": "released"}), store)
     with pytest.raises(
-        ValueError, match=r"preset: paper there, released here; blocks: \(1, 2, 4\) there, \(1, 2\) here"
+        ValueError, match=r"preset: 'paper' there, 'released' now; blocks: \(1, 2, 4\) there, \(1, 2\) now"
     ):
         load_connector(other.connector, tmp_path / "connector")
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NotRequired, TypedDict, cast
 
+from pipeline.config import differences
 from training.answers.processes import AnsweringProcess
 
 Key = tuple[str | int, str | None]  # a question's id and the name of its image: one image may be asked several times
@@ -50,9 +51,7 @@ class AnswerFile:
         note = self.path.with_name(f"{self.path.name}.run.json")
         if note.exists() and (self.path.exists() or self._parts()):
             theirs = json.loads(note.read_text(encoding="utf-8"))
-            differing = [
-                f"{key}: {theirs.get(key)!r} there, {mine[key]!r} now" for key in mine if theirs.get(key) != mine[key]
-            ]
+            differing = differences(theirs, mine)
             if differing:
                 raise ValueError(
                     f"{self.path} holds the answers of another run; name another file with --out, or delete it:\n  "

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from composer.core import State
 from composer.utils import dist
 
+from pipeline.config import differences
 from training.config import TrainConfig
 from training.engines.base import Engine
 from training.fit.assemble import is_exported, whole_model
@@ -38,11 +37,6 @@ def claim(config: TrainConfig, write: bool) -> None:
     if write and dist.get_global_rank() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(now, indent=1), encoding="utf-8")
-
-
-def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """A line for each key of `now` whose value is another one there."""
-    return [f"{key}: {there.get(key)!r} there, {now[key]!r} now" for key in now if there.get(key) != now[key]]
 
 
 def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.config import differences
 from training.model.reducers import connector_config
 from training.release.folder import replaced_folder
 
@@ -38,9 +39,7 @@ def load_connector(connector: Connector, folder: Path) -> None:
         raise ValueError(f"{folder} holds no {WEIGHTS} with its {SHAPE}; stage 1 writes them to its run's connector/")
     theirs = asdict(connector_config(json.loads((folder / SHAPE).read_text(encoding="utf-8"))))
     mine = asdict(connector.config)
-    differing = [
-        f"{name}: {theirs.get(name)} there, {mine[name]} here" for name in mine if theirs.get(name) != mine[name]
-    ]
+    differing = differences(theirs, mine)
     if differing:
         raise ValueError(
             f"{folder} holds another connector: {'; '.join(differing)}; set model.connector as it was in stage 1"

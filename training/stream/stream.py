@@ -14,6 +14,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset
 
+from pipeline.config import differences
 from pipeline.manifest import fingerprint, read_store
 from pipeline.storage import Storage
 from training.stream.ahead import Ahead, Use, most_bytes_in_use, tar_uses
@@ -162,12 +163,9 @@ class Stream(IterableDataset[Batch]):
         Raises:
             ValueError: if the state belongs to another store or to another order, naming the differences.
         """
-        mine = self.state_dict(0, True)
-        differing = [
-            f"{name}: {state.get(name)!r} in the checkpoint, {mine[name]!r} now"
-            for name in mine
-            if name not in ("epoch", "samples") and state.get(name) != mine[name]
-        ]
+        place = ("epoch", "samples")
+        mine = {name: value for name, value in self.state_dict(0, True).items() if name not in place}
+        differing = differences(state, mine, "in the checkpoint")
         if differing:
             raise ValueError(
                 "the checkpoint's position belongs to another order of examples, so going on from it would repeat "

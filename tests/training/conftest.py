@@ -108,6 +108,12 @@ def write_store(
 
 
 @pytest.fixture(scope="session")
+def new_store() -> Callable[..., Path]:
+    """new_store(folder, clip, samples, ...): a store of random features in the folder."""
+    return write_store
+
+
+@pytest.fixture(scope="session")
 def store(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Path:
     """128 samples in 4 shards, every sixth without an image."""
     return write_store(tmp_path_factory.mktemp("store") / "store", parts / "clip", 128)

@@ -145,11 +145,14 @@ def reply(
     """
     import torch
 
+    from training.model.decoders import decoder_of
     from training.text.image import IMAGE
     from training.text.templates import prompt_for
 
     asked = zip(texts, pictures, strict=True)
-    prompts = [prompt_for(text if picture is None else f"{IMAGE}\n{text}") for text, picture in asked]
+    template = decoder_of(model.config.text_config.model_type).template
+    shown = [text if picture is None else f"{IMAGE}\n{text}" for text, picture in asked]
+    prompts = [prompt_for(text, template=template) for text in shown]
     images = [picture for picture in pictures if picture is not None] or None
     inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True).to(model.device)
     if "pixel_values" in inputs:  # (images, 3, side, side); no question of the batch may have one

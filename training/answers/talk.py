@@ -95,6 +95,7 @@ class Talk:
         Raises:
             ValueError: if the question is empty, holds `<image>`, or the conversation is too long for the model.
         """
+        from training.model.decoders import decoder_of
         from training.text.image import IMAGE
         from training.text.templates import prompt_for
 
@@ -104,7 +105,9 @@ class Talk:
         text = text if self.history else f"{IMAGE}\n{text}"
         speaker = self.speaker
         asked = time.perf_counter()
-        inputs = speaker.processor(images=[self.image], text=prompt_for(text, self.history), return_tensors="pt")
+        template = decoder_of(speaker.model.config.text_config.model_type).template
+        prompt = prompt_for(text, self.history, template)
+        inputs = speaker.processor(images=[self.image], text=prompt, return_tensors="pt")
         inputs = inputs.to(speaker.model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(speaker.model.dtype)
         longest, length = speaker.model.llm.config.max_position_embeddings, inputs["input_ids"].shape[1]

@@ -20,7 +20,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.encoders import block_of
+from pipeline.encoders.columns import block_of
 
 FORMAT_VERSION: Literal[1] = 1
 SAMPLES = "samples"  # the name of the tar that holds the records, beside the feature columns

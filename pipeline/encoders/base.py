@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
-from . import block_of, is_cls
+from .columns import block_of, is_cls
 from .pixels import Colour, Pixels, normalised, padded, resized_and_cropped
 
 

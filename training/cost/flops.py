@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.encoders import block_of, encoder_of, is_cls
+from pipeline.encoders import encoder_of
+from pipeline.encoders.columns import block_of, is_cls
 
 if TYPE_CHECKING:
     from training.model.model import CompactVisionConfig

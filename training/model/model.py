@@ -26,8 +26,9 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from pipeline.encoders import block_of, encoder_of
+from pipeline.encoders import encoder_of
 from pipeline.encoders.base import grid_of
+from pipeline.encoders.columns import block_of
 
 from .reducers import build_connector, connector_config
 from .reducers.connector import Connector, Text

@@ -67,7 +67,10 @@ def trained_model(
     missing, unused = model.load_state_dict(state, strict=False)
     lost = sorted(learning.intersection(missing))
     if lost or unused:
-        raise ValueError(f"{path} is of another model: missing {lost or 'nothing'}, not used {unused or 'nothing'}")
+        raise ValueError(
+            f"{path} is of another model: missing {lost or 'nothing'}, not used {unused or 'nothing'}; name a "
+            f"checkpoint of {run}"
+        )
     if config.model.lora is not None:
         merge_lora(model.llm)
     return model
@@ -78,7 +81,7 @@ def _newest_checkpoint(run: Path) -> Path:
 
     found = newest_on_disk(run / "checkpoints")
     if found is None:
-        raise ValueError(f"{run} has neither finished nor saved a checkpoint yet")
+        raise ValueError(f"{run} has neither finished nor saved a checkpoint yet; let it train on to one of them")
     folder, mark = found
     if not mark.whole_file:
         raise ValueError(
@@ -107,5 +110,7 @@ def _weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
             state = torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")["state"]["model"]
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
         first = str(error).partition("\n")[0]
-        raise ValueError(f"{checkpoint} is no checkpoint of training/train.py: {first}") from error
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of training/train.py: {first}; name a folder of RUN/checkpoints"
+        ) from error
     return {name.removeprefix("model."): weight for name, weight in state.items()}

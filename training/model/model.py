@@ -71,7 +71,9 @@ class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
         text: Any = self.text_config
         connector = connector_config(self.connector or {"llm_width": text.hidden_size})
         if connector.llm_width != text.hidden_size:
-            raise ValueError(f"connector.llm_width is {connector.llm_width}, the language model's {text.hidden_size}")
+            raise ValueError(
+                f"connector.llm_width is {connector.llm_width}, the language model's {text.hidden_size}; set it to that"
+            )
         self.connector = asdict(connector)
         self.image_tokens = connector.tokens
         if self.image_token_id is None:
@@ -269,7 +271,9 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
     ) -> tuple[Tensor, Tensor | None]:
         """What the language model reads, (batch, length, width), and the vision tokens in it."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError(
+                f"give exactly one of input_ids and inputs_embeds, not {'none' if input_ids is None else 'both'}"
+            )
         if inputs_embeds is not None:
             return inputs_embeds, None
         assert input_ids is not None
@@ -291,7 +295,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             images = 0 if vision is None else vision.shape[0]
             raise ValueError(
                 f"input_ids hold {found} image placeholders (id {self.config.image_token_id}), but {images} image(s) "
-                f"of {self.connector.tokens} vision tokens were given, {expected} in all"
+                f"of {self.connector.tokens} vision tokens were given, {expected} in all: let the processor write both"
             )
         if vision is None:
             return embeds

@@ -171,8 +171,8 @@ class CompactVisionProcessor(ProcessorMixin):  # type: ignore[misc]
         for number, prompt in enumerate([text] if isinstance(text, str) else text or []):
             if isinstance(prompt, str) and prompt.count(IMAGE) > 1:
                 raise ValueError(
-                    f"prompt {number} holds {prompt.count(IMAGE)} images; the model was trained with one per "
-                    "conversation and takes one"
+                    f"prompt {number} holds {prompt.count(IMAGE)} images; give one: the model was trained with one per "
+                    "conversation"
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
 

@@ -150,7 +150,7 @@ def _scores(files: Sequence[Path]) -> list[str]:
             rows[name] = _score_text(scores)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(
-                f"{path} holds no scores ({type(error).__name__}: {error}); training/evaluate.py writes them"
+                f"{path} holds no scores ({type(error).__name__}: {error}); name a file of training/evaluate.py"
             ) from error
     return ["## Scores\n\n" + _table(rows)]
 

@@ -145,7 +145,7 @@ def reply(
     """
     import torch
 
-    from training.text.image import IMAGE
+    from training.model.markers import IMAGE
     from training.text.templates import prompt_for
 
     asked = zip(texts, pictures, strict=True)

@@ -95,7 +95,7 @@ class Talk:
         Raises:
             ValueError: if the question is empty, holds `<image>`, or the conversation is too long for the model.
         """
-        from training.text.image import IMAGE
+        from training.model.markers import IMAGE
         from training.text.templates import prompt_for
 
         text = question.strip()

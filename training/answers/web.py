@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from training.answers.talk import Speaker, Talk, open_image
-from training.text.image import IMAGE
+from training.model.markers import IMAGE
 
 INTRODUCTION = """\
 ## An image in few tokens

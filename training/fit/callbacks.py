@@ -20,9 +20,9 @@ from composer.utils import dist
 
 from training.cost.mfu import peak_flops
 from training.engines.base import Engine
+from training.model.markers import IGNORE
 from training.release.records import LOG, read_log
 from training.stream.stream import Stream
-from training.text.templates import IGNORE
 
 
 class StepLog(LoggerDestination):  # type: ignore[misc]

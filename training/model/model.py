@@ -29,10 +29,9 @@ from transformers.utils import can_return_tuple
 from pipeline.encoders import block_of, encoder_of
 from pipeline.encoders.base import grid_of
 
+from .markers import IGNORE
 from .reducers import build_connector, connector_config
 from .reducers.connector import Connector, Text
-
-IGNORED = -100  # label of a token that is not predicted
 
 
 class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -257,7 +256,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         shown = input_ids == self.config.image_token_id
         mask = ~shown if attention_mask is None else ~shown & attention_mask[:, -input_ids.shape[1] :].bool()
         if labels is not None:
-            mask = mask & (labels == IGNORED)
+            mask = mask & (labels == IGNORE)
         rows = shown.any(dim=1)
         return Text(self.get_input_embeddings()(input_ids[rows].masked_fill(~mask[rows], 0)), mask[rows])
 
@@ -311,7 +310,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         that learns then has a gradient on every rank, which DDP waits for.
         """
         following = labels[:, 1:].to(hidden.device)
-        supervised = following != IGNORED
+        supervised = following != IGNORE
         hidden, targets = hidden[:, :-1][supervised], following[supervised]
         parts = zip(hidden.tensor_split(self.loss_chunks), targets.tensor_split(self.loss_chunks), strict=True)
         if self.loss_chunks == 1:

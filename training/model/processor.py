@@ -19,9 +19,8 @@ from transformers.image_utils import make_flat_list_of_images
 from pipeline.encoders import encoder_of
 from pipeline.encoders.pixels import Pixels, upright_rgb
 
+from .markers import IMAGE
 from .tokenizer import Tokenizer
-
-IMAGE = "<image>"
 
 
 class CompactVisionTokenizer(PreTrainedTokenizer):  # type: ignore[misc]

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.schema import Turn
+from training.model.markers import IMAGE
 
 if TYPE_CHECKING:
     from training.model.tokenizer import Tokenizer
 
-IMAGE = "<image>"
 PLACEHOLDER = -200  # among the ids: an image before it becomes vision tokens
 
 Turns = Sequence[Turn]

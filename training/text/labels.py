@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from training.model.markers import IGNORE
 from training.model.tokenizer import Tokenizer
 from training.text.image import PLACEHOLDER, Turns, image_first, tokenize_with_image
-from training.text.templates import IGNORE, Template
+from training.text.templates import Template
 
 
 class Labelled(NamedTuple):

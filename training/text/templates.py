@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.schema import Turn
-from training.text.image import IMAGE, Turns, tokenize_with_image
+from training.model.markers import IGNORE, IMAGE
+from training.text.image import Turns, tokenize_with_image
 
 if TYPE_CHECKING:
     from training.model.tokenizer import Tokenizer
-
-IGNORE = -100  # label of a token that is not learned
 
 
 class Template(ABC):

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
-from . import block_of, is_cls
+from .columns import block_of, is_cls
 from .pixels import Colour, Pixels, normalised, padded, resized_and_cropped
 
 
@@ -93,8 +93,3 @@ class VisionEncoder(ABC):
         if aspect == "pad":
             image = padded(image, self.mean)
         return normalised(resized_and_cropped(image, size), self.mean, self.std)
-
-
-def grid_of(config: Any) -> int:
-    """Patches along one side of the image."""
-    return int(config.image_size // config.patch_size)

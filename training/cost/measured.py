@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.encoders import block_of
+from pipeline.encoders.columns import block_of
 from training.cost.flops import prefill_flops
 from training.cost.shapes import shape as shape_of
 from training.model.reducers import SHAPE

@@ -26,8 +26,8 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from pipeline.encoders import block_of, encoder_of
-from pipeline.encoders.base import grid_of
+from pipeline.encoders import encoder_of
+from pipeline.encoders.columns import block_of, grid_of
 
 from .markers import IGNORE
 from .reducers import build_connector, connector_config

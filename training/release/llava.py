@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.encoders.columns import grid_of
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPVisionModel, LlamaForCausalLM
@@ -48,7 +50,7 @@ def take_in(
     seen = {name.removeprefix(TOWER): state.pop(name) for name in list(state) if name.startswith(TOWER)}
     projector = {name: state.pop(name) for name in list(state) if name.startswith(PROJECTOR)}
     vision = _vision_config(clip or said.get("mm_vision_tower") or CLIP)
-    connector = connector_from_released(projector, vision.image_size // vision.patch_size)
+    connector = connector_from_released(projector, grid_of(vision))
     text = _text_config(said) if whole else None
     unused = _check_keys(source, vision, seen, text, state, ignore_unused)
     model = CompactVisionForConditionalGeneration.from_parts(

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoders import is_cls
+from pipeline.encoders.columns import is_cls
 
 from .base import ConnectorConfig
 

@@ -73,7 +73,7 @@ class Caption(Template):
         self, prompt: str, ids: Sequence[int], tokenizer: Tokenizer, has_image: bool, max_length: int
     ) -> list[int]:
         """All but BOS and the image is learned."""
-        return [IGNORE, IGNORE, *ids[2:]]
+        return [IGNORE, IGNORE, *ids[2:]]  # the prompt begins with the image, one placeholder
 
 
 @dataclass(frozen=True)

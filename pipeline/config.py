@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from pipeline.encoders.columns import PAPER_BLOCKS
 from pipeline.schema import Aspect, Codec, Compute
-
-PAPER_BLOCKS = (3, 6, 9, 12, 15, 18, 21, 24)  # section 3.3: every third of ViT-L/14's 24 blocks
 
 
 class Settings(BaseModel):

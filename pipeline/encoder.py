@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipeline.encoders import encoder_of
 from pipeline.encoders.base import VisionEncoder
+from pipeline.encoders.columns import cls_column, patch_column
 from pipeline.encoders.pixels import Pixels, upright_rgb
 from pipeline.schema import Aspect, Column, Compute, EncoderSpec
 
@@ -124,8 +125,8 @@ def columns_of(spec: EncoderSpec, blocks: Iterable[int], cls: Iterable[int]) -> 
         raise ValueError(
             f"blocks {beyond}: encoder {spec.id} has {spec.blocks} blocks; choose from 0 (its input) to {spec.blocks}"
         )
-    patches = [Column(name=f"block{block:02d}", tokens=spec.grid**2, width=spec.width) for block in sorted(blocks)]
-    return (*patches, *(Column(name=f"cls{block:02d}", tokens=1, width=spec.width) for block in sorted(cls)))
+    patches = [Column(name=patch_column(block), tokens=spec.grid**2, width=spec.width) for block in sorted(blocks)]
+    return (*patches, *(Column(name=cls_column(block), tokens=1, width=spec.width) for block in sorted(cls)))
 
 
 class Encoder:

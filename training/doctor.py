@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, metavar="N", help="reckon with N ranks (default: those that run)")
     arguments = parser.parse_intermixed_args()
     if arguments.config is not None and "=" in arguments.config:
-        parser.error(f"settings such as {arguments.config} need a CONFIG before them, e.g. training/finetune.yaml")
+        parser.error(f"settings such as {arguments.config} need a CONFIG before them; give training/finetune.yaml, say")
     try:
         config = None if arguments.config is None else load_config(TrainConfig, arguments.config, arguments.settings)
     except ConfigError as error:

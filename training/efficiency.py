@@ -39,11 +39,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures there too, as JSON")
     arguments = parser.parse_args()
     if arguments.model and (arguments.config or arguments.flops):
-        parser.error("a MODEL is measured with its own shape: leave out --config and --flops")
+        parser.error(f"{arguments.model} is measured with its own shape; leave out --config and --flops")
     if not (arguments.model or arguments.config or arguments.flops):
         parser.error("give a MODEL, --config or --flops")
-    if min(arguments.text_tokens, arguments.batch_size, arguments.rounds) < 1 or arguments.new_tokens < 2:
-        parser.error("--text-tokens, --batch-size and --rounds are at least 1, --new-tokens at least 2")
+    counts = (arguments.text_tokens, arguments.batch_size, arguments.rounds, arguments.new_tokens)
+    if min(counts[:3]) < 1 or arguments.new_tokens < 2:
+        found = f"found {', '.join(map(str, counts[:3]))} and {arguments.new_tokens}"
+        parser.error(f"--text-tokens, --batch-size and --rounds are at least 1, --new-tokens at least 2; {found}")
     try:
         result = flops(arguments) if arguments.flops else measured(arguments)
     except (ValueError, OSError) as error:
@@ -65,7 +67,7 @@ def flops(arguments: argparse.Namespace) -> dict[str, Any]:
 
     name = arguments.config or "7b"
     if name not in SIZES:
-        raise ValueError(f"--flops is about the paper's shapes, {' and '.join(SIZES)}; found {name}")
+        raise ValueError(f"--flops is about the paper's shapes, found --config {name}; use {' or '.join(SIZES)}")
     config = shape(name, arguments.layers)
     rows = paper_rows(config, arguments.text_tokens)
     if name != "7b" or arguments.layers is not None:

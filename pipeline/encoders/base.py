@@ -93,8 +93,3 @@ class VisionEncoder(ABC):
         if aspect == "pad":
             image = padded(image, self.mean)
         return normalised(resized_and_cropped(image, size), self.mean, self.std)
-
-
-def grid_of(config: Any) -> int:
-    """Patches along one side of the image."""
-    return int(config.image_size // config.patch_size)

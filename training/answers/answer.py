@@ -146,7 +146,7 @@ def reply(
     import torch
 
     from training.model.decoders import decoder_of
-    from training.text.image import IMAGE
+    from training.model.markers import IMAGE
     from training.text.templates import prompt_for
 
     asked = zip(texts, pictures, strict=True)

@@ -60,11 +60,11 @@ class Speaker:
 
         found = torch.cuda.is_available()
         if device == "cuda" and not found:
-            raise ValueError("--device cuda: torch finds no GPU here; use --device cpu")
+            raise ValueError(f"--device cuda: torch {torch.__version__} finds no GPU here; use --device cpu")
         disable_progress_bar()
         model, processor = load_model(name, "cuda" if found and device != "cpu" else "cpu")
         if model.vision_tower is None:
-            raise ValueError(f"{name} has no vision tower; training/export.py writes models with one")
+            raise ValueError(f"{name} has no vision tower, it cannot see; name a folder that training/export.py wrote")
         return cls(name, model, processor, max_new_tokens, temperature)
 
     @property
@@ -96,7 +96,7 @@ class Talk:
             ValueError: if the question is empty, holds `<image>`, or the conversation is too long for the model.
         """
         from training.model.decoders import decoder_of
-        from training.text.image import IMAGE
+        from training.model.markers import IMAGE
         from training.text.templates import prompt_for
 
         text = question.strip()

@@ -56,6 +56,6 @@ def _obey(talk: Talk, line: str) -> Talk:
     if command == "/new":
         return Talk(talk.speaker, talk.image)
     if command.startswith("/"):
-        raise ValueError(f"{command} is unknown; there are /image PATH, /new and /quit")
+        raise ValueError(f"{command} is unknown; say /image PATH, /new or /quit")
     say(talk, line)
     return talk

@@ -135,7 +135,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"questions file {path} does not exist; name a file of JSON lines")
     lines = read_json_lines(path)
     if not lines:
-        raise ValueError(f"{path} holds no question; a line of it is an object with question_id, image and text")
+        raise ValueError(f"{path} holds no question; give it lines, objects with question_id, image and text")
     for number, line in enumerate(lines, 1):
         missing = [key for key in ("question_id", "image", "text") if key not in line]
         if missing:

@@ -54,8 +54,8 @@ def read_predictions(path: Path, benchmark: Benchmark) -> Predictions:
         example = benchmark.questions[0].id if benchmark.questions else "none"
         instead = "; ".join([*result.unknown[:2], *result.malformed[:2]]) or "nothing"
         raise ValueError(
-            f"{path} holds no prediction for {benchmark.name} {benchmark.split}: found {instead}; its questions have "
-            f"ids such as {example!r}"
+            f"{path} holds no prediction for {benchmark.name} {benchmark.split}: found {instead}; name a file of its "
+            f"answers, whose questions have ids such as {example!r}"
         )
     result.missing = [q.id for q in benchmark.questions if q.id not in result.answers]
     return result

@@ -208,7 +208,7 @@ class Benchmark(ABC):
         """
         if self._missing:
             missing = "\n  ".join(self._missing)
-            raise ValueError(f"{self.name} {self.split} needs, in {self.folder} (--data):\n  {missing}")
+            raise ValueError(f"{self.name} {self.split} needs, in {self.folder} (--data); download it:\n  {missing}")
 
 
 def identifier(value: Any) -> str:

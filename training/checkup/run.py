@@ -29,7 +29,7 @@ def of_run(config: TrainConfig, ranks: ThisRank) -> list[Finding]:
     except (ValueError, OSError) as error:
         return [Finding("fail", "store", str(error))]
     try:
-        from training.fit.assemble import empty_model
+        from training.fit.build import empty_model
 
         model = empty_model(config, store)
     except (ValueError, OSError) as error:
@@ -62,7 +62,7 @@ def model_fits(
     config: TrainConfig, model: CompactVisionForConditionalGeneration, shape: ModelShape
 ) -> Iterator[Finding]:
     """The parts fit each other (they were put together), and the tokenizer is there."""
-    from training.fit.assemble import load_tokenizer
+    from training.fit.build import load_tokenizer
 
     load_tokenizer(config)
     text = f"{', '.join(config.train)} learn: {shape.learning:,} weights, {shape.frozen:,} are frozen"

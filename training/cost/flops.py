@@ -10,7 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.encoders import encoder_of
-from pipeline.encoders.columns import block_of, is_cls
+from pipeline.encoders.columns import block_of, grid_of, is_cls
 
 if TYPE_CHECKING:
     from training.model.model import CompactVisionConfig
@@ -151,7 +151,7 @@ def _vision_figures(tower: Any, given: dict[str, Any], llm_width: int) -> dict[s
     from training.model.reducers import build_connector, connector_config
 
     vision = tower.config
-    grid = vision.image_size // vision.patch_size
+    grid = grid_of(vision)
     config = connector_config(**given, grid=grid, llm_width=llm_width, vision_width=vision.hidden_size)
     deepest = max(map(block_of, config.columns))
     with torch.device("meta"):

@@ -65,7 +65,7 @@ def benchmark(given: Measurement) -> dict[str, Any]:
 
     gpu = torch.cuda.is_available()
     if given.device == "cuda" and not gpu:
-        raise ValueError("--device cuda: torch finds no GPU here; use --device cpu")
+        raise ValueError(f"--device cuda: torch {torch.__version__} finds no GPU here; use --device cpu")
     device = torch.device("cuda" if gpu and given.device != "cpu" else "cpu")
     default = "bfloat16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, default if given.dtype == "auto" else given.dtype)
@@ -135,7 +135,10 @@ def _load(given: Measurement, device: torch.device, dtype: torch.dtype) -> Compa
         finally:
             torch.set_default_dtype(before)
     if model.vision_tower is None:
-        raise ValueError(f"{given.model or given.config} has no vision tower: there is no image to encode")
+        raise ValueError(
+            f"{given.model or given.config} has no vision tower, so no image can be encoded; name a folder that "
+            "training/export.py wrote"
+        )
     return model.eval()  # type: ignore[no-any-return]
 
 

@@ -20,9 +20,9 @@ from composer.utils import dist
 
 from training.cost.mfu import peak_flops
 from training.engines.base import Engine
+from training.fit.composer_model import supervised_tokens
 from training.release.records import LOG, read_log
 from training.stream.stream import Stream
-from training.text.templates import IGNORE
 
 
 class StepLog(LoggerDestination):  # type: ignore[misc]
@@ -77,8 +77,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
         if self.peak is not None:
             batch = state.batch
             lengths = batch["attention_mask"].sum(dim=1).tolist()
-            supervised = int((batch["labels"][:, 1:] != IGNORE).sum())
-            self._work = self.flops(lengths, len(batch["image_rows"]), supervised)
+            self._work = self.flops(lengths, len(batch["image_rows"]), supervised_tokens(batch))
 
     def before_forward(self, state: State, logger: Logger) -> None:
         """Count the positions of a microbatch, and the tokens among them, where they are: without waiting for them."""

@@ -9,9 +9,9 @@ from composer.models import ComposerModel
 
 from pipeline.codec import from_payload
 from pipeline.schema import Codec, Column
+from training.model.markers import IGNORE
 from training.model.model import CompactVisionForConditionalGeneration
 from training.stream.batch import Batch
-from training.text.templates import IGNORE
 
 
 class TrainableModel(ComposerModel):  # type: ignore[misc]

@@ -23,7 +23,7 @@ def add_lora(llm: PreTrainedModel, settings: LoraSettings) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ValueError("model.lora needs peft: pip install 'compact-vision-tokens[lora]'") from error
+        raise ValueError(f"model.lora needs peft: pip install 'compact-vision-tokens[lora]' ({error})") from error
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,

@@ -11,7 +11,7 @@ import yaml
 from training.config import TrainConfig
 from training.engines import engine_class
 from training.fit.parts import Parts
-from training.text.templates import IGNORE
+from training.model.markers import IGNORE
 
 SUPERVISED, IMAGE, PLAIN = "\033[32m", "\033[36m", "\033[0m"  # green, cyan, the terminal's own
 

@@ -11,8 +11,9 @@ from composer.utils import dist
 from pipeline.config import differences
 from training.config import TrainConfig
 from training.engines.base import Engine
-from training.fit.assemble import is_exported, whole_model
+from training.fit.build import is_exported, whole_model
 from training.fit.parts import Parts
+from training.release.card import CardFiles
 from training.release.connector import export_connector
 from training.release.folder import export_model
 from training.release.records import final_loss, read_log
@@ -51,7 +52,7 @@ def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, step
     whole = whole_model(config, parts.model, weights)
     export_connector(whole.connector, run / "connector")
     if "llm" in config.train:
-        export_model(whole, parts.tokenizer, parts.store, run / "model", run=run)
+        export_model(whole, parts.tokenizer, parts.store, run / "model", files=CardFiles(run))
     lines = read_log(run)
     seconds = sum(line["step_s"] for line in lines)
     summary = {

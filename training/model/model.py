@@ -27,13 +27,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from pipeline.encoders import encoder_of
-from pipeline.encoders.base import grid_of
-from pipeline.encoders.columns import block_of
+from pipeline.encoders.columns import block_of, grid_of
 
+from .markers import IGNORE
 from .reducers import build_connector, connector_config
 from .reducers.connector import Connector, Text
-
-IGNORED = -100  # label of a token that is not predicted
 
 
 class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -72,7 +70,9 @@ class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
         text: Any = self.text_config
         connector = connector_config(self.connector or {"llm_width": text.hidden_size})
         if connector.llm_width != text.hidden_size:
-            raise ValueError(f"connector.llm_width is {connector.llm_width}, the language model's {text.hidden_size}")
+            raise ValueError(
+                f"connector.llm_width is {connector.llm_width}, the language model's {text.hidden_size}; set it to that"
+            )
         self.connector = asdict(connector)
         self.image_tokens = connector.tokens
         if self.image_token_id is None:
@@ -256,7 +256,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         shown = input_ids == self.config.image_token_id
         mask = ~shown if attention_mask is None else ~shown & attention_mask[:, -input_ids.shape[1] :].bool()
         if labels is not None:
-            mask = mask & (labels == IGNORED)
+            mask = mask & (labels == IGNORE)
         rows = shown.any(dim=1)
         return Text(self.get_input_embeddings()(input_ids[rows].masked_fill(~mask[rows], 0)), mask[rows])
 
@@ -270,7 +270,9 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
     ) -> tuple[Tensor, Tensor | None]:
         """What the language model reads, (batch, length, width), and the vision tokens in it."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError(
+                f"give exactly one of input_ids and inputs_embeds, not {'none' if input_ids is None else 'both'}"
+            )
         if inputs_embeds is not None:
             return inputs_embeds, None
         assert input_ids is not None
@@ -292,7 +294,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             images = 0 if vision is None else vision.shape[0]
             raise ValueError(
                 f"input_ids hold {found} image placeholders (id {self.config.image_token_id}), but {images} image(s) "
-                f"of {self.connector.tokens} vision tokens were given, {expected} in all"
+                f"of {self.connector.tokens} vision tokens were given, {expected} in all: let the processor write both"
             )
         if vision is None:
             return embeds
@@ -308,7 +310,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         that learns then has a gradient on every rank, which DDP waits for.
         """
         following = labels[:, 1:].to(hidden.device)
-        supervised = following != IGNORED
+        supervised = following != IGNORE
         hidden, targets = hidden[:, :-1][supervised], following[supervised]
         parts = zip(hidden.tensor_split(self.loss_chunks), targets.tensor_split(self.loss_chunks), strict=True)
         if self.loss_chunks == 1:

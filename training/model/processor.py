@@ -19,9 +19,8 @@ from transformers.image_utils import make_flat_list_of_images
 from pipeline.encoders import encoder_of
 from pipeline.encoders.pixels import Pixels, upright_rgb
 
+from .markers import IMAGE
 from .tokenizer import Tokenizer
-
-IMAGE = "<image>"
 
 
 class CompactVisionTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
@@ -171,8 +170,8 @@ class CompactVisionProcessor(ProcessorMixin):  # type: ignore[misc]
         for number, prompt in enumerate([text] if isinstance(text, str) else text or []):
             if isinstance(prompt, str) and prompt.count(IMAGE) > 1:
                 raise ValueError(
-                    f"prompt {number} holds {prompt.count(IMAGE)} images; the model was trained with one per "
-                    "conversation and takes one"
+                    f"prompt {number} holds {prompt.count(IMAGE)} images; give one: the model was trained with one per "
+                    "conversation"
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
 

@@ -39,8 +39,12 @@ class Tokenizer:
         self._pieces = self._plain if legacy else _load(self.model_file, NO_DUMMY_PREFIX)
         self._unk_length = len(self._pieces.encode(UNK))
         self.unk_id, self.bos_id, self.eos_id = (self._plain.piece_to_id(piece) for piece in (UNK, BOS, EOS))
-        if (self._plain.unk_id(), self._plain.bos_id(), self._plain.eos_id()) != (0, 1, 2):
-            raise ValueError(f"{self.model_file}: its special tokens are not Llama's <unk>, <s>, </s> with ids 0, 1, 2")
+        special = (self._plain.unk_id(), self._plain.bos_id(), self._plain.eos_id())
+        if special != (0, 1, 2):
+            raise ValueError(
+                f"{self.model_file}: the ids of its unk, bos and eos are {special}, expected Llama's <unk>, <s>, </s> "
+                "with 0, 1, 2"
+            )
         self.pad_id = self.unk_id  # as LLaVA-1.5
 
     @classmethod
@@ -123,4 +127,4 @@ def _load(model_file: Path, override: bytes = b"") -> SentencePieceProcessor:
     try:
         return SentencePieceProcessor(model_proto=model_file.read_bytes() + override)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{model_file} is no SentencePiece model: {error}") from error
+        raise ValueError(f"{model_file} is no SentencePiece model: {error}; copy or download it again") from error

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.release.records import LAST, final_loss, read_log
 
@@ -39,19 +39,30 @@ An image goes first in its message, one image per conversation. `pip install tra
 it needs."""
 
 
+class CardFiles(NamedTuple):
+    """Files that a card takes its figures from.
+
+    Attributes:
+        run: folder of the training run: its settings, its losses, and those of the stage that it started from.
+        scores: files that training/evaluate.py wrote beside its answers.
+    """
+
+    run: Path | None = None
+    scores: Sequence[Path] = ()
+
+
+NO_FILES = CardFiles()
+
+
 def model_card(
-    model: CompactVisionForConditionalGeneration,
-    origin: Mapping[str, str],
-    run: Path | None = None,
-    scores: Sequence[Path] = (),
+    model: CompactVisionForConditionalGeneration, origin: Mapping[str, str], files: CardFiles = NO_FILES
 ) -> str:
     """The card as Markdown.
 
     Args:
         model: whole, with its vision tower.
         origin: rows about where the weights come from.
-        run: folder of the training run: its settings, its losses, and those of the stage that it started from.
-        scores: files that training/evaluate.py wrote beside its answers.
+        files: what the figures of training and the scores are read from.
 
     Raises:
         ValueError: if a file of scores is none.
@@ -60,8 +71,8 @@ def model_card(
         f"# An image in {model.connector.tokens} vision tokens",
         _table({**_facts(model), **origin}),
         USE,
-        *_training(run),
-        *_scores(scores),
+        *_training(files.run),
+        *_scores(files.scores),
     ]
     return "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n" + "\n\n".join(parts) + "\n"
 
@@ -150,7 +161,7 @@ def _scores(files: Sequence[Path]) -> list[str]:
             rows[name] = _score_text(scores)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(
-                f"{path} holds no scores ({type(error).__name__}: {error}); training/evaluate.py writes them"
+                f"{path} holds no scores ({type(error).__name__}: {error}); name a file of training/evaluate.py"
             ) from error
     return ["## Scores\n\n" + _table(rows)]
 

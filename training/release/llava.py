@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pipeline.encoders.columns import grid_of
+
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import CLIPVisionModel, LlamaForCausalLM
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 CLIP = "openai/clip-vit-large-patch14-336"
 TOWER = "model.vision_tower.vision_tower.vision_model."  # before CLIP's names, as transformers 4 wrote them
 PROJECTOR = "model.mm_projector"
+_GIVE = "give the mm_projector.bin of LLaVA-STF or LLaVA-1.5"
 
 
 def take_in(
@@ -47,7 +50,7 @@ def take_in(
     seen = {name.removeprefix(TOWER): state.pop(name) for name in list(state) if name.startswith(TOWER)}
     projector = {name: state.pop(name) for name in list(state) if name.startswith(PROJECTOR)}
     vision = _vision_config(clip or said.get("mm_vision_tower") or CLIP)
-    connector = connector_from_released(projector, vision.image_size // vision.patch_size)
+    connector = connector_from_released(projector, grid_of(vision))
     text = _text_config(said) if whole else None
     unused = _check_keys(source, vision, seen, text, state, ignore_unused)
     model = CompactVisionForConditionalGeneration.from_parts(
@@ -63,10 +66,13 @@ def _settings(folder: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}; download it again") from error
     layer = settings.get("mm_vision_select_layer", -2)
     if layer != -2 or settings.get("mm_vision_select_feature", "patch") != "patch":
-        raise ValueError(f"{path}: mm_vision_select_layer {layer!r}; only the patch tokens of layer -2 are understood")
+        raise ValueError(
+            f"{path}: mm_vision_select_layer {layer!r}, mm_vision_select_feature "
+            f"{settings.get('mm_vision_select_feature')!r}; take a checkpoint that reads the patch tokens of layer -2"
+        )
     return dict(settings)
 
 
@@ -93,7 +99,8 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
         files = files or sorted(source.glob("mm_projector.bin"))
     if not files or not files[0].is_file():
         raise ValueError(
-            f"{source} holds no weights: neither *.safetensors, nor pytorch_model*.bin or mm_projector.bin"
+            f"{source} holds no weights; name a folder with *.safetensors, pytorch_model*.bin or mm_projector.bin, or "
+            "one of these files"
         )
     state: dict[str, Tensor] = {}
     for path in files:
@@ -103,9 +110,12 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
             strange = [name for name, value in part.items() if not isinstance(value, torch.Tensor)]
         except (pickle.UnpicklingError, SafetensorError, RuntimeError, AttributeError, EOFError) as error:
             first = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{path} is not a file of plain tensors, and nothing else is opened: {first}") from error
+            raise ValueError(
+                f"{path} is not a file of plain tensors, and nothing else is opened: {first}; download it again, or "
+                "save its state_dict by itself"
+            ) from error
         if strange:
-            raise ValueError(f"{path} holds more than tensors: {strange[:5]}")
+            raise ValueError(f"{path} holds more than tensors: {strange[:5]}; save its state_dict by itself")
         state |= part
     return state
 
@@ -150,8 +160,8 @@ def _check_keys(
             if expected[name].shape != found[name].shape:
                 missing.append(f"{prefix}{name} of shape {[*expected[name].shape]}, found {[*found[name].shape]}")
     if missing or (unused and not ignore_unused):
-        hint = "; --ignore-unused goes on without the unused ones" if unused and not missing else ""
-        raise ValueError(f"{source}: missing {missing or 'nothing'}, not used {unused or 'nothing'}{hint}")
+        hint = "take a whole checkpoint" if missing else "add --ignore-unused to go on without the unused ones"
+        raise ValueError(f"{source}: missing {missing or 'nothing'}, not used {unused or 'nothing'}; {hint}")
     return unused
 
 
@@ -193,7 +203,9 @@ def connector_from_released(state: Mapping[str, Tensor], grid: int = 24) -> Conn
     wanted = {f"{a}.{kind}": f"{b}.{kind}" for a, b in names.items() for kind in ("weight", "bias")}
     missing, unused = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
     if missing or unused:
-        raise ValueError(f"not a released projector: missing {missing or 'nothing'}, not used {unused or 'nothing'}")
+        raise ValueError(
+            f"not a released projector: missing {missing or 'nothing'}, not used {unused or 'nothing'}; {_GIVE}"
+        )
     c3, width = len(state["model.mm_projector.2.bias"]), state["model.mm_projector.0.weight"].shape[1]
     if arm == "mlp":
         shape = FusionConfig(arm="mlp", preset="released", grid=grid, vision_width=width, llm_width=c3)
@@ -201,14 +213,16 @@ def connector_from_released(state: Mapping[str, Tensor], grid: int = 24) -> Conn
         c1 = len(state["model.mm_projector_crosslayer.2.bias"])
         blocks = state["model.mm_projector_crosslayer.0.weight"].shape[1] // c1
         if blocks != len(RELEASED_BLOCKS):
-            raise ValueError(f"the released projector reads {len(RELEASED_BLOCKS)} blocks; these weights read {blocks}")
+            raise ValueError(
+                f"the released projector reads {len(RELEASED_BLOCKS)} blocks, these weights read {blocks}; {_GIVE}"
+            )
         k = round((width // c1) ** 0.5)
         shape = FusionConfig(preset="released", kernel_size=k, grid=grid, vision_width=c1, llm_width=c3)
     connector = build_connector(shape)
     try:
         connector.load_state_dict({mine: state[theirs] for theirs, mine in wanted.items()})
     except RuntimeError as error:
-        raise ValueError(f"not a released projector: {error}") from error
+        raise ValueError(f"not a released projector: {error}; {_GIVE}") from error
     return connector.to(state["model.mm_projector.0.weight"].dtype)
 
 

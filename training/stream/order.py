@@ -138,8 +138,8 @@ def _grouped(sequence: Ints, examples: Examples, size: int, draw: _Draws) -> Int
     batches: list[Ints] = []  # each (B,): positions in `sequence`, the longest example first
     moments: list[float] = []  # of each batch, on the scale of those positions
     rest: list[Ints] = []
-    for modality in (True, False):
-        positions = np.flatnonzero(examples.has_image[sequence] == modality)
+    for modality in (True, False):  # with an image, text only
+        positions = np.flatnonzero(examples.has_image[sequence] == modality)  # those of this modality, ascending
         full = len(positions) // size * size
         rest.append(positions[full:])
         for begin in range(0, full, POOL_BATCHES * size):
@@ -150,6 +150,7 @@ def _grouped(sequence: Ints, examples: Examples, size: int, draw: _Draws) -> Int
                 # A batch comes at a random moment of the stretch that its pool was taken from.
                 moments.append(float(pool[0] + when[len(batches)] * (pool[-1] - pool[0])))
                 batches.append(row[::-1])
+    # The batches in the order of their moments, then what filled no batch, in the order of the shuffled sequence.
     ordered = [batches[i] for i in np.argsort(np.array(moments), kind="stable")]
     grouped: Ints = sequence[np.concatenate([*ordered, np.sort(np.concatenate(rest))]).astype(np.int64)]
     return grouped
@@ -162,6 +163,7 @@ def same_shard_pairs(batches: Ints, examples: Examples) -> float:
         batches: example indices (G, B).
     """
     shards, size = examples.shard[batches], batches.shape[1]
+    # Of c examples in one shard, c (c - 1) ordered pairs share it.
     counts = np.stack([np.bincount(row, minlength=int(examples.shard.max()) + 1) for row in shards])  # (G, S)
     within = (counts * (counts - 1)).sum() / (len(batches) * size * (size - 1))  # share of the pairs of a batch
     overall = np.bincount(examples.shard)  # (S,)

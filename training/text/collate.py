@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.schema import Conversation
+from training.model.markers import IGNORE
 from training.model.tokenizer import Tokenizer
 from training.text.image import Turns, show_once
 from training.text.labels import Labelled, ids_and_labels, with_vision_tokens
-from training.text.templates import IGNORE, TEMPLATES
+from training.text.templates import TEMPLATES
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.schema import Turn
-from training.text.image import IMAGE, Turns, tokenize_with_image
+from training.model.markers import IGNORE, IMAGE
+from training.text.image import Turns, tokenize_with_image
 
 if TYPE_CHECKING:
     from training.model.tokenizer import Tokenizer
-
-IGNORE = -100  # label of a token that is not learned
 
 
 class Template(ABC):
@@ -74,7 +73,7 @@ class Caption(Template):
         self, prompt: str, ids: Sequence[int], tokenizer: Tokenizer, has_image: bool, max_length: int
     ) -> list[int]:
         """All but BOS and the image is learned."""
-        return [IGNORE, IGNORE, *ids[2:]]
+        return [IGNORE, IGNORE, *ids[2:]]  # the prompt begins with the image, one placeholder
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def connector_config(given: Mapping[str, Any] | None = None, **more: Any) -> Con
     unknown = [name for name in values if name not in known]
     if unknown:
         raise ValueError(
-            f"connector {values['arm']} has no setting {', '.join(unknown)}; it has "
+            f"connector {values['arm']} has no setting {', '.join(unknown)}; choose among "
             f"{', '.join(name for name in known if name not in ('arm', *SHAPE))}"
         )
     return cls(**values)

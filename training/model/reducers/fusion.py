@@ -14,9 +14,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
+from pipeline.encoders.columns import PAPER_BLOCKS, patch_column
+
 from .base import ConnectorConfig
 
-PAPER_BLOCKS = (3, 6, 9, 12, 15, 18, 21, 24)  # section 3.3
 RELEASED_BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)  # the channel order of the published weights
 
 
@@ -98,7 +99,7 @@ class FusionConfig(ConnectorConfig):
         """Names of the columns read, in channel order."""
         assert self.blocks is not None
         blocks = self.blocks if "mbtf" in self.arm else (self.block,)
-        return tuple(f"block{block:02d}" for block in blocks)
+        return tuple(map(patch_column, blocks))
 
     @property
     def tokens(self) -> int:

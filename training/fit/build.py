@@ -122,7 +122,7 @@ def _text_config(config: TrainConfig) -> Any:
     if config.data.max_length > text.max_position_embeddings:
         raise ValueError(
             f"data.max_length {config.data.max_length} is more than the {text.max_position_embeddings} positions "
-            f"of {config.model.llm}"
+            f"of {config.model.llm}; lower it"
         )
     return text
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from pipeline.encoders.columns import grid_of
 
@@ -196,32 +196,16 @@ def connector_from_released(state: Mapping[str, Tensor], grid: int = 24) -> Conn
         ValueError: naming every key that is missing, and every one that was not used; or shapes of another connector.
     """
     from training.model.reducers import build_connector
-    from training.model.reducers.fusion import RELEASED_BLOCKS, FusionConfig
+    from training.model.reducers.fusion import published_config
 
-    arm: Literal["mbtf+stf", "mlp"] = "mbtf+stf" if any("crosslayer" in name for name in state) else "mlp"
-    names = FusionConfig(arm=arm, preset="released").published_names()
-    wanted = {f"{a}.{kind}": f"{b}.{kind}" for a, b in names.items() for kind in ("weight", "bias")}
-    missing, unused = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or unused:
-        raise ValueError(
-            f"not a released projector: missing {missing or 'nothing'}, not used {unused or 'nothing'}; {_GIVE}"
-        )
-    c3, width = len(state["model.mm_projector.2.bias"]), state["model.mm_projector.0.weight"].shape[1]
-    if arm == "mlp":
-        shape = FusionConfig(arm="mlp", preset="released", grid=grid, vision_width=width, llm_width=c3)
-    else:
-        c1 = len(state["model.mm_projector_crosslayer.2.bias"])
-        blocks = state["model.mm_projector_crosslayer.0.weight"].shape[1] // c1
-        if blocks != len(RELEASED_BLOCKS):
-            raise ValueError(
-                f"the released projector reads {len(RELEASED_BLOCKS)} blocks, these weights read {blocks}; {_GIVE}"
-            )
-        k = round((width // c1) ** 0.5)
-        shape = FusionConfig(preset="released", kernel_size=k, grid=grid, vision_width=c1, llm_width=c3)
-    connector = build_connector(shape)
     try:
-        connector.load_state_dict({mine: state[theirs] for theirs, mine in wanted.items()})
-    except RuntimeError as error:
+        shape = published_config({name: tuple(weight.shape) for name, weight in state.items()}, grid)
+        connector = build_connector(shape)
+        names = {
+            f"{a}.{kind}": f"{b}.{kind}" for a, b in shape.published_names().items() for kind in ("weight", "bias")
+        }
+        connector.load_state_dict({mine: state[theirs] for theirs, mine in names.items()})
+    except (ValueError, RuntimeError) as error:
         raise ValueError(f"not a released projector: {error}; {_GIVE}") from error
     return connector.to(state["model.mm_projector.0.weight"].dtype)
 

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -18,6 +19,15 @@ from pipeline.encoders.columns import PAPER_BLOCKS, patch_column
 
 from .base import ConnectorConfig
 
+PUBLISHED = {  # layers in the authors' checkpoints -> ours: LLaVA-STF's released topology, and LLaVA-1.5's projector
+    "mbtf+stf": {
+        "model.mm_projector_crosslayer.0": "mbtf.0",
+        "model.mm_projector_crosslayer.2": "mbtf.2",
+        "model.mm_projector.0": "stf.fuse",
+        "model.mm_projector.2": "stf.project.0",
+    },
+    "mlp": {"model.mm_projector.0": "mlp.0", "model.mm_projector.2": "mlp.2"},
+}
 RELEASED_BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)  # the channel order of the published weights
 
 
@@ -131,13 +141,26 @@ class FusionConfig(ConnectorConfig):
 
     def published_names(self) -> dict[str, str]:
         """The released topology with E = 1, and LLaVA-1.5's projector."""
-        if self.arm == "mlp":
-            return {"model.mm_projector.0": "mlp.0", "model.mm_projector.2": "mlp.2"}
-        if (self.arm, self.preset, self.fused_tokens) != ("mbtf+stf", "released", 1):
-            return {}
-        return {
-            "model.mm_projector_crosslayer.0": "mbtf.0",
-            "model.mm_projector_crosslayer.2": "mbtf.2",
-            "model.mm_projector.0": "stf.fuse",
-            "model.mm_projector.2": "stf.project.0",
-        }
+        as_released = self.arm == "mlp" or (self.preset, self.fused_tokens) == ("released", 1)
+        return PUBLISHED.get(self.arm, {}) if as_released else {}
+
+
+def published_config(shapes: Mapping[str, Sequence[int]], grid: int) -> FusionConfig:
+    """The connector whose weights have these published names and shapes; widths, blocks and k are read off them.
+
+    Raises:
+        ValueError: naming every key that is missing, and every one that was not used; or another number of blocks.
+    """
+    arm: Literal["mbtf+stf", "mlp"] = "mbtf+stf" if any("crosslayer" in name for name in shapes) else "mlp"
+    wanted = {f"{layer}.{kind}" for layer in PUBLISHED[arm] for kind in ("weight", "bias")}
+    missing, unused = sorted(wanted - shapes.keys()), sorted(shapes.keys() - wanted)
+    if missing or unused:
+        raise ValueError(f"missing {missing or 'nothing'}, not used {unused or 'nothing'}")
+    (c3,), (_, width) = shapes["model.mm_projector.2.bias"], shapes["model.mm_projector.0.weight"][:2]
+    if arm == "mlp":
+        return FusionConfig(arm, grid, width, c3, preset="released")
+    (c1,) = shapes["model.mm_projector_crosslayer.2.bias"]
+    blocks = shapes["model.mm_projector_crosslayer.0.weight"][1] // c1
+    if blocks != len(RELEASED_BLOCKS):
+        raise ValueError(f"it reads {blocks} blocks, the published one {len(RELEASED_BLOCKS)}")
+    return FusionConfig(arm, grid, c1, c3, preset="released", kernel_size=round((width // c1) ** 0.5))

@@ -173,7 +173,7 @@ class CompactVisionProcessor(ProcessorMixin):  # type: ignore[misc]
             if isinstance(prompt, str) and prompt.count(IMAGE) > 1:
                 raise ValueError(
                     f"prompt {number} holds {prompt.count(IMAGE)} images; give one: the model was trained with one per "
-                    "conversation"
+                    "conversation and takes one"
                 )
         super().validate_inputs(images=images, text=text, **kwargs)
 

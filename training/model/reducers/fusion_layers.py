@@ -88,7 +88,7 @@ def _mean(x: Tensor, grid: int, k: int) -> Tensor:
 
 
 def _mbtf(blocks: int, c1: int, preset: str) -> nn.Sequential:
-    """MBTF (section 3.3, Table 1a), its 1x1 convolutions as Linear layers: (n, tokens, blocks * C1) -> (n, tokens, C1)."""
+    """MBTF (section 3.3, Table 1a), 1x1 convolutions as Linear layers: (n, tokens, blocks * C1) -> (n, tokens, C1)."""
     layers = [nn.Linear(blocks * c1, 4 * c1), nn.GELU(), nn.Linear(4 * c1, c1)]
     return nn.Sequential(*layers, nn.GELU()) if preset == "paper" else nn.Sequential(*layers)
 

@@ -170,6 +170,7 @@ def main() -> None:
 
 
 def _table(summary: dict[str, Any], run: Path) -> str:
+    """The summary for the screen."""
     first, last = summary["loss_first"], summary["loss_last"]
     lines = [
         "",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Is everything ready for a run? One line for each question: ok, warn or fail, with what to do about it.
 
-    python training/doctor.py training/finetune.yaml data.store=...           # this process alone
+    python training/doctor.py training/finetune.yaml data.store=...           # only this process
     composer -n 8 training/doctor.py training/finetune.yaml data.store=...    # every rank, and the links between them
 
 Nothing is trained or kept; files that are written as a trial are removed. Without a CONFIG only the machine is looked

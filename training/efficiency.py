@@ -5,7 +5,7 @@
     python training/efficiency.py runs/demo/finetune/model         measured side by side, with a model's own weights
     python training/efficiency.py --config 7b --layers 2           measured on random weights of a shape
 
-Times are medians over rounds in which every row has its turn, so that all rows share whatever else the machine does.
+Times are medians over rounds. Each row has a turn in every round, so what else the machine does slows all rows alike.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="folder that training/train.py exported, or a Hub id")
     parser.add_argument("--config", metavar="SHAPE", help="random weights: 7b, 13b, or a folder with config.json")
     parser.add_argument("--flops", action="store_true", help="the table of FLOPs; with --config 7b (default) or 13b")
-    parser.add_argument("--layers", type=int, help="only so many layers of the language model, for small machines")
+    parser.add_argument("--layers", type=int, help="only the first layers of the language model, for small machines")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 on a GPU")
     parser.add_argument("--text-tokens", type=int, default=64, help="of the prompt (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, help="decoded after it (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="prompts at once (default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=int, default=7, help="medians over so many, after a warm-up (default: %(default)s)"
+        "--rounds", type=int, default=7, help="what medians are over, after a warm-up (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, help="write the figures there too, as JSON")
     arguments = parser.parse_args()
@@ -107,6 +107,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def _cell(key: str, value: Any) -> str:
+    """A figure of the column `key`, in its unit."""
     if value is None:
         return "-"
     if key.endswith("bytes"):

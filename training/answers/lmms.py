@@ -57,6 +57,7 @@ class CompactVision(lmms):  # type: ignore[misc]
         return answers
 
     def _picture(self, images_of: Any, index: int, task: str, split: str) -> Any:
+        """A document's image, RGB; None if it has none."""
         images = images_of(self.task_dict[task][split][index]) or []
         if len(images) > 1:
             raise ValueError(

@@ -122,7 +122,7 @@ class Talk:
             for piece in answer.pieces():
                 said += piece
                 yield piece
-        finally:
+        finally:  # also when the reader stops in the middle: what was said so far is the answer
             answer.stop()
             self.history.append((text, said.strip()))
             self.first_token_s = answer.times[0] - asked if answer.times else 0.0
@@ -155,6 +155,7 @@ class _Answer:
         self._thread = threading.Thread(target=self._run, args=(speaker, inputs, max_new_tokens), daemon=True)
 
     def _run(self, speaker: Speaker, inputs: Any, max_new_tokens: int) -> None:
+        """In the thread: generate to the end, or until `stop`; an error waits for the reader."""
         import torch
         from transformers import StoppingCriteriaList
 
@@ -171,9 +172,10 @@ class _Answer:
         except BaseException as error:
             self._fault = error  # raised again where the text is read
         finally:
-            self._streamer.end()
+            self._streamer.end()  # or the reader would wait for ever
 
     def _after_token(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """transformers' stopping criterion: ids (rows, length) -> bool (rows,), True to stop."""
         import torch
 
         self.times.append(time.perf_counter())

@@ -61,6 +61,7 @@ class OwnQuestions(Benchmark):
         self._know(self.questions)
 
     def _know(self, questions: Sequence[Question]) -> None:
+        """Note how predictions may name each question: by id and image, by the id where only one question has it."""
         named = [identifier(q.line["question_id"]) for q in questions]
         often = Counter(named)
         self._ids: dict[tuple[str, str | None], str] = {}
@@ -115,6 +116,7 @@ def is_right(line: Mapping[str, Any]) -> bool:
 
 
 def _question(line: Mapping[str, Any]) -> Question:
+    """A checked line of a questions file."""
     return Question(
         id=f"{identifier(line['question_id'])} {line['image']}",
         text=line["text"],

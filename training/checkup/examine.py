@@ -33,7 +33,7 @@ def examine(config: TrainConfig | None, rank: ThisRank) -> list[Finding]:
         except (ValueError, OSError, RuntimeError) as error:
             found.append(unreached(rank, error))
     if store is not None:
-        meeting = store
+        meeting = store  # a name that is never None, for the lambda
         found += run_check("links", lambda: links(config, rank, meeting))
     found += run_check("shared memory", shared_memory)
     if config is not None:

@@ -159,6 +159,7 @@ def memory(
 
 
 def _free_host_memory() -> int:
+    """Bytes that new processes can have (Linux counts in KiB)."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 

@@ -44,12 +44,14 @@ class StepFlops:
         self.text = model.config.text_config
         layers = model.llm.get_decoder().layers
         learning = sum(p.numel() for p in layers.parameters() if p.requires_grad)
+        # Between 2 (all frozen) and 3 (all learn): the gradient of the weights is needed only for those that learn.
         self.llm_factor = 2 + learning / sum(p.numel() for p in layers.parameters())
         self.image = model.connector.config.flops() * (3 if "connector" in train else 1)
 
     def __call__(self, lengths: Collection[int], images: int, supervised: int) -> float:
         """Of a batch with examples of these lengths (vision tokens included)."""
         head = head_flops(self.text) * supervised
+        # Q K^T and the weighted sum of V: 2 N^2 d each, in every layer.
         attention = 4 * self.text.hidden_size * self.text.num_hidden_layers * sum(n * n for n in lengths)
         matrices = sum(prefill_flops(self.text, n) for n in lengths) - attention
         return float(self.llm_factor * (matrices + head) + 3 * attention + self.image * images)

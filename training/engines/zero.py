@@ -53,6 +53,7 @@ class Zero(Engine):
 
     def memory(self, shape: ModelShape) -> Held:
         """Optimizer state, with it the fp32 weights, is sharded; gradients from stage 2 on, weights in stage 3."""
+        # Weights and gradients have the dtype of the forward pass; fp32 copies and moments are the optimizer's.
         width, learning = computed(self.config), float(shape.learning)
         weights = width * (learning + shape.frozen)
         return Held(

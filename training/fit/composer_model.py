@@ -36,6 +36,7 @@ class TrainableModel(ComposerModel):  # type: ignore[misc]
         A batch without images sends zero images through the connector, so that every rank has a gradient, of zeros, for
         each of its parameters: without one, DDP would wait for ever.
         """
+        # {column: uint8 (I, bytes)} -> {column: (I, tokens, width)}
         columns = {c.name: from_payload(batch["columns"][c.name], c, self.codec, self.dtype) for c in self.columns}
         return self.model(
             input_ids=batch["input_ids"],

@@ -63,6 +63,7 @@ def example(parts: Parts, coloured: bool) -> str:
     length = int(batch["attention_mask"][0].sum())
     ids, labels = (batch[name][0, :length].tolist() for name in ("input_ids", "labels"))
     text = ""
+    # Runs of vision tokens and of text; within text, runs that are supervised and runs that are not.
     for is_image, places in groupby(range(length), lambda i: ids[i] == parts.model.config.image_token_id):
         run = list(places)
         if is_image:
@@ -76,4 +77,5 @@ def example(parts: Parts, coloured: bool) -> str:
 
 
 def _marked(text: str, colour: str, coloured: bool, before: str, after: str) -> str:
+    """Text in a colour, or between two marks."""
     return f"{colour}{text}{PLAIN}" if coloured else f"{before}{text}{after}"

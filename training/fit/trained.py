@@ -46,7 +46,11 @@ def export_run(
 def trained_model(
     config: TrainConfig, store: StoreSpec, run: Path, checkpoint: Path | None
 ) -> CompactVisionForConditionalGeneration:
-    """The model at the end of a run, or at a checkpoint."""
+    """The model at the end of a run, or at a checkpoint.
+
+    A finished stage 2 has exported its model whole. A finished stage 1 has exported its connector, an unfinished run
+    has checkpoints of what learns: the rest is then built as for training.
+    """
     from training.fit.build import build_model
     from training.fit.lora import merge_lora
     from training.model.model import CompactVisionForConditionalGeneration
@@ -79,6 +83,7 @@ def trained_model(
 
 
 def _newest_checkpoint(run: Path) -> Path:
+    """The newest whole checkpoint of a run, if its one file has all weights that learn."""
     from training.checkpoints.checkpoint import newest_on_disk
 
     found = newest_on_disk(run / "checkpoints")

@@ -153,7 +153,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         )
         if vision_tower is not None:
             _check_tower(vision_tower.config, connector)
-        with torch.device("meta"):  # the frame alone
+        with torch.device("meta"):  # the frame, without weights
             model = cls(config)
         model.llm, model.connector, model.vision_tower = llm, connector, vision_tower
         model.generation_config = llm.generation_config
@@ -225,7 +225,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             inputs_embeds: (batch, length, width), instead of input_ids.
             position_ids: (batch, length).
             past_key_values, cache: keys and values of the positions before; from transformers 5.24 on `cache`.
-            logits_to_keep: only the last so many positions, or those at these indices; 0 keeps all.
+            logits_to_keep: how many of the last positions, or which indices; 0 keeps all.
             **kwargs: to the language model without its head, `use_cache` among them.
 
         Raises:
@@ -233,7 +233,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         """
         text = self._text(input_ids, attention_mask, labels)
         inputs_embeds, vision = self._inputs(input_ids, inputs_embeds, columns, pixel_values, text)
-        # Named above for `generate`, which reads the signature; a version knows one name of the cache alone.
+        # Named above for `generate`, which reads the signature. A version of transformers knows one name of the cache.
         given = {"position_ids": position_ids, "past_key_values": past_key_values, "cache": cache}
         kwargs |= {name: value for name, value in given.items() if value is not None}
         outputs = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
@@ -250,7 +250,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         )
 
     def _text(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None) -> Text | None:
-        """What a connector that reads text is given: of each row with an image, all tokens that are not predicted."""
+        """(batch, length) each -> for a connector that reads text: of rows with an image, the tokens not predicted."""
         if not self.connector.config.reads_text or input_ids is None:
             return None
         shown = input_ids == self.config.image_token_id
@@ -301,10 +301,10 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         return embeds.masked_scatter(places.unsqueeze(-1).to(embeds.device), vision.to(embeds.device, embeds.dtype))
 
     def _loss(self, hidden: Tensor, labels: Tensor, vision: Tensor | None) -> Tensor:
-        """Mean cross-entropy in fp32; logits are computed at supervised positions alone, whose memory they bound.
+        """(batch, length, width), labels (batch, length), vision (n, tokens, width) -> mean cross-entropy in fp32, ().
 
-        With `loss_chunks` above 1 they are computed in so many parts, none of which is kept: the backward pass
-        computes each again, for 2 FLOPs per weight of the head and supervised token.
+        Logits are computed only at supervised positions, which bound their memory. With `loss_chunks` above 1 they come
+        in that many parts, none is kept, and the backward pass computes each again: 2 FLOPs per head weight and token.
 
         Without supervised tokens it is 0, and without images 0 is added to it, both with a graph: every parameter
         that learns then has a gradient on every rank, which DDP waits for.
@@ -377,12 +377,13 @@ class _VocabularyOnly(LogitsProcessorList):  # type: ignore[misc]
 
 
 def _within(input_ids: Tensor, image_token_id: int) -> Tensor:
-    """The row's first id instead of each placeholder: the row holds it anyway, so no other id is punished."""
+    """(rows, length), each placeholder replaced by its row's first id: the row holds it anyway, so none is punished."""
     first = input_ids[:, :1].clamp(max=image_token_id - 1)
     return torch.where(input_ids == image_token_id, first, input_ids)
 
 
 def _check_tower(vision: PreTrainedConfig, connector: Connector) -> None:
+    """Raise ValueError if the tower's grid, width or depth is not what the connector was made for."""
     found = (grid_of(vision), vision.hidden_size)
     expected = (connector.config.grid, connector.config.vision_width)
     if found != expected:

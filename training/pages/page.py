@@ -30,6 +30,7 @@ def filled(template: str, parts: Mapping[str, Any]) -> str:
 
 
 def _environment() -> dict[str, str]:
+    """What the page was made with and on, by name."""
     return {
         "python": platform.python_version(),
         "cores": str(os.cpu_count()),

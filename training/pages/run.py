@@ -36,6 +36,7 @@ def run_page(run: Path, images: Path, examples: int = EXAMPLES) -> str:
 
 
 def _stage(run: Path, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
+    """A stage's figures and its curve, from its log."""
     lines = read_log(run / stage)
     losses = [line["loss"] for line in lines]
     return {

@@ -91,6 +91,7 @@ def store_facts(store: StoreSpec) -> dict[str, str]:
 
 
 def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
+    """Sizes and costs of the model, each from its own configuration."""
     from training.cost.flops import image_flops, kv_cache_bytes, prefill_flops
 
     connector, text, vision = model.connector, model.llm.config, model.config.vision_config
@@ -103,7 +104,7 @@ def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
     return {
         "vision tokens per image": f"{tokens} of {patches} patch tokens",
         "prefill of the vision tokens": f"{prefill}, instead of "
-        f"{_flops_text(prefill_flops(text, patches))} for all patch tokens (language model alone, no head)",
+        f"{_flops_text(prefill_flops(text, patches))} for all patch tokens (only the language model, no head)",
         "one image in all": f"{_flops_text(sum(parts))}: vision encoder {encoder}, connector {fusion}, "
         f"prefill {prefill}",
         "KV cache of an image": f"{kept:.4g} MiB, instead of {instead:.4g}",
@@ -116,6 +117,7 @@ def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
 
 
 def _flops_text(flops: int) -> str:
+    """FLOPs in the largest unit of which there is at least a tenth."""
     scale, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "G")) if flops >= s / 10), (1e6, "M"))
     return f"{flops / scale:.4g} {unit}FLOPs"
 
@@ -129,6 +131,7 @@ def _training(run: Path | None) -> list[str]:
     if run is None or not (run / "config.json").is_file():
         return []
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    # Stage 2 names the connector/ folder of its stage 1, which lies in that run's folder.
     before = settings["model"].get("connector_from")
     earlier = _training(Path(before).parent) if before else []
     rows = {key: f"`{value}`" for key, value in _flat(settings).items() if key not in ("run", "data.cache_dir")}
@@ -144,6 +147,7 @@ def _training(run: Path | None) -> list[str]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names: `data.store`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -151,6 +155,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _scores(files: Sequence[Path]) -> list[str]:
+    """The section of scores, a row for each file; nothing without files."""
     if not files:
         return []
     rows = {}
@@ -178,5 +183,6 @@ def _score_text(scores: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Mapping[str, str]) -> str:
+    """Two columns in Markdown, without a heading."""
     lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])

@@ -101,7 +101,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     fresh.mkdir()
     try:
         yield fresh
-        if folder.exists():
+        if folder.exists():  # a folder with contents cannot be renamed over: move it away, delete it last
             old = fresh.with_name(fresh.name + ".old")
             folder.rename(old)
             fresh.rename(folder)

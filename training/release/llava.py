@@ -43,10 +43,11 @@ def take_in(
 
     said = _settings(source if source.is_dir() else source.parent)
     state = read_tensors(source)
-    whole = "model.embed_tokens.weight" in state
+    whole = "model.embed_tokens.weight" in state  # with the language model, not only the projector
     if whole is (llm is not None):
-        has, do = ("a language model of its own", "leave out") if whole else ("no language model", "name its own with")
+        has, do = ("a language model", "leave out") if whole else ("no language model", "name it with")
         raise ValueError(f"{source} holds {has}; {do} --llm")
+    # Take the state apart: CLIP's weights, the projector's, and what is left is the language model's.
     seen = {name.removeprefix(TOWER): state.pop(name) for name in list(state) if name.startswith(TOWER)}
     projector = {name: state.pop(name) for name in list(state) if name.startswith(PROJECTOR)}
     vision = _vision_config(clip or said.get("mm_vision_tower") or CLIP)
@@ -62,6 +63,7 @@ def take_in(
 
 
 def _settings(folder: Path) -> dict[str, Any]:
+    """LLaVA's config.json beside the weights, empty if there is none; ValueError if it reads other features."""
     path = folder / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -121,6 +123,7 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
 
 
 def _vision_config(name: str) -> Any:
+    """The configuration of the CLIP `name` (Hub id or folder), which remembers that name."""
     from transformers import CLIPVisionConfig
 
     try:
@@ -177,6 +180,7 @@ def _tower(vision: Any, seen: Mapping[str, Tensor]) -> CLIPVisionModel:
 
 
 def _language_model(name: str | None, text: Any, state: Mapping[str, Tensor]) -> LlamaForCausalLM:
+    """The language model `name`, or the one whose weights `state` holds by name, in their dtype."""
     from transformers import LlamaForCausalLM
 
     if name is not None:

@@ -150,6 +150,7 @@ def reading_matter(
     matter = []
     for text in captions.values():
         ids = tokenizer.encode(f"{text}\n")[1:]
+        # The caption is given once and learned once: the model learns to repeat what stands in the image's place.
         matter.append(Labelled([tokenizer.bos_id, *ids, *ids], [IGNORE] * (1 + len(ids)) + ids))
     for record in conversations:
         text = captions.get(record["image"], "")
@@ -182,7 +183,7 @@ def train_vision_tower(captions: dict[str, str], images: Path, tokenizer: Tokeni
         [torch.from_numpy(Clip().pixels(load_image((images / name).read_bytes()), "pad", size)) for name in captions]
     )
     texts = [[*tokenizer.encode(text)[: MAX_CAPTION - 1], tokenizer.eos_id] for text in captions.values()]
-    ids = torch.full((len(texts), max(map(len, texts))), tokenizer.eos_id)
+    ids = torch.full((len(texts), max(map(len, texts))), tokenizer.eos_id)  # (captions, longest), padded with </s>
     for row, text in enumerate(texts):
         ids[row, : len(text)] = torch.tensor(text)
     text_tower = {**TEXT_TOWER, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": ids.shape[1]}

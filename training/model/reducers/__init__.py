@@ -46,7 +46,7 @@ def connector_config(given: Mapping[str, Any] | None = None, **more: Any) -> Con
     Raises:
         ValueError: if the connector is unknown, has no such setting, or its settings do not fit each other.
     """
-    values = {"arm": DEFAULT, **(given or {}), **more}
+    values = {"arm": DEFAULT, **(given or {}), **more}  # the later ones win
     cls = config_class(values["arm"])
     known = [field.name for field in fields(cls)]
     unknown = [name for name in values if name not in known]

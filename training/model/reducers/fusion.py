@@ -1,4 +1,4 @@
-"""Fusion of blocks and of windows: the paper's method, its two parts alone, and the simple reductions beside it.
+"""Fusion of blocks and of windows: the paper's method, each of its two parts, and the simple reductions beside it.
 
     mbtf+stf      the method: Multi-Block Token Fusion (section 3.3), then Spatial Token Fusion (section 3.4)
     mbtf, stf     one of the two (Table 3)
@@ -79,6 +79,7 @@ class FusionConfig(ConnectorConfig):
             self._check_window()
 
     def _check_window(self) -> None:
+        """Raise ValueError if windows do not tile the grid, or E does not divide a fused window's channels."""
         k, fused, grid = self.kernel_size, self.fused_tokens, self.grid
         if k < 1 or grid % k:
             divisors = [d for d in range(1, grid + 1) if grid % d == 0]
@@ -127,13 +128,14 @@ class FusionConfig(ConnectorConfig):
         """The columns of one image to its vision tokens: every Linear layer of `Fusion`."""
         c1, c3, k, patches = self.vision_width, self.llm_width, self.kernel_size, self.grid**2
         products = 0  # multiply-adds
-        if "mbtf" in self.arm:
+        if "mbtf" in self.arm:  # blocks * C1 -> 4 C1 -> C1, at every patch
             products += patches * (len(self.columns) * c1 * 4 * c1 + 4 * c1 * c1)
         if "stf" in self.arm:
             narrow = self.fused_width // self.fused_tokens
+            # k*k*C1 -> the fused width, once per window; then each of its E tokens -> (4 C3 ->) C3.
             products += patches // k**2 * k**2 * c1 * self.fused_width
             products += self.tokens * (narrow * 4 * c3 + 4 * c3 * c3 if self.preset == "paper" else narrow * c3)
-        else:
+        else:  # the two-layer projector, on as many tokens as are left before it
             width = k * k * c1 if self.arm == "tokenconcat" else c1
             projected = patches if self.arm == "avgpool" and self.pool == "after" else self.tokens
             products += projected * (width * c3 + c3 * c3)
@@ -156,6 +158,7 @@ def published_config(shapes: Mapping[str, Sequence[int]], grid: int) -> FusionCo
     missing, unused = sorted(wanted - shapes.keys()), sorted(shapes.keys() - wanted)
     if missing or unused:
         raise ValueError(f"missing {missing or 'nothing'}, not used {unused or 'nothing'}")
+    # A weight is (out, in): MBTF's first layer reads blocks * C1, STF's k*k*C1, the plain projector's C1.
     (c3,), (_, width) = shapes["model.mm_projector.2.bias"], shapes["model.mm_projector.0.weight"][:2]
     if arm == "mlp":
         return FusionConfig(arm, grid, width, c3, preset="released")

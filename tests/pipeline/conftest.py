@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -213,6 +214,24 @@ def run(ray_address: str) -> Callable[..., str]:
         return output
 
     return call
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """call(script, *arguments, fails=False): as `run`, but in this process; for what starts no Ray."""
+
+    def here(script: str, *arguments: str, fails: bool = False) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        code: object = None
+        try:
+            importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+        except SystemExit as ended:
+            code = ended.code
+        output = "".join((*capfd.readouterr(), f"{code}\n" if isinstance(code, str) else ""))
+        assert bool(code) is fails, output[-4000:]
+        return output
+
+    return here
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ STAMP  := $(VENV)/.installed
 PIP    := -m pip --disable-pip-version-check install --quiet
 
 # Versions of transformers that an exported model is tried under, each in a folder of its own.
-TRANSFORMERS := $(patsubst tests/model/transformers_versions/%.txt,build/transformers/%/.installed,$(wildcard tests/model/transformers_versions/*.txt))
+TRANSFORMERS := $(patsubst tests/release/transformers_versions/%.txt,build/transformers/%/.installed,$(wildcard tests/release/transformers_versions/*.txt))
 
 .PHONY: demo ablate test test-newest transformers cluster-test infra-check check format bench-build bench-stream bench-train lock clean help
 
@@ -41,13 +41,13 @@ test: $(STAMP) transformers ## the tests, without the network, two files at a ti
 
 test-newest:     ## by hand and before a release: the engines' equal losses and the demo with the newest PyTorch
 	$(MAKE) TORCH=newest VENV=.venv-newest .venv-newest/.installed
-	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest tests/training/test_engines.py
+	OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest tests/engines/test_engines.py
 	rm -rf runs/demo-newest
 	.venv-newest/bin/python training/demo.py --run runs/demo-newest
 
 transformers: $(TRANSFORMERS) ## the versions of transformers that the tests try an exported model under (build/transformers)
 
-build/transformers/%/.installed: tests/model/transformers_versions/%.txt | $(STAMP)
+build/transformers/%/.installed: tests/release/transformers_versions/%.txt | $(STAMP)
 	$(BIN)/python $(PIP) --no-deps --require-hashes --upgrade --target build/transformers/$* -r $<
 	@touch $@
 

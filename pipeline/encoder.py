@@ -67,9 +67,12 @@ def family_of(name: str, revision: str | None) -> VisionEncoder:
 
     try:
         said = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
-        return encoder_of(str(said.get("model_type")))
     except Exception as error:  # the Hub client raises many kinds; all mean that the model is not to be had
         raise _unreadable(name, error) from error
+    try:
+        return encoder_of(str(said.get("model_type")))
+    except ValueError as error:
+        raise ValueError(f"encoder {name!r}: {error}") from error
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:

@@ -16,6 +16,7 @@ import hypothesis
 import psutil
 import pytest
 
+pytest_plugins = [f"fixtures.{name}" for name in ("models", "official_files", "processes", "runs", "s3", "stores")]
 TESTS = Path(__file__).parent
 MARK = "COMPACT_VISION_TESTS"  # in the environment of all that tests start, grandchildren included
 

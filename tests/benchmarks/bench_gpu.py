@@ -38,7 +38,7 @@ DEVICE_S = 60  # at most for the limits, which all other rows are held against
 ROOM = 20e9  # bytes
 
 
-# Part -> (share of the minutes, what it measures). Each runs in a process of its own, `python gpu_PART.py`.
+# Part -> (share of the minutes, what it measures). Each runs in a process of its own, `python gpu/gpu_PART.py`.
 PARTS = {
     "device": (5, "the device: matrix products, copies; codecs decoded on it"),
     "train": (46, "7B: stage 2 with LoRA and in full, stage 1, their peers; padding mask, trace, torch.compile"),
@@ -124,7 +124,7 @@ def _number(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def run_part(part: str, seconds: float, table: Table, scratch: Path, cpu: bool, folder: Path = HERE) -> None:
+def run_part(part: str, seconds: float, table: Table, scratch: Path, cpu: bool, folder: Path = HERE / "gpu") -> None:
     """One process; its lines `ROW {json}` become rows. After `seconds` it is killed with all that it started."""
     limits = {row["row"]: row for row in table.rows if row["part"] == "device"}
     job = {
@@ -135,7 +135,7 @@ def run_part(part: str, seconds: float, table: Table, scratch: Path, cpu: bool, 
         "cpu": cpu,
         "limits": limits,
     }
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(scratch)}
     environment |= {"HF_HUB_OFFLINE": "1", "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     if cpu:  # one thread: tiny matrices, and threads that wait for each other burn the cores

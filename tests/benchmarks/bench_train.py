@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
@@ -25,18 +24,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[0] = str(ROOT)
+sys.path[:1] = [str(ROOT), str(ROOT / "tests")]
 
 import torch  # noqa: E402
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM  # noqa: E402
 
+from fixtures.kept import kept_bytes  # noqa: E402
+from fixtures.runs import write_random_store, write_tokenizer  # noqa: E402
+from pipeline.schema import EncoderSpec  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 from training.fit.composer_model import TrainableModel  # noqa: E402
 from training.fit.optimizer import build_optimizer  # noqa: E402
 from training.fit.parts import open_parts  # noqa: E402
 from training.stream.batch import Batch  # noqa: E402
 
-BLOCKS, GRID, WIDTH = (2, 3, 4, 5, 6, 7, 8), 24, 128
+BLOCKS, WIDTH = (2, 3, 4, 5, 6, 7, 8), 128
 CLIP = {"hidden_size": WIDTH, "intermediate_size": 512, "num_hidden_layers": 8, "num_attention_heads": 4}
 LLM = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 6, "num_attention_heads": 8}
 LLM_VOCABULARY = 8192
@@ -50,15 +52,14 @@ def write_parts(folder: Path) -> None:
     if (folder / "complete").exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
-    spec = importlib.util.spec_from_file_location("parts", ROOT / "tests" / "training" / "conftest.py")
-    assert spec is not None and spec.loader is not None
-    parts = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(parts)
     torch.manual_seed(0)
     CLIPVisionModel(CLIPVisionConfig(image_size=336, patch_size=14, **CLIP)).save_pretrained(folder / "clip")
     LlamaForCausalLM(LlamaConfig(vocab_size=LLM_VOCABULARY, pad_token_id=0, **LLM)).save_pretrained(folder / "llm")
-    parts.write_tokenizer(folder / "llm")
-    parts.write_store(folder / "store", folder / "clip", 64, blocks=BLOCKS, grid=GRID, width=WIDTH, patch_size=14)
+    write_tokenizer(folder / "llm")
+    encoder = EncoderSpec(
+        id=str(folder / "clip"), revision="0", blocks=max(BLOCKS), width=WIDTH, image_size=336, patch_size=14
+    )
+    write_random_store(folder / "store", encoder, BLOCKS, 64)
     (folder / "complete").touch()
 
 
@@ -139,18 +140,8 @@ def kept(config: dict[str, Any], everywhere: bool, parts: int) -> dict[str, floa
     if everywhere:  # where an image is, any token will do
         labels = batch["input_ids"].clamp(max=LLM_VOCABULARY - 1).masked_fill(batch["attention_mask"] == 0, -100)
         batch = Batch({**batch, "labels": labels})
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage()
-        if place.data_ptr() not in weights:
-            sizes[place.data_ptr()] = place.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        TrainableModel(model, columns, store.codec, torch.float32)(batch)
-    return {"kept_mb": sum(sizes.values()) / 1e6}
+    trainable = TrainableModel(model, columns, store.codec, torch.float32)
+    return {"kept_mb": kept_bytes(lambda: trainable(batch), model.parameters())[0] / 1e6}
 
 
 def measure(folder: Path, steps: int) -> dict[str, dict[str, float]]:

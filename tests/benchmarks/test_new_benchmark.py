@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import json
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from PIL import Image
@@ -66,14 +64,12 @@ def test_it_is_offered(data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyte
 
 def test_a_model_is_asked_and_its_answers_are_scored_and_reported(
     data: Path,
-    models: ModuleType,
-    tiny_tokenizer: Path,
+    exported: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = data.parent / "out"
-    model = models.tiny_model(data.parent / "model", tiny_tokenizer)
-    run(monkeypatch, model, "--benchmark", "colours", "--data", data, "--out", out)
+    run(monkeypatch, exported, "--benchmark", "colours", "--data", data, "--out", out)
     said = capsys.readouterr()
     report = json.loads(said.out.splitlines()[-1])
     assert report["answered"] == report["questions"] == 3
@@ -109,14 +105,3 @@ def test_an_ablation_may_name_it(data: Path) -> None:
     assert benchmark.heading == "colours"
     assert benchmark.answers_in(Path("run")) == Path("run/colours.jsonl")
     assert len(benchmark.to_ask()) == 2
-
-
-@pytest.fixture(scope="session")
-def models() -> ModuleType:
-    """The tiny models of the other tests of evaluate.py."""
-    path = Path(__file__).resolve().parents[1] / "evaluation" / "conftest.py"
-    spec = importlib.util.spec_from_file_location("evaluation_conftest", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -17,7 +17,7 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 LOCKS = ("requirements.lock", "requirements-dev.lock", "requirements-newest.lock")
-VERSIONS = sorted((ROOT / "tests" / "model" / "transformers_versions").glob("*.txt"))
+VERSIONS = sorted((ROOT / "tests" / "release" / "transformers_versions").glob("*.txt"))
 NEWEST = dict(re.findall(r"^(\w+)==(\S+)$", (ROOT / "infra" / "newest.txt").read_text(encoding="utf-8"), re.MULTILINE))
 # A name, its version, perhaps where it is needed, and the hashes of its files: no index, no address, no comment.
 ENTRY = re.compile(

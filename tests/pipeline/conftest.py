@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
@@ -143,24 +144,10 @@ def ray_address() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def s3() -> Iterator[dict[str, str]]:
-    """An S3 server on a socket, as the environment that leads clients to it; it has a bucket `chaos`."""
-    from moto.server import ThreadedMotoServer
-
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    environment = {
-        "AWS_ACCESS_KEY_ID": "testing",
-        "AWS_SECRET_ACCESS_KEY": "testing",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    environment["AWS_ENDPOINT_URL"] = "http://{}:{}".format(*server.get_host_and_port())
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in environment.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="chaos")
-        yield environment
-    server.stop()
+def s3(s3: dict[str, str]) -> dict[str, str]:
+    """The server has a bucket `chaos`."""
+    boto3.client("s3").create_bucket(Bucket="chaos")
+    return s3
 
 
 @pytest.fixture(scope="session")
@@ -227,6 +214,24 @@ def run(ray_address: str) -> Callable[..., str]:
         return output
 
     return call
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """call(script, *arguments, fails=False): as `run`, but in this process; for what starts no Ray."""
+
+    def here(script: str, *arguments: str, fails: bool = False) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        code: object = None
+        try:
+            importlib.import_module(script.removesuffix(".py").replace("/", ".")).main()
+        except SystemExit as ended:
+            code = ended.code
+        output = "".join((*capfd.readouterr(), f"{code}\n" if isinstance(code, str) else ""))
+        assert bool(code) is fails, output[-4000:]
+        return output
+
+    return here
 
 
 @pytest.fixture(scope="session")

@@ -65,9 +65,9 @@ def test_cached_features_are_those_of_live_clip(store: Path, scenes: Path, clip:
             assert torch.equal(got[0], expected.bfloat16())
 
 
-def test_running_again_does_nothing_and_says_so(store: Path, settings: Settings, run: Run) -> None:
+def test_running_again_does_nothing_and_says_so(store: Path, settings: Settings, call: Run) -> None:
     before = {path: path.stat().st_mtime_ns for path in store.rglob("*.tar")}
-    assert "0 to do" in run(BUILD, *settings(store))
+    assert "0 to do" in call(BUILD, *settings(store))
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*.tar")} == before
 
 
@@ -87,9 +87,9 @@ def test_the_same_settings_give_the_same_bytes_with_one_worker(
     ],
 )
 def test_another_build_on_the_same_store_is_refused_by_name(
-    store: Path, settings: Settings, run: Run, setting: str, said: str
+    store: Path, settings: Settings, call: Run, setting: str, said: str
 ) -> None:
-    output = run(BUILD, *settings(store), setting, fails=True)
+    output = call(BUILD, *settings(store), setting, fails=True)
     assert f"- {said}\n" in output
     assert "Traceback" not in output
 
@@ -167,39 +167,39 @@ def test_blocks_are_added_without_touching_what_is_there(
     assert "0 to do" in run(BUILD, *settings(tmp_path / "store"))
 
 
-def test_a_plan_of_no_images_a_second_is_refused(settings: Settings, run: Run, tmp_path: Path) -> None:
-    output = run(BUILD, *settings(tmp_path / "store"), "--plan", "--rate", "0", fails=True)
+def test_a_plan_of_no_images_a_second_is_refused(settings: Settings, call: Run, tmp_path: Path) -> None:
+    output = call(BUILD, *settings(tmp_path / "store"), "--plan", "--rate", "0", fails=True)
     assert "--rate is 0" in output
     assert "Traceback" not in output
 
 
-def test_the_plan_writes_nothing(settings: Settings, run: Run, tmp_path: Path) -> None:
-    output = run(BUILD, *settings(tmp_path / "store"), "--plan")
+def test_the_plan_writes_nothing(settings: Settings, call: Run, tmp_path: Path) -> None:
+    output = call(BUILD, *settings(tmp_path / "store"), "--plan")
     assert "images         60 (not found: 0)" in output
     assert "4 to do" in output
     assert not (tmp_path / "store").exists()
 
 
-def test_every_mistake_in_the_settings_is_named_at_once(settings: Settings, run: Run, tmp_path: Path) -> None:
-    output = run(BUILD, *settings(tmp_path / "store"), "shard_sise=3", "codec=bf15", fails=True)
+def test_every_mistake_in_the_settings_is_named_at_once(settings: Settings, call: Run, tmp_path: Path) -> None:
+    output = call(BUILD, *settings(tmp_path / "store"), "shard_sise=3", "codec=bf15", fails=True)
     assert "did you mean 'shard_size'?" in output
     assert "bf15" in output
     assert "Traceback" not in output
 
 
-def test_a_block_that_clip_lacks_is_named(settings: Settings, run: Run, tmp_path: Path) -> None:
-    output = run(BUILD, *settings(tmp_path / "store", blocks="[2,9]"), fails=True)
+def test_a_block_that_clip_lacks_is_named(settings: Settings, call: Run, tmp_path: Path) -> None:
+    output = call(BUILD, *settings(tmp_path / "store", blocks="[2,9]"), fails=True)
     assert "blocks [9]" in output
     assert "4 blocks" in output
 
 
 def test_a_store_of_another_format_version_is_refused(
-    store: Path, settings: Settings, run: Run, tmp_path: Path
+    store: Path, settings: Settings, call: Run, tmp_path: Path
 ) -> None:
     shutil.copytree(store, tmp_path / "store")
     spec = json.loads((store / "store.json").read_text())
     (tmp_path / "store" / "store.json").write_text(json.dumps({**spec, "format_version": 9}))
-    output = run(BUILD, *settings(tmp_path / "store"), fails=True)
+    output = call(BUILD, *settings(tmp_path / "store"), fails=True)
     assert "format version 9" in output
     assert "Traceback" not in output
 

@@ -54,7 +54,7 @@ def test_ray_data_reads_the_tars(store: Path, ray_address: str, run: Any) -> Non
 
 
 def test_source_images_can_be_kept_and_are_read_with_the_record(
-    run: Any, settings: Any, scenes: Path, tmp_path: Path
+    run: Any, call: Any, settings: Any, scenes: Path, tmp_path: Path
 ) -> None:
     run("pipeline/build_shards.py", *settings(tmp_path / "store", limit=5, store_images=True))
     path = tmp_path / "store/samples/00000.tar"
@@ -63,12 +63,12 @@ def test_source_images_can_be_kept_and_are_read_with_the_record(
     for sample in samples:
         name = json.loads(sample["json"])["image"]
         assert sample["jpg"] == (scenes / "images" / name).read_bytes()
-    run(INSPECT, str(tmp_path / "store"), "--html", str(tmp_path / "page.html"))
+    call(INSPECT, str(tmp_path / "store"), "--html", str(tmp_path / "page.html"))
     assert (tmp_path / "page.html").read_text().count("data:image/jpeg") == 5
 
 
 def test_the_page_shows_samples_heat_maps_and_failures(
-    run: Any, settings: Any, scenes: Path, own_data: Any, tmp_path: Path
+    run: Any, call: Any, settings: Any, scenes: Path, own_data: Any, tmp_path: Path
 ) -> None:
     records = json.loads((scenes / "chat.json").read_text())[:4]
     records[0]["conversations"][1]["value"] = "<script>alert(1)</script> & more"
@@ -76,7 +76,7 @@ def test_the_page_shows_samples_heat_maps_and_failures(
     text = {"id": "text", "conversations": records[2]["conversations"]}
     data = own_data([*records, missing, text])
     run("pipeline/build_shards.py", *settings(tmp_path / "store", data=data))
-    run(INSPECT, str(tmp_path / "store"), "--html", str(tmp_path / "page.html"), "--images", str(scenes / "images"))
+    call(INSPECT, str(tmp_path / "store"), "--html", str(tmp_path / "page.html"), "--images", str(scenes / "images"))
     page = (tmp_path / "page.html").read_text()
     assert page.count("data:image/png") == 4 * 2
     assert page.count("data:image/jpeg") == 4
@@ -87,9 +87,9 @@ def test_the_page_shows_samples_heat_maps_and_failures(
     assert not re.search(r'(src|href)="https?:', page), "the page needs nothing beside itself"
 
 
-def test_a_store_that_is_not_complete_says_what_to_do(store: Path, run: Any, tmp_path: Path) -> None:
+def test_a_store_that_is_not_complete_says_what_to_do(store: Path, call: Any, tmp_path: Path) -> None:
     (tmp_path / "store.json").write_bytes((store / "store.json").read_bytes())
-    output = run(INSPECT, str(tmp_path), "--html", str(tmp_path / "page.html"), fails=True)
+    output = call(INSPECT, str(tmp_path), "--html", str(tmp_path / "page.html"), fails=True)
     assert "build_shards.py again" in output
     assert "Traceback" not in output
 

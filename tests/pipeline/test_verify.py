@@ -152,18 +152,18 @@ def test_each_damage_is_found_and_named(copy: Path, damage: Callable[[Path], Non
 
 
 def test_repair_and_another_build_heal_all_of_it(
-    copy: Path, store: Path, settings: Any, run: Any, contents: Any
+    copy: Path, store: Path, settings: Any, run: Any, call: Any, contents: Any
 ) -> None:
     for damage in (flip_a_byte, remove_a_tar, cut_a_commit, remove_the_manifest):
         damage(copy)
-    output = run(VERIFY, str(copy), "--repair", fails=True)
+    output = call(VERIFY, str(copy), "--repair", fails=True)
     for path in ("block02/00001.tar: checksum", "block04/00002.tar: missing", "commits/00003.json: damaged"):
         assert path in output
     assert "removed 3 commit record(s)" in output
     assert "Traceback" not in output
     run("pipeline/build_shards.py", *settings(copy))
     assert contents(copy) == contents(store)
-    assert "all right" in run(VERIFY, str(copy))
+    assert "all right" in call(VERIFY, str(copy))
 
 
 def test_repair_leaves_foreign_files_to_people(copy: Path) -> None:
@@ -176,20 +176,20 @@ def test_repair_leaves_foreign_files_to_people(copy: Path) -> None:
 
 
 def test_a_column_added_later_is_verified_and_repaired_by_itself(
-    copy: Path, settings: Any, run: Any, contents: Any
+    copy: Path, settings: Any, run: Any, call: Any, contents: Any
 ) -> None:
     run("pipeline/build_shards.py", *settings(copy, blocks="[2,3,4]"))
     whole = contents(copy)
     assert problems(copy) == []
     (copy / "block03/00001.tar").unlink()
-    assert "block03/00001.tar: missing" in run(VERIFY, str(copy), "--repair", fails=True)
+    assert "block03/00001.tar: missing" in call(VERIFY, str(copy), "--repair", fails=True)
     assert (copy / "commits/00001.json").exists()
     assert not (copy / "commits/block03/00001.json").exists()
     run("pipeline/build_shards.py", *settings(copy, blocks="[2,3,4]"))
     assert contents(copy) == whole
 
 
-def test_deep_finds_features_of_another_image(copy: Path, scenes: Path, run: Any) -> None:
+def test_deep_finds_features_of_another_image(copy: Path, scenes: Path, call: Any) -> None:
     path = copy / "block04/00000.tar"
     with tarfile.open(path) as tar:
         first, second = tar.getmembers()[:2]
@@ -200,42 +200,42 @@ def test_deep_finds_features_of_another_image(copy: Path, scenes: Path, run: Any
     recommit(copy, 0, lambda commit: seal(copy, commit, "block04"))
     assert problems(copy) == [], "checksums alone cannot see it"
     deep = ["--deep", "--images", str(scenes / "images"), "--sample", "60"]
-    output = run(VERIFY, str(copy), *deep, fails=True)
+    output = call(VERIFY, str(copy), *deep, fails=True)
     assert output.count("off live CLIP") == 2
     assert "000000000" in output
 
 
 @pytest.mark.parametrize("where", ["local", "s3"])
-def test_a_sound_store_passes_deep(store: Path, scenes: Path, run: Any, s3: dict[str, str], where: str) -> None:
+def test_a_sound_store_passes_deep(store: Path, scenes: Path, call: Any, s3: dict[str, str], where: str) -> None:
     root = str(store)
     if where == "s3":
         client = boto3.client("s3")
         for path in store.rglob("*.*"):
             client.upload_file(str(path), "chaos", f"verified/{path.relative_to(store)}")
         root = "s3://chaos/verified"
-    output = run(VERIFY, root, "--deep", "--images", str(scenes / "images"), "--sample", "12")
+    output = call(VERIFY, root, "--deep", "--images", str(scenes / "images"), "--sample", "12")
     assert "deep: 12 images encoded again, 2 columns" in output
     assert "60 samples in 4 shards, 2 columns: all right" in output
 
 
-def test_deep_refuses_another_clip(store: Path, scenes: Path, run: Any, clip: Path, tmp_path: Path) -> None:
+def test_deep_refuses_another_clip(store: Path, scenes: Path, call: Any, clip: Path, tmp_path: Path) -> None:
     shutil.copytree(clip, tmp_path / "clip")
     weights = bytearray((tmp_path / "clip/model.safetensors").read_bytes())
     weights[-1] ^= 1
     (tmp_path / "clip/model.safetensors").write_bytes(weights)
     deep = ["--deep", "--images", str(scenes / "images"), "--encoder", str(tmp_path / "clip")]
-    output = run(VERIFY, str(store), *deep, fails=True)
+    output = call(VERIFY, str(store), *deep, fails=True)
     assert "is not the CLIP of this store" in output
     assert "Traceback" not in output
 
 
-def test_deep_names_the_image_that_is_not_to_be_had(store: Path, run: Any, tmp_path: Path) -> None:
-    output = run(VERIFY, str(store), "--deep", "--images", str(tmp_path), "--sample", "1", fails=True)
+def test_deep_names_the_image_that_is_not_to_be_had(store: Path, call: Any, tmp_path: Path) -> None:
+    output = call(VERIFY, str(store), "--deep", "--images", str(tmp_path), "--sample", "1", fails=True)
     assert re.search(r"error: 000000000 \(\d+\.jpg\): missing image", output), output
 
 
-def test_a_sample_of_no_image_is_refused(store: Path, run: Any) -> None:
-    output = run(VERIFY, str(store), "--sample", "0", fails=True)
+def test_a_sample_of_no_image_is_refused(store: Path, call: Any) -> None:
+    output = call(VERIFY, str(store), "--sample", "0", fails=True)
     assert "--sample is 0" in output
     assert "Traceback" not in output
 
@@ -247,7 +247,7 @@ def test_a_damaged_column_is_named(copy: Path) -> None:
         read_store(Storage(copy))
 
 
-def test_what_is_no_store_is_named(tmp_path: Path, run: Any) -> None:
-    output = run(VERIFY, str(tmp_path), fails=True)
+def test_what_is_no_store_is_named(tmp_path: Path, call: Any) -> None:
+    output = call(VERIFY, str(tmp_path), fails=True)
     assert "is not a feature store" in output
     assert "Traceback" not in output

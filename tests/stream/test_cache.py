@@ -46,7 +46,7 @@ class Requests(logging.Handler):
 
 
 @pytest.fixture
-def requests(s3: None) -> Iterator[Requests]:
+def requests(s3: dict[str, str]) -> Iterator[Requests]:
     handler, logger = Requests(), logging.getLogger("werkzeug")
     level = logger.level
     logger.addHandler(handler)
@@ -61,7 +61,7 @@ def contents(name: str) -> bytes:
 
 
 @pytest.fixture
-def bucket(s3: None, request: pytest.FixtureRequest) -> str:
+def bucket(s3: dict[str, str], request: pytest.FixtureRequest) -> str:
     """A store of SHARDS shards with the columns COLUMNS; only tars and commit records, which is all a cache knows."""
     name = hashlib.sha256(request.node.name.encode()).hexdigest()[:20]
     client = boto3.client("s3")

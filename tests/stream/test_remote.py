@@ -16,7 +16,7 @@ COLUMNS = ("block03", "cls23")
 
 
 @pytest.fixture(scope="module")
-def remote(store: Path, s3: None) -> str:
+def remote(store: Path, s3: dict[str, str]) -> str:
     client = boto3.client("s3")
     client.create_bucket(Bucket="stores")
     for path in store.rglob("*"):

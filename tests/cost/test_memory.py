@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from fixtures.kept import kept_bytes
 from pipeline.manifest import read_store
 from pipeline.storage import Storage
 from training.config import TrainConfig
@@ -39,39 +40,29 @@ def batch(model: CompactVisionForConditionalGeneration) -> dict[str, Any]:
     return {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "columns": columns}
 
 
-def kept_bytes(model: CompactVisionForConditionalGeneration, inputs: dict[str, Any]) -> tuple[int, float]:
+def step(model: CompactVisionForConditionalGeneration, inputs: dict[str, Any]) -> tuple[int, float]:
     """(bytes that the forward pass keeps beside the weights and its inputs, the loss)."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *inputs["columns"].values())}
-    sizes: dict[int, int] = {}
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        place = tensor.untyped_storage()
-        if place.data_ptr() not in known:
-            sizes[place.data_ptr()] = place.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = model(**inputs).loss
-    total = sum(sizes.values())
+    known = (*model.parameters(), *inputs["columns"].values())
+    kept, loss = kept_bytes(lambda: model(**inputs).loss, known)
     loss.backward()
-    return total, float(loss)
+    return kept, float(loss)
 
 
 def test_a_frozen_llm_keeps_no_input_of_its_matrices(make: Callable[..., Any]) -> None:
     """Their gradient is not wanted; queries, keys, values and gates are, for the gradient of the vision tokens."""
-    frozen, learning = (kept_bytes(make(stage), batch(make(stage)))[0] for stage in (1, 2))
+    frozen, learning = (step(make(stage), batch(make(stage)))[0] for stage in (1, 2))
     llm = make(1).config.text_config
     tokens, layers = IMAGES * LENGTH * 4, llm.num_hidden_layers  # bytes of a number per token
     inputs = layers * (2 * llm.hidden_size + llm.hidden_size + llm.intermediate_size) * tokens
     assert learning - frozen >= 0.9 * inputs
-    checkpointed, _ = kept_bytes(make(1, activation_checkpointing=True), batch(make(1)))
+    checkpointed, _ = step(make(1, activation_checkpointing=True), batch(make(1)))
     assert checkpointed < 0.5 * frozen
 
 
 def test_logits_in_parts_are_not_kept_and_change_nothing(make: Callable[..., Any]) -> None:
     for stage in (1, 2):
         at_once, in_parts = make(stage), make(stage, loss_chunks=5)
-        (much, expected), (little, loss) = (kept_bytes(model, batch(model)) for model in (at_once, in_parts))
+        (much, expected), (little, loss) = (step(model, batch(model)) for model in (at_once, in_parts))
         assert loss == pytest.approx(expected, rel=1e-6)
         supervised = IMAGES * (LENGTH - 20)
         assert much - little >= 0.9 * 4 * supervised * at_once.config.text_config.vocab_size

@@ -107,13 +107,13 @@ def resumed(job: Job, ranks: int) -> dict[str, Any]:
 
 
 def _run(job: Job, jobs: list[dict[str, Any]]) -> list[list[int]]:
-    """tests/training/ranks.py imports everything once, then forks the ranks of each job."""
+    """tests/fixtures/ranks.py imports everything once, then forks the ranks of each job."""
     path = job.scratch / "jobs.json"
     path.write_text(json.dumps(jobs))
     # Asking the driver, not CUDA, how many GPUs there are: a process that has begun with CUDA cannot be forked.
     environment = {**os.environ, "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1" if job.cpu else "4"}
     environment |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    command = [sys.executable, str(ROOT / "tests/training/ranks.py"), str(path)]
+    command = [sys.executable, str(ROOT / "tests/fixtures/ranks.py"), str(path)]
     subprocess.run(command, check=True, env=environment, stdout=subprocess.DEVNULL)
     done = json.loads(path.with_suffix(".out.json").read_text())
     return [run["codes"] for run in done]

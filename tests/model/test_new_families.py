@@ -16,6 +16,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
 from pipeline.encoders import encoder_of
+from pipeline.schema import EncoderSpec
 from training.model.decoders import decoder_of
 from training.model.reducers import connector_config
 
@@ -75,7 +76,8 @@ class Nearest(Connector):
         return self.project(patches.gather(1, places.expand(-1, -1, patches.shape[-1])) * weight)
 '''
 ENCODER = '''
-from .base import VisionEncoder, grid_of
+from .base import VisionEncoder
+from .columns import grid_of
 from .pixels import normalised
 
 
@@ -212,6 +214,7 @@ from PIL import Image
 from transformers import SiglipVisionModel
 from pipeline.encoder import Encoder, columns_of, describe_encoder
 from pipeline.encoders import encoder_of
+from pipeline.schema import EncoderSpec
 from training.cost.flops import counted
 spec = describe_encoder(sys.argv[1], None)
 encode = Encoder(sys.argv[1], None, columns_of(spec, (1, 3), ()), "float32")
@@ -273,7 +276,8 @@ print(json.dumps({
 def test_all_three_train_export_and_answer_where_this_project_is_not(
     checkout: Path, tmp_path: Path, tower: Path, llm: Path, new_store: Callable[..., Path], settings: Callable[..., Any]
 ) -> None:
-    store = new_store(tmp_path / "store", tower, 64, blocks=(3,), grid=GRID, width=WIDTH)
+    encoder = EncoderSpec(id=str(tower), revision="0", blocks=4, width=WIDTH, image_size=8 * GRID, patch_size=8)
+    store = new_store(tmp_path / "store", encoder, (3,), 64)
     trees = []
     for stage in (1, 2):
         changes = {"data.store": str(store), "model.llm": str(llm), "steps": 3}

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fixtures import written
+from fixtures.written import WORDS
 from training.cost.shapes import CLIP_L, SIZES
 
-ROOT = Path(__file__).resolve().parents[2]
-WORDS = ["red", "green", "blue", "big", "small", "circle", "square", "left", "right", "above", "one", "two", "the", "a"]
+ROOT = Path(__file__).resolve().parents[3]
 BLOCKS = (3, 6, 9, 12, 15, 18, 21, 24)  # section 3.3 of the paper
 LLAMA = {
     "7b": SIZES["7b"],
@@ -183,51 +184,24 @@ def write_store(job: Job, name: str, samples: int, words: tuple[int, int], encod
     import numpy as np
     import torch
 
-    from pipeline.manifest import create_or_check, write_commit, write_manifest
-    from pipeline.schema import SAMPLES, Column, Commit, EncoderSpec, Sample, StoreSpec, tar_path
-    from pipeline.shard import TarWriter, sample_json
-    from pipeline.storage import Storage
+    from pipeline.schema import Column, EncoderSpec, Sample
 
     folder = job.scratch / name
     if folder.exists():
         return folder
     clip = TINY_CLIP if job.cpu else CLIP_L
-    tokens, width = (clip["image_size"] // clip["patch_size"]) ** 2, clip["hidden_size"]
-    rng, columns = np.random.default_rng(0), [f"block{block:02d}" for block in BLOCKS]
-    files, records = {}, [_sample(number, rng, words) for number in range(samples)]
-    for column in (SAMPLES, *columns):
-        path = folder / tar_path(column, 0)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with TarWriter(path) as tar:
-            if column != SAMPLES:
-                values = torch.randn(samples, tokens, width, device=job.device, dtype=torch.bfloat16)
-                payload = values.view(torch.uint8).view(samples, -1).cpu().numpy()
-            for row, record in enumerate(records):
-                if column == SAMPLES:
-                    tar.add(f"{record.key}.json", sample_json(Sample.model_validate(record)))
-                else:
-                    tar.add(f"{record.key}.{column}.bf16", payload[row])
-            files[column] = tar.finish()
-    storage = Storage(str(folder))
-    lengths = tuple((sum(len(turn.value.split()) for turn in r.conversations[0].turns),) for r in records)
-    keys, images = tuple(r.key for r in records), tuple(r.image for r in records)
-    write_commit(storage, Commit(shard=0, keys=keys, images=images, words=lengths, files=files, failures=()))
-    size = {"image_size": clip["image_size"], "patch_size": clip["patch_size"]}
-    spec = StoreSpec(
-        dataset="0" * 64,
-        samples=samples,
-        shards=1,
-        shard_size=samples,
-        seed=0,
-        encoder=EncoderSpec(id=encoder, revision="0", blocks=24, width=width, **size),
-        aspect="pad",
-        compute="bfloat16",
-        codec="bf16",
-        columns=tuple(Column(name=column, tokens=tokens, width=width) for column in columns),
+    size = {"image_size": clip["image_size"], "patch_size": clip["patch_size"], "width": clip["hidden_size"]}
+    spec = written.store_spec(
+        EncoderSpec(id=encoder, revision="0", blocks=24, **size), BLOCKS, samples, samples, compute="bfloat16"
     )
-    create_or_check(storage, spec)
-    write_manifest(storage, spec, ())
-    return folder
+
+    def features(column: Column, pictured: list[Sample]) -> Any:
+        shape = (len(pictured), column.tokens, column.width)
+        values = torch.randn(shape, device=job.device, dtype=torch.bfloat16)
+        return values.view(torch.uint8).view(len(pictured), -1).cpu().numpy()
+
+    rng = np.random.default_rng(0)
+    return written.write_store(folder, spec, [_sample(number, rng, words) for number in range(samples)], features)
 
 
 def _sample(number: int, rng: Any, words: tuple[int, int]) -> Any:

@@ -4,7 +4,7 @@
 By hand, after `make demo` and `make transformers`, and the same with --against for any other version:
 
     demo=runs/demo/data
-    PYTHONPATH=build/transformers/5.16.0 python tests/model/answers.py runs/demo/finetune/model \
+    PYTHONPATH=build/transformers/5.16.0 python tests/release/answers.py runs/demo/finetune/model \
         $demo/heldout.jsonl $demo/images --limit 60 > 5.16.0.json
 """
 

@@ -131,7 +131,7 @@ def test_a_damaged_store_fails(good: list[str], examine: Callable, make_store: C
     assert "block03 of 000000000 is cut off; run pipeline/verify_shards.py" in output
 
 
-def test_the_bucket_of_checkpoints_is_written_and_read(good: list[str], examine: Callable, s3: None) -> None:
+def test_the_bucket_of_checkpoints_is_written_and_read(good: list[str], examine: Callable, s3: dict[str, str]) -> None:
     client = boto3.client("s3")
     client.create_bucket(Bucket="doctor-checkpoints")
     code, output = examine(*good, "checkpoint.remote=s3://doctor-checkpoints/run")

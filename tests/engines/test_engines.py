@@ -15,24 +15,42 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from training.fit.optimizer import cosine_with_warmup
 
-pytestmark = pytest.mark.slow(minutes=4)
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
-STAGES = (1, 2)
 # fp32 sums in another order, over 20 steps of Adam; measured: below 2e-6 (losses) and 1e-4 of the largest weight.
 LOSS, WEIGHT = 1e-5, 1e-3
 
 
+def of_every_engine(stage: int) -> pytest.MarkDecorator:
+    return pytest.mark.needs(*(f"{engine}-{stage}" for engine in ENGINES))
+
+
+def killed(engine: str, stage: int) -> Any:
+    """Stage 1 of an engine of each kind is tried at once, the others in `make test-slow`."""
+    marks = [pytest.mark.needs(f"{engine}-{stage}", f"{engine}-{stage}-killed")]
+    quick = stage == 1 and engine in ("fsdp", "zero2")
+    return pytest.param(engine, stage, marks=marks if quick else [*marks, pytest.mark.slow])
+
+
+STAGES = [
+    pytest.param(1, marks=of_every_engine(1)),
+    pytest.param(2, marks=[of_every_engine(2), pytest.mark.slow]),
+]
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., Any], run_jobs: Callable[..., Any]) -> Path:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    settings: Callable[..., Any],
+    run_jobs: Callable[..., Any],
+    needed: list[str],
+) -> Path:
     """Folders <engine>-<stage>, and <engine>-<stage>-killed: killed at step 6 with SIGKILL, and started again."""
     folder = tmp_path_factory.mktemp("engines")
     jobs = []
-    for stage in STAGES:
-        for engine in ENGINES:
-            changes = {"parallelism": engine}
-            jobs.append({"config": settings(folder / f"{engine}-{stage}", stage, changes), "ranks": 2})
-            again = {"config": settings(folder / f"{engine}-{stage}-killed", stage, changes), "ranks": 2}
-            jobs += [{**again, "signal": signal.SIGKILL, "at": 6}, again]
+    for name in needed:
+        engine, stage, *end = name.split("-")
+        job = {"config": settings(folder / name, int(stage), {"parallelism": engine}), "ranks": 2}
+        jobs += [{**job, "signal": signal.SIGKILL, "at": 6}, job] if end else [job]
     codes = run_jobs(folder, jobs)
     for job, code in zip(jobs, codes, strict=True):
         expected = [-signal.SIGKILL] * 2 if "signal" in job else [0, 0]
@@ -45,7 +63,6 @@ def losses(log: list[dict[str, float]]) -> list[float]:
     return [line["loss"] for line in log]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_engine_has_the_losses_and_gradient_norms_of_ddp(
     runs: Path, read_log: Callable[..., Any], stage: int
@@ -60,9 +77,7 @@ def test_every_engine_has_the_losses_and_gradient_norms_of_ddp(
             assert [line[name] for line in log] == pytest.approx([line[name] for line in usual], rel=1e-3), engine
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("engine", "stage"), [killed(engine, stage) for engine in ENGINES for stage in (1, 2)])
 def test_a_killed_run_has_the_losses_of_an_undisturbed_one(
     runs: Path, read_log: Callable[..., Any], engine: str, stage: int
 ) -> None:
@@ -70,7 +85,6 @@ def test_a_killed_run_has_the_losses_of_an_undisturbed_one(
     assert killed == whole  # to the last bit
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_engine_exports_the_weights_of_ddp(runs: Path, stage: int) -> None:
     name = "connector/connector.safetensors" if stage == 1 else "model/model.safetensors"
@@ -82,7 +96,7 @@ def test_every_engine_exports_the_weights_of_ddp(runs: Path, stage: int) -> None
             torch.testing.assert_close(found[key], weight, rtol=0, atol=WEIGHT * float(weight.abs().max()), msg=key)
 
 
-@pytest.mark.slow
+@of_every_engine(1)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_frozen_weights_keep_their_bytes(runs: Path, parts: Path, engine: str) -> None:
     before = load_file(parts / "llm" / "model.safetensors")
@@ -91,7 +105,7 @@ def test_frozen_weights_keep_their_bytes(runs: Path, parts: Path, engine: str) -
     assert all(torch.equal(after[f"llm.{name}"], weight) for name, weight in before.items())
 
 
-@pytest.mark.slow
+@of_every_engine(1)
 def test_a_checkpoint_of_stage_1_holds_nothing_of_the_frozen_model(runs: Path) -> None:
     """Neither weight nor moment: fp32 weights of the connector and two moments, and little beside them."""
     for engine in ENGINES:

@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from pipeline.config import ConfigError, load_config
 from training.config import TrainConfig
 
-pytestmark = pytest.mark.slow(minutes=3)
 LORA = {"model.lora": {"rank": 8, "alpha": 16, "dropout": 0.0}, "optimizer.llm_lr": 4e-3}
 MEMORY = {"model.loss_chunks": 3, "model.activation_checkpointing": True}
 BF16 = {"precision": "amp_bf16", "model.frozen_dtype": "bfloat16"}
@@ -40,15 +39,21 @@ RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., Any], run_jobs: Callable[..., Any]) -> Path:
-    """A folder for each of RUNS, 16 steps long, and for a stopped and restarted run for each signal."""
+def runs(
+    tmp_path_factory: pytest.TempPathFactory,
+    settings: Callable[..., Any],
+    run_jobs: Callable[..., Any],
+    needed: list[str],
+) -> Path:
+    """A folder for each of RUNS that is needed, 16 steps long."""
     folder = tmp_path_factory.mktemp("runs")
     jobs = []
-    for name, (stage, ranks, changes) in RUNS.items():
+    for name in needed:
+        stage, ranks, changes = RUNS[name]
         config = settings(folder / name, stage, {"steps": 16, "checkpoint.interval": "100ba", **changes})
         jobs.append({"config": config, "ranks": ranks})
     boards = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
-    codes = dict(zip(RUNS, run_jobs(folder, jobs, boards), strict=True))
+    codes = dict(zip(needed, run_jobs(folder, jobs, boards), strict=True))
     for name, code in codes.items():
         assert (name == "spike") is any(code), f"{name}: {code}\n{(folder / name / 'output').read_text()[-4000:]}"
     return folder
@@ -59,8 +64,15 @@ def losses(runs: Path, read_log: Callable[..., Any]) -> Callable[[str], list[flo
     return lambda name: [line["loss"] for line in read_log(runs / name)]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["one-rank", "odd-parts", "chunks-zero3", "chunks-fsdp", "compiled"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(
+            name, marks=[pytest.mark.needs("plain", name), *([] if name == "one-rank" else [pytest.mark.slow])]
+        )
+        for name in ("one-rank", "odd-parts", "chunks-zero3", "chunks-fsdp", "compiled")
+    ],
+)
 def test_the_loss_depends_neither_on_ranks_nor_on_microbatches_nor_on_what_saves_memory_or_time(
     losses: Callable[[str], list[float]], name: str
 ) -> None:
@@ -68,6 +80,7 @@ def test_the_loss_depends_neither_on_ranks_nor_on_microbatches_nor_on_what_saves
 
 
 @pytest.mark.slow
+@pytest.mark.needs("llm-only")
 def test_the_llm_may_learn_alone(runs: Path, losses: Callable[[str], list[float]], settings: Any) -> None:
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
@@ -82,6 +95,7 @@ def test_the_llm_may_learn_alone(runs: Path, losses: Callable[[str], list[float]
 
 
 @pytest.mark.slow
+@pytest.mark.needs("lora-ddp", "lora-fsdp", "lora-zero3")
 def test_lora_learns_alike_on_every_engine_and_is_merged_at_the_end(
     runs: Path, parts: Path, losses: Callable[[str], list[float]]
 ) -> None:
@@ -102,7 +116,7 @@ def test_lora_learns_alike_on_every_engine_and_is_merged_at_the_end(
     assert not any("lora" in name for name in exported["lora-ddp"])
 
 
-@pytest.mark.slow
+@pytest.mark.needs("lora-ddp", "plain")
 def test_each_part_has_its_own_rate(runs: Path, read_log: Callable[..., Any]) -> None:
     first, *moving = read_log(runs / "lora-ddp")
     assert first["lr"] == 0  # where both are the same
@@ -112,13 +126,14 @@ def test_each_part_has_its_own_rate(runs: Path, read_log: Callable[..., Any]) ->
 
 
 @pytest.mark.slow
+@pytest.mark.needs("bf16-zero2", "bf16-zero3", "fp32")
 def test_bf16_has_the_losses_of_fp32_up_to_its_rounding(losses: Callable[[str], list[float]]) -> None:
     """Under ZeRO, that is: Composer does not train in bf16 on a CPU."""
     for engine in ("zero2", "zero3"):
         assert losses(f"bf16-{engine}") == pytest.approx(losses("fp32"), rel=5e-3)
 
 
-@pytest.mark.slow
+@pytest.mark.needs("plain")
 def test_every_step_says_what_it_did(runs: Path, read_log: Callable[..., Any]) -> None:
     lines = read_log(runs / "plain")
     names = {"loss", "lr", "grad_norm", "samples_per_s", "tokens_per_s", "data_wait", "step_s", "eta_s", "memory_gb"}
@@ -157,7 +172,7 @@ def on_mlflow(runs: Path) -> list[float]:
     return [metric.value for metric in client.get_metric_history(run.info.run_id, "step/loss")]
 
 
-@pytest.mark.slow
+@pytest.mark.needs("plain")
 @pytest.mark.parametrize("board", [on_tensorboard, on_wandb, on_mlflow])
 def test_a_board_has_the_losses_of_the_log(
     runs: Path, losses: Callable[[str], list[float]], board: Callable[[Path], list[float]]
@@ -165,7 +180,7 @@ def test_a_board_has_the_losses_of_the_log(
     assert board(runs) == pytest.approx(losses("plain"))
 
 
-@pytest.mark.slow
+@pytest.mark.needs("spike")
 def test_a_jump_of_the_loss_stops_the_run_and_names_the_batch(runs: Path) -> None:
     said = (runs / "spike" / "output").read_text()
     assert "FloatingPointError: loss" in said

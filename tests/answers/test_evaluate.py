@@ -24,9 +24,9 @@ def texts(path: Path) -> dict[str, str]:
     return {record["question_id"]: record["text"] for record in map(json.loads, path.read_text().splitlines())}
 
 
-def test_batches_processes_and_a_crash_change_no_answer(model: Path, data: Path, tmp_path: Path) -> None:
+def test_batches_processes_and_a_crash_change_no_answer(exported: Path, data: Path, tmp_path: Path) -> None:
     common = ["--benchmark", "scienceqa", "vizwiz", "--data", data, "--max-new-tokens", 6]
-    alone = evaluate(model, *common, "--out", tmp_path / "alone", "--batch-size", 1)
+    alone = evaluate(exported, *common, "--out", tmp_path / "alone", "--batch-size", 1)
     reports = [json.loads(line) for line in alone.stdout.splitlines()]
     assert [report["benchmark"] for report in reports] == ["scienceqa", "vizwiz"]
     assert reports[0]["questions"] == reports[0]["answered"] == 3
@@ -40,7 +40,7 @@ def test_batches_processes_and_a_crash_change_no_answer(model: Path, data: Path,
     first, second, _ = (tmp_path / "alone" / "scienceqa.jsonl").read_text().splitlines()
     changed = json.dumps({**json.loads(first), "text": "kept as it was"})
     crashed.write_text(f"{changed}\n{second[:30]}")
-    evaluate(model, *common[:1], "scienceqa", *common[3:], "--out", crashed.parent, "--processes", 2)
+    evaluate(exported, *common[:1], "scienceqa", *common[3:], "--out", crashed.parent, "--processes", 2)
     assert texts(crashed) == {**expected, "4": "kept as it was"}
     assert sorted(p.name for p in crashed.parent.iterdir() if ".jsonl" in p.name) == [
         "scienceqa.jsonl",
@@ -48,12 +48,12 @@ def test_batches_processes_and_a_crash_change_no_answer(model: Path, data: Path,
     ]
 
 
-def test_answers_of_another_model_are_not_mixed_in(model: Path, data: Path, tmp_path: Path) -> None:
+def test_answers_of_another_model_are_not_mixed_in(exported: Path, data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "gqa.jsonl").write_text("")
     (out / "gqa.jsonl.run.json").write_text(json.dumps({"weights": "other", "max_new_tokens": 128}))
-    done = evaluate(model, "--benchmark", "gqa", "--data", data, "--out", out, fails=True)
+    done = evaluate(exported, "--benchmark", "gqa", "--data", data, "--out", out, fails=True)
     assert "another run" in done.stderr
     assert "weights: 'other' there" in done.stderr
 

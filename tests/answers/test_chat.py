@@ -14,29 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPVisionModel, LlamaForCausalLM
 
 from training.answers.talk import Speaker, Talk, open_image
 from training.chat import main
-from training.model.model import CompactVisionForConditionalGeneration
-from training.model.reducers import build_connector, connector_config
-from training.model.tokenizer import Tokenizer
-from training.release.folder import write_model
 from training.text.templates import prompt_for
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path, llm_folder: Path, clip_folder: Path) -> Path:
-    """A model of random weights that answers something, and always the same."""
-    torch.manual_seed(2)
-    connector = build_connector(connector_config(grid=4, vision_width=32, llm_width=64, blocks=(1, 2, 4)))
-    parts = LlamaForCausalLM.from_pretrained(llm_folder), connector, CLIPVisionModel.from_pretrained(clip_folder)
-    out = tmp_path_factory.mktemp("models") / "tiny"
-    model = CompactVisionForConditionalGeneration.from_parts(*parts)
-    write_model(model, Tokenizer(tiny_tokenizer / "tokenizer.model", legacy=False), out, "a card")
-    return out
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +32,8 @@ def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def talk(folder: Path, picture: Path) -> Talk:
-    return Talk(Speaker.load(str(folder), max_new_tokens=6, device="cpu"), open_image(picture))
+def talk(exported: Path, picture: Path) -> Talk:
+    return Talk(Speaker.load(str(exported), max_new_tokens=6, device="cpu"), open_image(picture))
 
 
 def generated(talk: Talk, prompt: str) -> str:
@@ -107,19 +90,19 @@ def test_questions_that_cannot_be_asked_are_refused(talk: Talk) -> None:
     ],
 )
 def test_mistakes_on_the_command_line_are_said(
-    arguments: list[str], said: str, folder: Path, tmp_path: Path, monkeypatch, capsys
+    arguments: list[str], said: str, exported: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     (tmp_path / "broken.png").write_bytes(b"no image")
     given = [str(tmp_path / "broken.png") if word == "BROKEN" else word for word in arguments]
-    monkeypatch.setattr(sys, "argv", ["chat.py", str(folder), *given])
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(exported), *given])
     with pytest.raises(SystemExit) as ended:
         main()
     assert re.search(said, f"{ended.value}{capsys.readouterr().err}")
 
 
-def test_the_page_without_gradio_says_what_to_install(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_page_without_gradio_says_what_to_install(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.setattr(sys, "argv", ["chat.py", str(folder), "--web", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["chat.py", str(exported), "--web", "--device", "cpu"])
     with pytest.raises(SystemExit, match=r"error: --web needs gradio: pip install 'compact-vision-tokens\[web\]'"):
         main()
 
@@ -178,8 +161,8 @@ class Terminal:
         os.close(self.master)
 
 
-def test_a_conversation_in_a_terminal(folder: Path, picture: Path, talk: Talk) -> None:
-    terminal = Terminal(sys.executable, "training/chat.py", str(folder), str(picture), "--max-new-tokens", "6")
+def test_a_conversation_in_a_terminal(exported: Path, picture: Path, talk: Talk) -> None:
+    terminal = Terminal(sys.executable, "training/chat.py", str(exported), str(picture), "--max-new-tokens", "6")
     try:
         assert "4 vision tokens of 16" in terminal.until("> ")
         answers = []
@@ -200,7 +183,7 @@ def test_a_conversation_in_a_terminal(folder: Path, picture: Path, talk: Talk) -
 
 
 @pytest.fixture
-def page(folder: Path, hang_s: int) -> Iterator[object]:
+def page(exported: Path, hang_s: int) -> Iterator[object]:
     """The page with the model against itself, in Chromium; nothing outside this machine is asked for anything."""
     pytest.importorskip("gradio", reason="the browser test needs gradio: pip install 'compact-vision-tokens[web]'")
     playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
@@ -210,7 +193,7 @@ def page(folder: Path, hang_s: int) -> Iterator[object]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["training/chat.py", str(folder), "--web", "--against", str(folder), "--port", str(port)]
+    command = ["training/chat.py", str(exported), "--web", "--against", str(exported), "--port", str(port)]
     server = Terminal(sys.executable, *command, "--max-new-tokens", "8", "--device", "cpu")
     try:
         server.until(f"127.0.0.1:{port}")

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
 from PIL import Image
-from transformers import CLIPVisionModel, LlamaForCausalLM
-
-from training.model.model import CompactVisionForConditionalGeneration
-from training.model.reducers import build_connector, connector_config
-from training.model.tokenizer import Tokenizer
-from training.release.folder import write_model
 
 pytestmark = pytest.mark.slow(minutes=1)
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,14 +28,10 @@ QUESTIONS = [
 
 
 @pytest.fixture(scope="module")
-def asked(tmp_path_factory: pytest.TempPathFactory, tiny_tokenizer: Path, llm_folder: Path, clip_folder: Path) -> Path:
+def asked(tmp_path_factory: pytest.TempPathFactory, exported: Path) -> Path:
     """A folder with an exported model, questions and their images."""
     folder = tmp_path_factory.mktemp("asked")
-    torch.manual_seed(2)
-    connector = build_connector(connector_config(grid=4, vision_width=32, llm_width=64, blocks=(1, 2, 4)))
-    parts = LlamaForCausalLM.from_pretrained(llm_folder), connector, CLIPVisionModel.from_pretrained(clip_folder)
-    tokenizer = Tokenizer(tiny_tokenizer / "tokenizer.model", legacy=False)
-    write_model(CompactVisionForConditionalGeneration.from_parts(*parts), tokenizer, folder / "model", card="")
+    shutil.copytree(exported, folder / "model")
     for colour in ("red", "blue"):
         Image.new("RGB", (50, 40), colour).save(folder / f"{colour}.png")
     lines = [json.dumps({"text": text, "image": image}) + "\n" for text, image in QUESTIONS]
@@ -59,7 +49,7 @@ def answers(asked: Path, packages: str) -> dict[str, Any]:
     }
     command = [
         sys.executable,
-        ROOT / "tests" / "model" / "answers.py",
+        Path(__file__).with_name("answers.py"),
         "model",
         "questions.jsonl",
         ".",

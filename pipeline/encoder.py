@@ -1,7 +1,7 @@
 """Image bytes -> pixels -> frozen vision encoder -> the hidden states of the chosen blocks.
 
-What differs between encoders stands in `pipeline/encoders`. Of CLIP, pixels are bit-equal to what LLaVA-1.5 computes
-(its `image_aspect_ratio` "pad" or the plain centre crop, then CLIP's own processor).
+What differs between encoders stands in `pipeline/encoders`. CLIP's pixels are bit-equal to what LLaVA-1.5 computes (its
+`image_aspect_ratio` "pad" or the plain centre crop, then CLIP's own processor).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def family_of(name: str, revision: str | None) -> VisionEncoder:
     try:
         said = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
         return encoder_of(str(said.get("model_type")))
-    except Exception as error:  # the Hub client raises many kinds; all mean that the model is not to be had
+    except Exception as error:  # the Hub client raises many kinds; all mean that the model cannot be read
         raise _unreadable(name, error) from error
 
 

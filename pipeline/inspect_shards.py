@@ -167,7 +167,7 @@ class _Pictures:
         self.zips = index_zips(images)
 
     def __call__(self, sample: Sample, shard: int) -> str | None:
-        """A small copy as a data URL; None if the image is not to be had."""
+        """A small copy as a data URL; None if the image cannot be read."""
         from pipeline.encoder import load_image
 
         assert sample.image is not None

@@ -94,7 +94,7 @@ def create_or_check(storage: Storage, spec: StoreSpec) -> StoreSpec:
     Raises:
         ValueError: naming every difference between `spec` and the store.
     """
-    # Of several jobs that begin at once, one creates the file; the others find it and must agree with it.
+    # Several jobs may begin at once: one creates the file, the others find it and must agree with it.
     if storage.publish_bytes(SPEC, spec.model_dump_json(indent=1).encode()):
         return spec
     known = {column.name for column in check(storage, spec).columns}

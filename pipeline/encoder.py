@@ -1,7 +1,7 @@
 """Image bytes -> pixels -> frozen vision encoder -> the hidden states of the chosen blocks.
 
-What differs between encoders stands in `pipeline/encoders`. Of CLIP, pixels are bit-equal to what LLaVA-1.5 computes
-(its `image_aspect_ratio` "pad" or the plain centre crop, then CLIP's own processor).
+What differs between encoders stands in `pipeline/encoders`. CLIP's pixels are bit-equal to what LLaVA-1.5 computes (its
+`image_aspect_ratio` "pad" or the plain centre crop, then CLIP's own processor).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load_image(data: bytes) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise ValueError(f"refused as a decompression bomb: {error}; make it smaller") from error
-    except Exception as error:  # Pillow's decoders raise whatever they meet: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ...
         reason = _ADDRESS.sub("", str(error)).strip() or type(error).__name__
         raise ValueError(f"unreadable image: {reason}") from error
 
@@ -76,6 +76,7 @@ def family_of(name: str, revision: str | None) -> VisionEncoder:
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:
+    """What a user is told when transformers or the Hub cannot give the encoder."""
     first = str(error).strip().partition("\n")[0]
     return ValueError(
         f"encoder {name!r}: no vision model can be read from it ({first}); name a folder that "

@@ -74,8 +74,8 @@ def flops(arguments: argparse.Namespace) -> dict[str, Any]:
         rows = [{**row, "paper": None} for row in rows]
     note = (
         f"TFLOPs of one image at {name}, 2 per multiply-add; each figure from its closed form, and counted by torch "
-        "on the meta device.\nprefill: the vision tokens alone through the language model, without head, which is "
-        f"what the paper prints.\nall: CLIP + connector + prefill of vision tokens and {arguments.text_tokens} text "
+        "on the meta device.\nprefill: only the vision tokens through the language model, without head, as the paper "
+        f"prints it.\nall: CLIP + connector + prefill of vision tokens and {arguments.text_tokens} text "
         "tokens + head of one position."
     )
     return {"title": note, "shape": name, "text_tokens": arguments.text_tokens, "rows": rows}

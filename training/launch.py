@@ -135,6 +135,7 @@ def _slurm(environment: Mapping[str, str]) -> Place:
         if nodes > 1:
             raise ValueError(f"this SLURM job has {nodes} nodes; start this with `srun --ntasks-per-node=1`")
         return Place("SLURM", 1, 0, "127.0.0.1")
+    # A step may have fewer nodes than the job.
     nodes = _number(environment, "SLURM_STEP_NUM_NODES", str(nodes))
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS", str(nodes))
     if tasks != nodes:

@@ -61,7 +61,7 @@ def open_benchmark(name: str, folder: Path, split: str | None = None) -> Benchma
     """The benchmark called `name` (any case, `-` as `_`), from `folder` or the folder of its name in it.
 
     Raises:
-        ValueError: if there is no such benchmark or split, or naming every file that is missing and where it is had.
+        ValueError: if there is no such benchmark or split, or naming every missing file and where to download it.
     """
     key = name.lower().replace("_", "-")
     if key not in BENCHMARKS:

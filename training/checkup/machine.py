@@ -87,7 +87,7 @@ def gpus(config: TrainConfig | None, rank: ThisRank) -> Iterator[Finding]:
 def lacks_kernels(capability: tuple[int, int], built_for: list[str]) -> str:
     """The architecture of a GPU for which this torch has neither machine code nor code to compile; "" if it has.
 
-    Machine code runs on GPUs of its own major version; `compute_90`, what a driver compiles, on all later ones too.
+    Machine code (`sm_90`) runs on GPUs of the same major version; drivers compile `compute_90` for all later ones too.
     """
     major, minor = capability
     known = [name for name in built_for if name.startswith(("sm_", "compute_"))]  # ROCm's are others

@@ -78,7 +78,7 @@ def batch(config: TrainConfig, model: CompactVisionForConditionalGeneration, ran
     examples, steps = len(stream.examples), config.steps or config.epochs * len(stream)
     text = f"{config.global_batch_size} examples / {ranks.planned} rank(s) = {per_rank} each"
     if config.microbatch_size != "auto":
-        parts = -(-per_rank // config.microbatch_size)
+        parts = -(-per_rank // config.microbatch_size)  # rounded up
         text += f", in {parts} microbatch(es) of {min(config.microbatch_size, per_rank)}"
         if per_rank % config.microbatch_size and parts > 1:
             better = max(n for n in range(1, config.microbatch_size + 1) if per_rank % n == 0)

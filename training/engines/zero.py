@@ -77,6 +77,7 @@ class Zero(Engine):
         """The kept weights on the CPU of rank 0; those that learn in fp32. A collective."""
         from training.engines.deepspeed_callback import gather
 
+        # DeepSpeed wraps Composer's model, so that its names begin with `model.`.
         found = gather(state.model.engine, lambda key: keep(key.removeprefix(INNER)))
         return {key.removeprefix(INNER): weight for key, weight in found.items()}
 

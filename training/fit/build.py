@@ -97,7 +97,7 @@ def whole_model(
 
 
 def empty_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
-    """The model of `build_model`, checked as it is, but for the LLM's weights: they have shapes and no contents.
+    """The model of `build_model`, with the same checks. The LLM's weights have shapes and no contents.
 
     Raises:
         ValueError, OSError: as `build_model`.

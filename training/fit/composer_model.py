@@ -47,7 +47,7 @@ class TrainableModel(ComposerModel):  # type: ignore[misc]
         )
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        """Mean cross-entropy over the supervised tokens of this microbatch; Composer weights the microbatches."""
+        """Mean cross-entropy over the supervised tokens of this microbatch, (); Composer weights the microbatches."""
         loss: torch.Tensor = outputs.loss
         return loss
 

@@ -45,6 +45,7 @@ def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, step
 
     A collective, as the ranks may hold parts of the weights; rank 0 writes.
     """
+    # Every rank takes part, weight by weight; only rank 0 keeps them.
     weights = engine.whole_weights(state, lambda name: is_exported(config, name))
     if dist.get_global_rank() != 0:
         return
@@ -60,7 +61,7 @@ def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, step
         "loss_first": lines[0]["loss"],
         "loss_last": final_loss(lines),
         "seconds": round(seconds, 2),
-        "data_wait": sum(line["data_wait"] * line["step_s"] for line in lines) / seconds,
+        "data_wait": sum(line["data_wait"] * line["step_s"] for line in lines) / seconds,  # share of all steps' time
         "vision_tokens_in": parts.store.encoder.grid**2,
         "vision_tokens_out": parts.model.connector.tokens,
     }

@@ -160,7 +160,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         return model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Of the connector: PyTorch's own, as LLaVA-1.5. The other two parts know theirs."""
+        """PyTorch's initial weights for the connector, as LLaVA-1.5 has them. The other two parts know theirs."""
         if isinstance(module, nn.Linear):
             module.reset_parameters()
 

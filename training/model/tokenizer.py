@@ -49,7 +49,7 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, name: str, revision: str | None = None) -> Tokenizer:
-        """Of a folder or a Hub id that has `tokenizer.model`.
+        """The tokenizer of a folder or a Hub id that has `tokenizer.model`.
 
         Raises:
             ValueError: if it has none.
@@ -122,7 +122,7 @@ class Tokenizer:
 
 
 def _load(model_file: Path, override: bytes = b"") -> SentencePieceProcessor:
-    """The model of a file, with the protobuf fields `override` in place of its own."""
+    """The model of a file; the protobuf fields `override` replace those of the file."""
     if not model_file.is_file():
         raise ValueError(
             f"{model_file} does not exist: the language model's SentencePiece file is needed (for Vicuna it is on the "

@@ -20,7 +20,7 @@ def ablation_page(folder: Path, images: Path | None, examples: int = EXAMPLES) -
 
     Args:
         folder: of the ablation.
-        images: the folder that the images of its own questions are relative to; None shows no examples.
+        images: the folder that the images of your own questions are relative to; None shows no examples.
         examples: questions to show.
     """
     table = Table.read(folder)

@@ -12,9 +12,9 @@ The bound is over the whole folder, for all processes together:
 
     bytes of the complete objects + bytes reserved for those on their way <= max_bytes
 
-Whoever fetches an object first reserves its bytes, under room.lock. To make room for them, a process evicts objects
-that it neither uses nor has fetched ahead, then the others; of either kind, the object that came first goes first. Only
-complete objects are evicted, so a cache that is smaller than what is on its way at once does exceed its bound.
+Whoever fetches an object reserves its bytes before, under room.lock. To make room for them, a process evicts objects
+that it neither uses nor has fetched ahead, then the others; the oldest of each kind goes first. Only complete objects
+are evicted: a cache that is smaller than what is on its way at one moment exceeds its bound.
 """
 
 from __future__ import annotations

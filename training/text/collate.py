@@ -41,7 +41,7 @@ class Collator:
     image_token_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """The batch of these examples.
+        """B examples -> `input_ids`, `labels` and `attention_mask`, (B, L) each.
 
         Raises:
             ValueError: naming the example whose turns do not fit the template, or whose image does not fit

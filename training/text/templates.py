@@ -133,8 +133,8 @@ class Vicuna(Template):
             if round_text == "" or len(parts) != 2:
                 break
             # The round's BOS is counted and its </s>, which the split took, is not: the two cancel out.
-            # Of the instruction, two tokens do not count: BOS, and the space at its end, which is a token only here.
-            # In the whole text, the first token of the answer holds that space.
+            # Two tokens of the instruction do not count: BOS, and the space at its end. That space is a token only
+            # here; in the whole text the first token of the answer holds it.
             whole, instruction = count(round_text), count(parts[0] + answer_mark) - 2
             if number > 0 and not tokenizer.legacy:  # behind </s>, this round has no space before it; by itself it has
                 whole, instruction = whole - 1, instruction - 1

@@ -17,7 +17,7 @@ PIP    := -m pip --disable-pip-version-check install --quiet
 # Versions of transformers that an exported model is tried under, each in a folder of its own.
 TRANSFORMERS := $(patsubst tests/release/transformers_versions/%.txt,build/transformers/%/.installed,$(wildcard tests/release/transformers_versions/*.txt))
 
-.PHONY: demo ablate test test-newest transformers cluster-test infra-check check format bench-build bench-stream bench-train lock clean help
+.PHONY: demo ablate test test-slow test-newest transformers cluster-test infra-check check format bench-build bench-stream bench-train lock clean help
 
 help:            ## say what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
@@ -36,8 +36,14 @@ demo: $(STAMP)   ## the main job on drawn scenes: store, stage 1, stage 2, answe
 ablate: demo     ## the arms of the paper's Tables 3 and 5 on the demo's data, two seeds each (under 15 minutes)
 	$(BIN)/python training/ablate.py training/ablations/demo.yaml
 
-test: $(STAMP) transformers ## the tests, without the network, two files at a time, a thread each (20 minutes on two cores)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+# Two processes, a thread each; what shares a Ray or a store stays together (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+
+test: $(STAMP)   ## every unit and one path of each kind from end to end, without the network (8 minutes on two cores)
+	$(PYTEST) -m "not slow and not cluster"
+
+test-slow: $(STAMP) transformers ## the rest: every engine, faults and kills, the demo, browsers, other transformers (15 minutes)
+	$(PYTEST) -m "slow and not cluster"
 
 test-newest:     ## by hand and before a release: the engines' equal losses and the demo with the newest PyTorch
 	$(MAKE) TORCH=newest VENV=.venv-newest .venv-newest/.installed

@@ -105,14 +105,16 @@ def tokenizer_model(vectors: Path, tiny_tokenizer: Path) -> Path:
     return beside if beside.is_file() else tiny_tokenizer / "tokenizer.model"
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that take minutes come first: two processes that share out the files then end together."""
+    """Two processes share out groups, the longest first, so that they end together; a group's fixtures are made once.
 
-    def minutes(item: pytest.Item) -> float:
-        marks = item.iter_markers("slow")
-        return max((float(mark.kwargs.get("minutes", 0)) for mark in marks), default=0.0)
-
+    A group is a file, or a folder that shares what takes long to start: pipeline/ has one Ray and one store.
+    """
     longest: dict[Path, float] = {}
     for item in items:
-        longest[item.path] = max(longest.get(item.path, 0), minutes(item))
-    items.sort(key=lambda item: -longest[item.path])
+        group = item.path.parent if item.path.parent.name == "pipeline" else item.path
+        item.add_marker(pytest.mark.xdist_group(group.relative_to(TESTS).as_posix()))
+        minutes = max((mark.args[0] for mark in item.iter_markers("minutes")), default=0.0)
+        longest[group] = max(longest.get(group, 0), minutes)
+    items.sort(key=lambda item: -longest.get(item.path, longest.get(item.path.parent, 0)))

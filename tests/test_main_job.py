@@ -14,8 +14,6 @@ ROOT = Path(__file__).resolve().parents[1]
 COMPOSER = [sys.executable, str(Path(sys.executable).parent / "composer")]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "RAY_USAGE_STATS_ENABLED": "0"}
 
-pytestmark = pytest.mark.slow(minutes=6)
-
 
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -57,6 +55,8 @@ def losses(run: Path) -> list[float]:
     return [json.loads(line)["loss"] for line in (run / "log.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
+@pytest.mark.minutes(8)
 def test_the_demo_learns_to_see(demo: Path) -> None:
     summary = json.loads((demo / "summary.json").read_text())
     assert summary["accuracy"] >= summary["accuracy_shuffled_images"] + 0.25
@@ -68,6 +68,7 @@ def test_the_demo_learns_to_see(demo: Path) -> None:
     assert all(seconds > 0 for seconds in summary["seconds"].values())
 
 
+@pytest.mark.slow
 def test_the_demos_report_needs_nothing_beside_itself(demo: Path) -> None:
     page = (demo / "report.html").read_text()
     assert "data:image/jpeg;base64," in page
@@ -75,6 +76,7 @@ def test_the_demos_report_needs_nothing_beside_itself(demo: Path) -> None:
     assert "https://" not in page
 
 
+@pytest.mark.slow
 def test_running_the_demo_again_repeats_nothing(demo: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in demo.rglob("*.tar")}
     output = shell(sys.executable, "training/demo.py", "--run", str(demo))
@@ -82,6 +84,7 @@ def test_running_the_demo_again_repeats_nothing(demo: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in demo.rglob("*.tar")} == before
 
 
+@pytest.mark.slow
 def test_every_launch_form_trains_the_same_losses(demo: Path, tmp_path: Path) -> None:
     forms = {
         "script": [*COMPOSER, "-n", "1", "training/train.py", "training/finetune.yaml"],
@@ -99,6 +102,7 @@ def test_every_launch_form_trains_the_same_losses(demo: Path, tmp_path: Path) ->
     assert seen["two ranks"] == pytest.approx(seen["script"], rel=2e-5)
 
 
+@pytest.mark.slow
 def test_the_readmes_first_hour_runs(demo: Path, tmp_path: Path) -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     (typed,) = re.findall(r"^```bash\nsource .venv/bin/activate\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
@@ -129,6 +133,7 @@ def test_a_misspelt_setting_is_named_with_what_was_meant(tmp_path: Path) -> None
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_a_store_that_is_not_there_is_a_clear_error(demo: Path, tmp_path: Path) -> None:
     settings = stage2(demo, tmp_path / "run", f"data.store={tmp_path}/nothing")
     output = shell(sys.executable, "training/train.py", "training/finetune.yaml", *settings, fails=True)
@@ -137,6 +142,7 @@ def test_a_store_that_is_not_there_is_a_clear_error(demo: Path, tmp_path: Path) 
     assert "Traceback" not in output
 
 
+@pytest.mark.slow
 def test_stage_one_leaves_the_language_model_as_it_was(demo: Path) -> None:
     from safetensors.torch import load_file
 
@@ -152,6 +158,7 @@ def test_stage_one_leaves_the_language_model_as_it_was(demo: Path) -> None:
     assert changed, "stage 2 trains the language model"
 
 
+@pytest.mark.slow
 def test_the_photos_go_through_the_same_commands(photos: Path, demo: Path, tmp_path: Path) -> None:
     (questions,) = photos.glob("*questions.jsonl")
     shutil.copytree(demo / "models", tmp_path / "run" / "models")  # not done again
@@ -170,6 +177,7 @@ def test_the_photos_go_through_the_same_commands(photos: Path, demo: Path, tmp_p
     assert summary["questions"] == len(questions.read_text(encoding="utf-8").splitlines())
 
 
+@pytest.mark.slow
 def test_an_ablation_trains_its_arms_once_and_writes_one_table(demo: Path, tmp_path: Path) -> None:
     run = tmp_path / "ablation"
     command = [sys.executable, "training/ablate.py", "training/ablations/demo.yaml", f"run={run}", "limit=16"]

@@ -215,6 +215,7 @@ def letters(text: str) -> str:
     return re.sub(r"\W", "", text, flags=re.ASCII)
 
 
+@pytest.mark.slow  # a browser
 def test_a_conversation_in_a_browser(page, picture: Path, talk: Talk, tmp_path: Path) -> None:
     talk.speaker.max_new_tokens = 8
     page.get_by_text("4 vision tokens of 16").first.wait_for()

@@ -16,7 +16,6 @@ import psutil
 import pytest
 
 BENCH = Path(__file__).with_name("bench_gpu.py")
-pytestmark = pytest.mark.slow(minutes=2)
 EXPECTED = {
     "device": ["bf16 matrix product", "copy on the device", "host to device, pinned", "decode int8, 8 blocks"],
     "train": ["stage 2, LoRA", "stage 2, full", "stage 1, bare loop", "stage 1", "stage 1, compiled"],
@@ -35,6 +34,8 @@ def bench(out: Path, *words: str) -> tuple[int, list[dict[str, Any]], str]:
     return done.returncode, json.loads((out / "gpu.json").read_text())["rows"], said
 
 
+@pytest.mark.slow
+@pytest.mark.minutes(2)
 def test_every_row_works_without_a_gpu(tmp_path: Path, hang_s: int) -> None:
     code, rows, said = bench(tmp_path, "--minutes", str(hang_s / 60))
     assert code == 0, said

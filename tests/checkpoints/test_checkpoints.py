@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from moto.server import ThreadedMotoServer
 
-pytestmark = pytest.mark.slow(minutes=2)
+pytestmark = [pytest.mark.slow, pytest.mark.minutes(2)]
 BUCKET, COMPLAINT = "checkpoints", "is not uploaded yet"
 
 
@@ -120,7 +120,6 @@ def losses(log: list[dict[str, float]]) -> dict[float, float]:
     return {line["step"]: line["loss"] for line in log}
 
 
-@pytest.mark.slow
 def test_a_signal_to_one_rank_saves_and_ends_all_with_128_and_its_number(
     runs: Path, read_log: Callable[..., Any]
 ) -> None:
@@ -144,7 +143,6 @@ def test_the_rest_of_the_run_is_as_if_nothing_had_happened(runs: Path, read_log:
     assert losses(read_log(runs / name)) == pytest.approx(losses(read_log(runs / "whole")), rel=1e-5)
 
 
-@pytest.mark.slow
 def test_the_newest_checkpoints_are_kept(runs: Path) -> None:
     for name in ("whole", "term", "damaged", "unmarked"):
         kept = sorted(path.name for path in (runs / name / "checkpoints").iterdir())
@@ -152,7 +150,6 @@ def test_the_newest_checkpoints_are_kept(runs: Path) -> None:
         assert len(kept) == 2, name
 
 
-@pytest.mark.slow
 def test_zero_refuses_another_number_of_ranks(runs: Path) -> None:
     assert json.loads((runs / "codes-again.json").read_text())[4] == [1]
     said = (runs / "other-ranks" / "output").read_text()
@@ -160,7 +157,6 @@ def test_zero_refuses_another_number_of_ranks(runs: Path) -> None:
     assert "Traceback" not in said.split("this run is zero2 on 1")[0][-500:]
 
 
-@pytest.mark.slow
 def test_a_bucket_that_failed_has_the_last_checkpoint_in_the_end_and_an_empty_disk_goes_on_from_it(
     runs: Path, read_log: Callable[..., Any], bucket: dict[str, Any]
 ) -> None:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from training.fit.optimizer import cosine_with_warmup
 
+pytestmark = pytest.mark.minutes(3)
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 # fp32 sums in another order, over 20 steps of Adam; measured: below 2e-6 (losses) and 1e-4 of the largest weight.
 LOSS, WEIGHT = 1e-5, 1e-3

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from pipeline.config import ConfigError, load_config
 from training.config import TrainConfig
 
+pytestmark = pytest.mark.minutes(2)
 LORA = {"model.lora": {"rank": 8, "alpha": 16, "dropout": 0.0}, "optimizer.llm_lr": 4e-3}
 MEMORY = {"model.loss_chunks": 3, "model.activation_checkpointing": True}
 BF16 = {"precision": "amp_bf16", "model.frozen_dtype": "bfloat16"}

@@ -1,16 +1,18 @@
 """Two ranks, one of which sees no image: neither waits for the other, and both step by the mean of their gradients."""
 
 from collections.abc import Callable
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
+from fixtures.models import make_connector, make_llm
 from training.model.model import CompactVisionForConditionalGeneration
 
+STAGES = (1, 2)
 PROMPT = [1, 5, *[736] * 4, 8, 9]
 
 
@@ -22,28 +24,46 @@ def _batch(rank: int) -> dict[str, object]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels, "columns": columns}
 
 
-def _train(rank: int, folder: str, rendezvous: str, stage: int) -> None:
+def _train(rank: int, folder: Path, port: int, become_rank: Callable[..., None]) -> None:
+    """Both stages in turn; the gradients of each go to a file."""
+    become_rank(rank, 2, port, folder / "output")
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    model = CompactVisionForConditionalGeneration.from_pretrained(folder).train()
-    model.llm.requires_grad_(stage == 2)
-    wrapped = DistributedDataParallel(model)
-    wrapped(**_batch(rank)).loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    torch.save(gradients, f"{rendezvous}.{rank}")
+    dist.init_process_group("gloo")
+    for stage in STAGES:
+        model = CompactVisionForConditionalGeneration.from_pretrained(folder / "model").train()
+        model.llm.requires_grad_(stage == 2)
+        wrapped = DistributedDataParallel(model)
+        wrapped(**_batch(rank)).loss.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        torch.save(gradients, folder / f"gradients-{stage}-{rank}")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_rank_without_images_does_not_stop_the_others(
-    make_model: Callable[..., CompactVisionForConditionalGeneration], tmp_path: Path, stage: int
-) -> None:
-    model = make_model(tower=False)
-    model.save_pretrained(tmp_path / "model")
-    rendezvous = str(tmp_path / "rendezvous")
-    mp.spawn(_train, args=(str(tmp_path / "model"), rendezvous, stage), nprocs=2)
-    seen = [torch.load(f"{rendezvous}.{rank}", weights_only=True) for rank in range(2)]
-    model.train()
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory,
+    fork: ForkServerContext,
+    free_port: Callable[[], int],
+    become_rank: Callable[..., None],
+    ended: Callable[..., list[int]],
+) -> Path:
+    """A folder with the model, and what two ranks made of it."""
+    folder = tmp_path_factory.mktemp("ddp")
+    CompactVisionForConditionalGeneration.from_parts(make_llm(), make_connector(), None).save_pretrained(
+        folder / "model"
+    )
+    port = free_port()
+    ranks = [fork.Process(target=_train, args=(rank, folder, port, become_rank)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    assert ended(ranks) == [0, 0], (folder / "output").read_text()
+    return folder
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_rank_without_images_does_not_stop_the_others(trained: Path, stage: int) -> None:
+    seen = [torch.load(trained / f"gradients-{stage}-{rank}", weights_only=True) for rank in range(2)]
+    model = CompactVisionForConditionalGeneration.from_pretrained(trained / "model").train()
     model.llm.requires_grad_(stage == 2)
     sum(model(**_batch(rank)).loss / 2 for rank in range(2)).backward()
     for name, parameter in model.named_parameters():

@@ -71,6 +71,7 @@ def test_running_again_does_nothing_and_says_so(store: Path, settings: Settings,
     assert {path: path.stat().st_mtime_ns for path in store.rglob("*.tar")} == before
 
 
+@pytest.mark.slow  # a Ray of its own
 def test_the_same_settings_give_the_same_bytes_with_one_worker(
     store: Path, settings: Settings, run: Run, contents: Contents, tmp_path: Path
 ) -> None:
@@ -141,6 +142,7 @@ def test_too_many_failures_stop_the_job(
     assert (tmp_path / "store" / "failures.jsonl").read_text().count("missing image") >= 11
 
 
+@pytest.mark.slow  # a second build; test_dataset.py reads zips without one
 def test_a_zip_is_read_without_unpacking(
     store: Path, scenes: Path, settings: Settings, run: Run, contents: Contents, tmp_path: Path
 ) -> None:

@@ -79,7 +79,7 @@ if sys.argv[1] == "all":
     write_manifest(storage, spec, dataset.failures)
     storage.sweep_scratch()
 """
-pytestmark = pytest.mark.slow(minutes=5)
+pytestmark = [pytest.mark.slow, pytest.mark.minutes(9)]  # of all of pipeline/
 
 
 class FaultyS3:

@@ -168,6 +168,7 @@ def test_an_archive_that_is_none_is_named(tmp_path: Path) -> None:
         index_zips((str(tmp_path / "images.zip"),))
 
 
+@pytest.mark.slow  # a build; the sources are read one by one above
 def test_a_mix_of_sources_builds_one_store(run: Any, settings: Any, scenes: Path, tmp_path: Path) -> None:
     """Two JSON files, a folder with subfolders, a zip and text-only records, as LLaVA-1.5's mix is."""
     names = [r["image"] for r in json.loads((scenes / "chat.json").read_text())][:12]

@@ -53,6 +53,7 @@ def test_ray_data_reads_the_tars(store: Path, ray_address: str, run: Any) -> Non
     assert rows == {f"{number:09d}": 16 * 32 * 2 for number in range(60)}
 
 
+@pytest.mark.slow  # a build
 def test_source_images_can_be_kept_and_are_read_with_the_record(
     run: Any, call: Any, settings: Any, scenes: Path, tmp_path: Path
 ) -> None:

@@ -175,6 +175,7 @@ def test_repair_leaves_foreign_files_to_people(copy: Path) -> None:
     assert (copy / "commits/00000.json").exists()
 
 
+@pytest.mark.slow  # two builds
 def test_a_column_added_later_is_verified_and_repaired_by_itself(
     copy: Path, settings: Any, run: Any, call: Any, contents: Any
 ) -> None:

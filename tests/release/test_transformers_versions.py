@@ -14,7 +14,6 @@ import pytest
 import transformers
 from PIL import Image
 
-pytestmark = pytest.mark.slow(minutes=1)
 ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = sorted(path.stem for path in (Path(__file__).parent / "transformers_versions").glob("*.txt"))
 QUESTIONS = [
@@ -76,6 +75,7 @@ def test_the_oldest_and_the_newest_version_are_tried() -> None:
     assert [version.rpartition(".")[0] for version in VERSIONS] == ["5.16", "5.19", "5.24"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("version", VERSIONS)
 def test_the_answers_are_those_of_the_installed_version(version: str, request: pytest.FixtureRequest) -> None:
     folder = ROOT / "build" / "transformers" / version

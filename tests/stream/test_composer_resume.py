@@ -150,8 +150,7 @@ def test_a_run_killed_in_mid_epoch_has_the_losses_of_an_undisturbed_one(
     assert losses(one) == pytest.approx(undisturbed, rel=1e-5)  # sums in another order
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("interval", ["1ba", "1ep"])
+@pytest.mark.parametrize("interval", ["1ba", pytest.param("1ep", marks=pytest.mark.slow)])
 def test_a_run_killed_between_two_epochs_goes_on_with_the_next(
     train: Train, undisturbed: dict[int, float], tmp_path: Path, interval: str
 ) -> None:

@@ -19,7 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 
-pytestmark = pytest.mark.slow(minutes=1)
+pytestmark = pytest.mark.minutes(1)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,7 @@ def ablation(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., A
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def start(ablation: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """start(word, ...): the command, in the background; it ends with the test."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -81,11 +81,25 @@ def table(run: Path) -> dict[str, Any]:
     return found
 
 
-def test_runs_on_ray_make_the_table_of_runs_in_a_row_though_one_is_killed(
-    ablation: Path, start: Callable[..., subprocess.Popen[str]]
-) -> None:
+@pytest.fixture(scope="module")
+def in_a_row(ablation: Path, start: Callable[..., subprocess.Popen[str]]) -> Path:
+    """The folder of the same runs, one after another on this machine."""
     said, _ = start(f"run={ablation.parent}/row").communicate()
     assert "| AvgPool |" in said, said
+    return ablation.parent / "row"
+
+
+def test_two_arms_have_a_row_each_with_their_losses_and_answers(in_a_row: Path) -> None:
+    rows = table(in_a_row)["rows"]
+    assert [(row["arm"], row["tokens"]) for row in rows] == [("STF", 4), ("AvgPool", 4)]
+    assert rows[0]["loss_finetune"] != rows[1]["loss_finetune"]
+    assert all(row["scores"]["accuracy"]["units"] == 4 for row in rows)
+
+
+@pytest.mark.slow
+def test_runs_on_ray_make_the_table_of_runs_in_a_row_though_one_is_killed(
+    ablation: Path, in_a_row: Path, start: Callable[..., subprocess.Popen[str]]
+) -> None:
     on_ray = start(f"run={ablation.parent}/ray", "--ray")
     log = ablation.parent / "ray" / "stf" / "seed0" / "finetune" / "log.jsonl"
     while not (log.exists() and log.read_text().count("\n") >= 3):
@@ -102,7 +116,7 @@ def test_runs_on_ray_make_the_table_of_runs_in_a_row_though_one_is_killed(
     said, _ = again.communicate()
     assert again.returncode == 0, said
     assert "1 of 2 runs to do" in said
-    assert table(ablation.parent / "ray") == table(ablation.parent / "row")
+    assert table(ablation.parent / "ray") == table(in_a_row)
 
 
 def _words(process: psutil.Process) -> list[str]:

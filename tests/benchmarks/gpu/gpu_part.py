@@ -160,7 +160,7 @@ def llama_folder(job: Job, size: str) -> Path:
 
 
 def random_llama(device: str) -> Callable[..., Any]:
-    """What takes the place of `LlamaForCausalLM.from_pretrained`: random weights, made where they are needed."""
+    """What takes the place of `AutoModelForCausalLM.from_pretrained`: random weights, made where they are needed."""
     import torch
     from transformers import AutoConfig, LlamaForCausalLM
 

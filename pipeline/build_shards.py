@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipeline.schema import Failure, StoreSpec
     from pipeline.storage import Storage
 
-FAILURES_ALLOWED = 10  # whatever the rate: one bad image of twenty must not stop a trial run
+FAILURES_ALLOWED = 10  # at any rate: one bad image of twenty must not stop a trial run
 ATTEMPTS = 4  # of a shard whose worker dies
 OBJECT_STORE = 256 * 2**20  # bytes of a local Ray's object store: only rows of text go through it
 
@@ -80,6 +80,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def _setting_lines() -> Iterator[str]:
+    """A line of `--help` for each setting."""
     for name, field in BuildConfig.model_fields.items():
         default = "required" if field.is_required() else f"default {field.default!r}"
         yield f"  {name:<15} {field.description} ({default})"
@@ -97,7 +98,9 @@ def read_sources(config: BuildConfig) -> tuple[Dataset, StoreSpec]:
     from pipeline.schema import StoreSpec
 
     check_roots(config.image_roots)
-    gc.disable()  # millions of small objects that stay: looking through them again and again doubles the time
+    # A data set is millions of small objects that stay. The collector would look through them again and again, which
+    # doubles the time; frozen, they are never looked at.
+    gc.disable()
     dataset = read_dataset(config.data_files, config.seed, config.limit)
     gc.freeze()
     gc.enable()
@@ -333,6 +336,7 @@ class _Progress:
         self._check(outcome["reasons"])
 
     def _check(self, reasons: list[str]) -> None:
+        """Raise TooManyFailuresError above the bound, with the first reason."""
         if self.failures > self.allowed:
             self.bar.close()
             raise TooManyFailuresError(

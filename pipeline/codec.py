@@ -1,4 +1,4 @@
-"""Features to payloads (bytes) and back, on whatever device they are.
+"""Features to payloads (bytes) and back, on the device where they are.
 
     bf16, fp16   2 bytes a number
     fp8          1 byte a number (e4m3), and a scale per token
@@ -39,7 +39,7 @@ def to_payload(features: torch.Tensor, codec: Codec) -> torch.Tensor:
         return _bytes(half)
     numbers = features.float()
     scale = numbers.abs().amax(dim=-1, keepdim=True) / _LARGEST[codec]  # (n, tokens, 1)
-    scaled = numbers / torch.where(scale > 0, scale, 1.0)
+    scaled = numbers / torch.where(scale > 0, scale, 1.0)  # (n, tokens, width); a token of zeros stays zeros
     limited = scaled.clamp(-448.0, 448.0)  # rounding may have gone beyond, where e4m3 has only NaN
     small = limited.to(torch.float8_e4m3fn) if codec == "fp8" else scaled.round().to(torch.int8)
     return torch.cat([_bytes(scale), _bytes(small)], dim=1)

@@ -13,9 +13,8 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from pipeline.encoders.columns import PAPER_BLOCKS
 from pipeline.schema import Aspect, Codec, Compute
-
-PAPER_BLOCKS = (3, 6, 9, 12, 15, 18, 21, 24)  # section 3.3: every third of ViT-L/14's 24 blocks
 
 
 class Settings(BaseModel):
@@ -74,6 +73,7 @@ def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], there: str =
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
+    """The settings of a file; ConfigError if it is none."""
     if not path.is_file():
         raise ConfigError(
             f"configuration file {str(path)!r} does not exist (current folder: {Path.cwd()}); give a YAML file"
@@ -102,7 +102,7 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
         tree = child
     try:
         tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError:
+    except yaml.YAMLError:  # a text that is no YAML, e.g. with a colon in it, is meant as it stands
         tree[last] = value
     return None
 

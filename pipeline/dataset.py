@@ -67,6 +67,7 @@ def read_dataset(data: tuple[str, ...], seed: int, limit: int | None) -> Dataset
             failures.append(Failure(key="", source=source, reason=checked))
             continue
         image, conversation = checked
+        # What a record says, in one canonical line: equal records have equal hashes, and the digest is over these.
         line = _AS_LINE([image, conversation]).encode()
         identity = hashlib.sha256(line).digest()
         if identity in seen:
@@ -203,7 +204,7 @@ class ImageSource:
                 continue
             try:
                 return storage.read(name)
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):  # the next root may have it
                 continue
             except PermissionError as error:
                 raise ValueError(f"permission denied: {name}; allow the job to read it") from error

@@ -112,6 +112,7 @@ def draw(folder: str | Path, images: int, heldout: int, seed: int = 0, image_siz
 def _training_set(
     folder: Path, images: int, size: int, rng: np.random.Generator
 ) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """Draw the training scenes; the records of chat.json and of instruct.json."""
     chat: list[dict[str, object]] = []
     instruct: list[dict[str, object]] = []
     asked: Counter[tuple[str, str]] = Counter()
@@ -135,6 +136,7 @@ def _training_set(
 
 
 def _heldout_set(folder: Path, count: int, size: int, rng: np.random.Generator) -> list[dict[str, object]]:
+    """Draw a new scene for each held-out question; the records of heldout.jsonl, category after category in turn."""
     asked: Counter[tuple[str, str]] = Counter()
     questions: list[dict[str, object]] = []
     for number in range(count):

@@ -1,7 +1,7 @@
 """Image bytes -> pixels -> frozen vision encoder -> the hidden states of the chosen blocks.
 
-What differs between encoders stands in `pipeline/encoders`. Of CLIP, pixels are bit-equal to what LLaVA-1.5 computes
-(its `image_aspect_ratio` "pad" or the plain centre crop, then CLIP's own processor).
+What differs between encoders stands in `pipeline/encoders`. CLIP's pixels are bit-equal to what LLaVA-1.5 computes (its
+`image_aspect_ratio` "pad" or the plain centre crop, then CLIP's own processor).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from PIL import Image
 
 from pipeline.encoders import encoder_of
 from pipeline.encoders.base import VisionEncoder
+from pipeline.encoders.columns import cls_column, patch_column
 from pipeline.encoders.pixels import Pixels, upright_rgb
 from pipeline.schema import Aspect, Column, Compute, EncoderSpec
 
@@ -51,7 +52,7 @@ def load_image(data: bytes) -> Image.Image:
         raise
     except Image.DecompressionBombError as error:
         raise ValueError(f"refused as a decompression bomb: {error}; make it smaller") from error
-    except Exception as error:  # Pillow's decoders raise whatever they meet: OSError, SyntaxError, struct.error, ...
+    except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ...
         reason = _ADDRESS.sub("", str(error)).strip() or type(error).__name__
         raise ValueError(f"unreadable image: {reason}") from error
 
@@ -66,12 +67,16 @@ def family_of(name: str, revision: str | None) -> VisionEncoder:
 
     try:
         said = PreTrainedConfig.get_config_dict(name, revision=revision)[0]
-        return encoder_of(str(said.get("model_type")))
     except Exception as error:  # the Hub client raises many kinds; all mean that the model is not to be had
         raise _unreadable(name, error) from error
+    try:
+        return encoder_of(str(said.get("model_type")))
+    except ValueError as error:
+        raise ValueError(f"encoder {name!r}: {error}") from error
 
 
 def _unreadable(name: str, error: Exception) -> ValueError:
+    """What a user is told when transformers or the Hub cannot give the encoder."""
     first = str(error).strip().partition("\n")[0]
     return ValueError(
         f"encoder {name!r}: no vision model can be read from it ({first}); name a folder that "
@@ -124,8 +129,8 @@ def columns_of(spec: EncoderSpec, blocks: Iterable[int], cls: Iterable[int]) -> 
         raise ValueError(
             f"blocks {beyond}: encoder {spec.id} has {spec.blocks} blocks; choose from 0 (its input) to {spec.blocks}"
         )
-    patches = [Column(name=f"block{block:02d}", tokens=spec.grid**2, width=spec.width) for block in sorted(blocks)]
-    return (*patches, *(Column(name=f"cls{block:02d}", tokens=1, width=spec.width) for block in sorted(cls)))
+    patches = [Column(name=patch_column(block), tokens=spec.grid**2, width=spec.width) for block in sorted(blocks)]
+    return (*patches, *(Column(name=cls_column(block), tokens=1, width=spec.width) for block in sorted(cls)))
 
 
 class Encoder:

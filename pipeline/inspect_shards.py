@@ -99,6 +99,7 @@ def _shards(storage: Storage) -> dict[str, Any]:
 
 
 def _failures(storage: Storage) -> dict[str, Any]:
+    """How many samples failed, the commonest reasons, and the first ones."""
     lines = storage.read(FAILURES).decode().split("\n") if storage.exists(FAILURES) else []
     failures = [Failure.model_validate_json(line) for line in lines if line]
     return {
@@ -166,7 +167,7 @@ class _Pictures:
         self.zips = index_zips(images)
 
     def __call__(self, sample: Sample, shard: int) -> str | None:
-        """A small copy as a data URL; None if the image is not to be had."""
+        """A small copy as a data URL; None if the image cannot be read."""
         from pipeline.encoder import load_image
 
         assert sample.image is not None
@@ -185,6 +186,7 @@ class _Pictures:
         return _data_url(image, "JPEG")
 
     def _stored(self, sample: Sample, shard: int) -> bytes:
+        """The source image that the store keeps beside the sample's record."""
         from pipeline.shard import members
 
         with self.storage.open(tar_path(SAMPLES, shard)) as file:
@@ -194,6 +196,7 @@ class _Pictures:
 
 
 def _data_url(image: Any, kind: str) -> str:
+    """A PIL image as an address that holds its bytes."""
     buffer = io.BytesIO()
     image.save(buffer, format=kind, quality=88)
     return f"data:image/{kind.lower()};base64," + base64.b64encode(buffer.getvalue()).decode()

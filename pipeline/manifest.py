@@ -57,6 +57,7 @@ def read_store(storage: Storage) -> StoreSpec:
 
 
 def _parse_column(data: bytes, path: str) -> Column:
+    """A column that was added later, from its file at `path`; ValueError if that is damaged."""
     try:
         return Column.model_validate_json(data)
     except ValidationError as error:
@@ -66,6 +67,7 @@ def _parse_column(data: bytes, path: str) -> Column:
 
 
 def _parse_spec(data: bytes, root: str) -> StoreSpec:
+    """The identity in store.json of the store at `root`; ValueError if it is damaged or of another version."""
     try:
         tree = json.loads(data)
         version = tree.get("format_version") if isinstance(tree, dict) else None
@@ -92,6 +94,7 @@ def create_or_check(storage: Storage, spec: StoreSpec) -> StoreSpec:
     Raises:
         ValueError: naming every difference between `spec` and the store.
     """
+    # Several jobs may begin at once: one creates the file, the others find it and must agree with it.
     if storage.publish_bytes(SPEC, spec.model_dump_json(indent=1).encode()):
         return spec
     known = {column.name for column in check(storage, spec).columns}
@@ -231,6 +234,7 @@ def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
         "image": pa.array([image for commit in base for image in commit.images], pa.string()),
         "words": pa.array([words for commit in base for words in commit.words], pa.list_(pa.int32())),
     }
+    # A column of which only some shards are built is left out until the rest is there.
     complete = [c.name for c in spec.columns if all(c.name in shard for shard in files)]
     for name in (SAMPLES, *complete):
         table[f"{name}.offset"] = pa.array([o for shard in files for o in shard[name].offsets], pa.int64())

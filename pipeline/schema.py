@@ -20,7 +20,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.encoders import block_of
+from pipeline.encoders.columns import block_of, grid_of
 
 FORMAT_VERSION: Literal[1] = 1
 SAMPLES = "samples"  # the name of the tar that holds the records, beside the feature columns
@@ -95,7 +95,7 @@ class EncoderSpec(_Record):
     @property
     def grid(self) -> int:
         """Patches along one side: 24 for ViT-L/14-336."""
-        return self.image_size // self.patch_size
+        return grid_of(self)
 
 
 class StoreSpec(_Record):

@@ -46,7 +46,7 @@ class Storage:
         return f"Storage({self.root!r})"
 
     def __getstate__(self) -> str:
-        """Connections stay in their process."""
+        """Only the root travels to other processes: connections stay in theirs."""
         return self.root
 
     def __setstate__(self, root: str) -> None:
@@ -97,7 +97,7 @@ class Storage:
         if self._local is not None:
             return _list_local(self._local, prefix)
         found = self._retried(lambda fs, key: fs.find(key, detail=True), prefix)
-        skip = len(self.root) - len("s3://") + 1
+        skip = len(self.root) - len("s3://") + 1  # s3fs names files bucket/prefix/name: cut off up to the last slash
         return {key[skip:]: int(entry["size"]) for key, entry in sorted(found.items()) if entry["type"] == "file"}
 
     def download(self, name: str, target: Path) -> None:
@@ -195,10 +195,11 @@ class Storage:
             here = host == os.uname().nodename.partition(".")[0] and pid.isdigit()
             if not _alive(int(pid)) if here else folder.stat().st_mtime < time.time() - SCRATCH_LASTS:
                 shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # not empty: others work in it
             (self._local / SCRATCH).rmdir()
 
     def _key(self, name: str) -> str:
+        """The whole address of a name; of the root for none."""
         return f"{self.root}/{_checked(name)}" if name else self.root
 
     def _retried(self, call: Callable[[Any, str], T], name: str) -> T:
@@ -230,6 +231,7 @@ class Storage:
         raise AssertionError("the last attempt returns or raises")
 
     def _filesystem(self) -> Any:
+        """s3fs, made on first use in this process."""
         if self._s3 is None:
             import s3fs
 

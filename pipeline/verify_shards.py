@@ -95,6 +95,7 @@ def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]
     base = tuple(column.name for column in spec.columns if column.name not in added)
     problems, commits = _readable_commits(storage, spec, added)
     expected = {SPEC, FAILURES, MANIFEST, *DERIVED, *(f"columns/{name}.json" for name in added)}
+    # Only from the commit records: what they say of themselves, which files must be there, which tars to read.
     jobs = []
     for (shard, extra), commit in commits.items():
         names = (SAMPLES, *base) if extra is None else (extra,)
@@ -105,7 +106,7 @@ def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]
             for what in _faults(commit, shard, whole, spec, names)
         ]
         jobs += [(commit, name, extra) for name in names if name in commit.files and commit.shard == shard]
-    expected |= {problem.path for problem in problems}
+    expected |= {problem.path for problem in problems}  # a damaged record is no foreign file too
     problems += [Problem(path, "foreign file: no commit record knows it") for path in there if path not in expected]
     problems += [Problem(path, "missing") for path in (FAILURES, MANIFEST) if path not in there]
     with ThreadPoolExecutor(threads) as pool, tqdm(total=len(jobs), unit=" tars", desc="verify") as bar:

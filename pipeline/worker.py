@@ -130,7 +130,7 @@ class ShardWorker:
             written: Future[None] | None = None
             for items in self._decoded(row, stack):
                 batch = _Batch(items, self._payloads(items, columns))
-                if written is not None:
+                if written is not None:  # one batch is written while CLIP sees the next, never two
                     written.result()
                 written = writing.submit(shard.add, batch)
             if written is not None:
@@ -178,7 +178,7 @@ class ShardWorker:
         if not sound:
             return {}
         names = tuple(column.name for column in columns)
-        if names not in self._encoders:
+        if names not in self._encoders:  # keep the encoder of one set of columns: a worker rarely changes between them
             self._encoders = {names: self._encoder(columns)}
         pixels = torch.from_numpy(np.stack([item.pixels for item in sound if item.pixels is not None]))
         features = self._encoders[names](pixels)  # {column: (images, tokens, width)}
@@ -196,6 +196,7 @@ class ShardWorker:
         return to_host(payloads if all(fine) else {name: value[finite] for name, value in payloads.items()})
 
     def _encoder(self, columns: tuple[Column, ...]) -> Encoder:
+        """CLIP up to the deepest of these columns, on this worker's device."""
         config = self.config
         return Encoder(config.encoder, config.revision, columns, self.spec.compute, self.device)
 
@@ -211,7 +212,7 @@ class ShardWorker:
             )
 
     def _publish(self, commit: Commit, folder: Path, base: bool) -> bool:
-        """Tars first, the commit record last; whatever is there already is never changed."""
+        """Tars first, the commit record last; what is there already is never changed."""
         files = dict(commit.files)
         for name, file in commit.files.items():
             path = tar_path(name, commit.shard)
@@ -284,7 +285,7 @@ class _ShardInTheMaking:
                 suffix = (item.image or "").rpartition(".")[2].lower()
                 suffix = suffix if suffix.isalnum() and suffix != "json" else "img"
                 self.writers[SAMPLES].attach(f"{item.key}.{suffix}", item.data)
-            row += item.image is not None
+            row += item.image is not None  # text has no row
 
     def finish(self) -> Commit:
         """End the tars; the commit record of the shard."""

@@ -30,9 +30,10 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=7860, help="with --web (default: %(default)s)")
     arguments = parser.parse_args()
     if arguments.web and arguments.image:
-        parser.error("with --web the image is chosen in the browser")
+        parser.error(f"with --web the image is chosen in the browser; leave out {arguments.image}")
     if not arguments.web and (arguments.image is None or arguments.against):
-        parser.error("--against goes with --web" if arguments.against else "give an IMAGE, or --web")
+        against = f"--against goes with --web; add it, or leave out {arguments.against}"
+        parser.error(against if arguments.against else "give an IMAGE, or --web")
     if arguments.max_new_tokens < 1 or arguments.temperature < 0:
         found = f"found {arguments.max_new_tokens} and {arguments.temperature}"
         parser.error(f"--max-new-tokens is at least 1, --temperature at least 0; {found}")

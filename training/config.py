@@ -54,6 +54,7 @@ def _of_its_family(given: Any) -> Any:
     if not isinstance(given, dict):
         return given
     arm = given.get("arm", DEFAULT)
+    # Drop a setting only if the default family has it and the chosen one does not: anything else unknown is a mistake.
     family, usual = (_settings_of(config_class(name)) for name in (arm, DEFAULT))
     given = {k: v for k, v in given.items() if k in family.model_fields or k not in usual.model_fields}
     for name in given:
@@ -129,6 +130,7 @@ class OrderSettings(Settings):
 
     @model_validator(mode="after")
     def _together_or_grouped(self) -> Self:
+        """Two wishes for the order that exclude each other."""
         if self.together and self.group_by_length:
             raise ValueError(
                 "together keeps an image's conversations adjacent, group_by_length sorts them apart: choose one"
@@ -220,6 +222,7 @@ class TrainConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
+        """What a single setting cannot tell: whether the parts that learn, their rates and the engine go together."""
         if TEMPLATES[self.data.template].captions_only and "llm" in self.train:
             raise ValueError(
                 f"data.template: {self.data.template} is for stage 1, where train is [connector]; use v1 to train the "

@@ -148,7 +148,10 @@ def main() -> None:
     arguments = parser.parse_args()
     given = [arguments.chat, arguments.instruct, arguments.images, arguments.questions]
     if any(given) and not all(given):
-        parser.error("--chat, --instruct, --images and --questions go together; give all four, or none to draw scenes")
+        parser.error(
+            "--chat, --instruct, --images and --questions go together; give all four, or none to draw scenes; found "
+            + ", ".join(str(path) for path in given if path)
+        )
     run = arguments.run.resolve()
     folder = run / "data"
     data = {
@@ -167,6 +170,7 @@ def main() -> None:
 
 
 def _table(summary: dict[str, Any], run: Path) -> str:
+    """The summary for the screen."""
     first, last = summary["loss_first"], summary["loss_last"]
     lines = [
         "",

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Is everything ready for a run? One line for each question: ok, warn or fail, with what to do about it.
 
-    python training/doctor.py training/finetune.yaml data.store=...           # this process alone
+    python training/doctor.py training/finetune.yaml data.store=...           # only this process
     composer -n 8 training/doctor.py training/finetune.yaml data.store=...    # every rank, and the links between them
 
 Nothing is trained or kept; files that are written as a trial are removed. Without a CONFIG only the machine is looked
@@ -33,7 +33,7 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, metavar="N", help="reckon with N ranks (default: those that run)")
     arguments = parser.parse_intermixed_args()
     if arguments.config is not None and "=" in arguments.config:
-        parser.error(f"settings such as {arguments.config} need a CONFIG before them, e.g. training/finetune.yaml")
+        parser.error(f"settings such as {arguments.config} need a CONFIG before them; give training/finetune.yaml, say")
     try:
         config = None if arguments.config is None else load_config(TrainConfig, arguments.config, arguments.settings)
     except ConfigError as error:

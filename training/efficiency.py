@@ -5,7 +5,7 @@
     python training/efficiency.py runs/demo/finetune/model         measured side by side, with a model's own weights
     python training/efficiency.py --config 7b --layers 2           measured on random weights of a shape
 
-Times are medians over rounds in which every row has its turn, so that all rows share whatever else the machine does.
+Times are medians over rounds. Each row has a turn in every round, so what else the machine does slows all rows alike.
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ def main() -> None:
     parser.add_argument("model", nargs="?", help="folder that training/train.py exported, or a Hub id")
     parser.add_argument("--config", metavar="SHAPE", help="random weights: 7b, 13b, or a folder with config.json")
     parser.add_argument("--flops", action="store_true", help="the table of FLOPs; with --config 7b (default) or 13b")
-    parser.add_argument("--layers", type=int, help="only so many layers of the language model, for small machines")
+    parser.add_argument("--layers", type=int, help="only the first layers of the language model, for small machines")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="bfloat16 on a GPU")
     parser.add_argument("--text-tokens", type=int, default=64, help="of the prompt (default: %(default)s)")
     parser.add_argument("--new-tokens", type=int, default=32, help="decoded after it (default: %(default)s)")
     parser.add_argument("--batch-size", type=int, default=1, help="prompts at once (default: %(default)s)")
     parser.add_argument(
-        "--rounds", type=int, default=7, help="medians over so many, after a warm-up (default: %(default)s)"
+        "--rounds", type=int, default=7, help="what medians are over, after a warm-up (default: %(default)s)"
     )
     parser.add_argument("--out", type=Path, help="write the figures there too, as JSON")
     arguments = parser.parse_args()
     if arguments.model and (arguments.config or arguments.flops):
-        parser.error("a MODEL is measured with its own shape: leave out --config and --flops")
+        parser.error(f"{arguments.model} is measured with its own shape; leave out --config and --flops")
     if not (arguments.model or arguments.config or arguments.flops):
         parser.error("give a MODEL, --config or --flops")
-    if min(arguments.text_tokens, arguments.batch_size, arguments.rounds) < 1 or arguments.new_tokens < 2:
-        parser.error("--text-tokens, --batch-size and --rounds are at least 1, --new-tokens at least 2")
+    counts = (arguments.text_tokens, arguments.batch_size, arguments.rounds, arguments.new_tokens)
+    if min(counts[:3]) < 1 or arguments.new_tokens < 2:
+        found = f"found {', '.join(map(str, counts[:3]))} and {arguments.new_tokens}"
+        parser.error(f"--text-tokens, --batch-size and --rounds are at least 1, --new-tokens at least 2; {found}")
     try:
         result = flops(arguments) if arguments.flops else measured(arguments)
     except (ValueError, OSError) as error:
@@ -65,15 +67,15 @@ def flops(arguments: argparse.Namespace) -> dict[str, Any]:
 
     name = arguments.config or "7b"
     if name not in SIZES:
-        raise ValueError(f"--flops is about the paper's shapes, {' and '.join(SIZES)}; found {name}")
+        raise ValueError(f"--flops is about the paper's shapes, found --config {name}; use {' or '.join(SIZES)}")
     config = shape(name, arguments.layers)
     rows = paper_rows(config, arguments.text_tokens)
     if name != "7b" or arguments.layers is not None:
         rows = [{**row, "paper": None} for row in rows]
     note = (
         f"TFLOPs of one image at {name}, 2 per multiply-add; each figure from its closed form, and counted by torch "
-        "on the meta device.\nprefill: the vision tokens alone through the language model, without head, which is "
-        f"what the paper prints.\nall: CLIP + connector + prefill of vision tokens and {arguments.text_tokens} text "
+        "on the meta device.\nprefill: only the vision tokens through the language model, without head, as the paper "
+        f"prints it.\nall: CLIP + connector + prefill of vision tokens and {arguments.text_tokens} text "
         "tokens + head of one position."
     )
     return {"title": note, "shape": name, "text_tokens": arguments.text_tokens, "rows": rows}
@@ -105,6 +107,7 @@ def render(result: dict[str, Any]) -> str:
 
 
 def _cell(key: str, value: Any) -> str:
+    """A figure of the column `key`, in its unit."""
     if value is None:
         return "-"
     if key.endswith("bytes"):

@@ -45,6 +45,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    """Every option, in the groups that `--help` shows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", nargs="?", help="folder that training/train.py exported, or a Hub id")
     bench = parser.add_argument_group("benchmarks")

@@ -24,7 +24,7 @@ from types import FrameType
 
 import psutil
 
-PORT = 7777  # of the rendezvous on node 0; SLURM jobs, which may share a node, take one of their own
+PORT = 7777  # of the rendezvous on node 0; SLURM jobs, which may share a node, take another each
 STOP = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they take a node away
 
 
@@ -90,6 +90,7 @@ def find_place(environment: Mapping[str, str], hosts: str | None = None, node_ra
 
 
 def _hosts(hosts: str, node_rank: int | None) -> Place:
+    """This node's place in a list of hosts, by its rank or by its address."""
     names = [name.strip() for name in hosts.split(",") if name.strip()]
     if not names:
         raise ValueError(f"--hosts {hosts!r} names no host; say --hosts host0,host1")
@@ -108,7 +109,7 @@ def _is_here(name: str) -> bool:
         address = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)[0]
         with socket.socket(address[0], socket.SOCK_STREAM) as trial:
             trial.bind((address[4][0], 0))
-    except OSError:
+    except OSError:  # another machine's address, or a name that nobody resolves: then the names themselves decide
         return name.partition(".")[0] == socket.gethostname().partition(".")[0]
     return True
 
@@ -128,11 +129,13 @@ def _kubernetes(environment: Mapping[str, str]) -> Place:
 
 
 def _slurm(environment: Mapping[str, str]) -> Place:
+    """This task's place in a step of `srun`; outside a step, the one node of the job."""
     nodes = _number(environment, "SLURM_NNODES", "1")
-    if "SLURM_STEP_ID" not in environment:  # a batch script or a shell of salloc: node 0 alone
+    if "SLURM_STEP_ID" not in environment:  # a batch script or a shell of salloc: it runs only on node 0
         if nodes > 1:
             raise ValueError(f"this SLURM job has {nodes} nodes; start this with `srun --ntasks-per-node=1`")
         return Place("SLURM", 1, 0, "127.0.0.1")
+    # A step may have fewer nodes than the job.
     nodes = _number(environment, "SLURM_STEP_NUM_NODES", str(nodes))
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS", str(nodes))
     if tasks != nodes:
@@ -142,7 +145,7 @@ def _slurm(environment: Mapping[str, str]) -> Place:
         )
     listed = environment.get("SLURM_STEP_NODELIST") or _need(environment, "SLURM_JOB_NODELIST", "SLURM")
     leader = environment.get("MASTER_ADDR") or _first_host(listed)
-    port = 20000 + _number(environment, "SLURM_JOB_ID") % 20000
+    port = 20000 + _number(environment, "SLURM_JOB_ID") % 20000  # the same on all nodes, another for each job
     processes = _number(environment, "SLURM_GPUS_ON_NODE", "0")
     return Place("SLURM", nodes, _number(environment, "SLURM_NODEID"), leader, port, processes or None)
 
@@ -178,7 +181,7 @@ def count_gpus() -> int:
         return len([device for device in visible.split(",") if device.strip() not in {"", "-1"}])
     try:
         listed = subprocess.run(["nvidia-smi", "-L"], check=True, capture_output=True, text=True).stdout
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, subprocess.CalledProcessError):  # no driver: a machine without GPUs
         return 0
     return sum(line.startswith("GPU ") for line in listed.splitlines())
 
@@ -208,8 +211,8 @@ def composer_command(place: Place, processes: int, training: Sequence[str]) -> l
 def run(command: list[str]) -> int:
     """Run it to its end and return the exit code; a signal to stop goes to the ranks, not to their launcher.
 
-    Composer's launcher dies of SIGTERM and SIGUSR1 and leaves its ranks behind. So it gets a session of its own, which
-    a scheduler's signal to the process group does not reach, and the ranks hear of it from here: they save and exit.
+    Composer's launcher dies of SIGTERM and SIGUSR1 and leaves its ranks behind. So it gets a new session, which a
+    scheduler's signal to the process group does not reach. The ranks hear of the signal from here: they save and exit.
     """
     stopped: list[int] = []
     process: subprocess.Popen[bytes] | None = None
@@ -232,12 +235,12 @@ def run(command: list[str]) -> int:
     code = process.wait()
     if stopped:
         return 128 + stopped[-1]
-    return 128 - code if code < 0 else code
+    return 128 - code if code < 0 else code  # Python says -N of a process that signal N killed, a shell 128 + N
 
 
 def _tell_ranks(launcher_pid: int, number: int) -> None:
     """Send a signal to the launcher's children, or to itself while it has none."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended by itself
         launcher = psutil.Process(launcher_pid)
         for process in launcher.children() or [launcher]:
             process.send_signal(number)

@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def render(folder: Path, images: Path | None, examples: int) -> str:
-    """The page of whatever `folder` holds, with so many examples.
+    """The page of the run or the ablation in `folder`, with this many examples.
 
     Raises:
         ValueError: if it holds neither a run nor an ablation, or the images of a run are not named.

@@ -74,6 +74,7 @@ def no_text(examples: list[Example]) -> dict[str, torch.Tensor]:
 
 
 def _open(arguments: argparse.Namespace) -> Stream:
+    """The stream that the arguments describe, without text."""
     import torch
 
     from pipeline.manifest import read_store
@@ -103,6 +104,7 @@ def _open(arguments: argparse.Namespace) -> Stream:
 
 
 def _describe(stream: Stream, url: str) -> str:
+    """The store, how well its order mixes, and what grouping by length would save."""
     from training.stream.order import epoch_batches, padding_share, same_shard_pairs, shards_in_use
 
     batches, examples = stream.epoch_batches(0), stream.examples
@@ -120,6 +122,7 @@ def _describe(stream: Stream, url: str) -> str:
 
 
 def _bench(stream: Stream, arguments: argparse.Namespace) -> None:
+    """Read the same batches twice: from the disk, then from the page cache."""
     print(f"machine   {os.cpu_count()} cores; {arguments.threads} threads, {arguments.prefetch} batches ahead")
     dropped = drop_pages(stream, arguments.store)
     stream.load_state_dict(stream.state_dict(0, True))

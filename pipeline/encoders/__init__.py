@@ -31,13 +31,3 @@ def encoder_of(model_type: str) -> VisionEncoder:
     file, name = ENCODERS[model_type].split(":")
     found: type[VisionEncoder] = getattr(import_module(f"{__name__}.{file}"), name)
     return found()
-
-
-def block_of(column: str) -> int:
-    """The block whose output a column is: `block03` -> 3, `cls22` -> 22."""
-    return int(column[-2:])
-
-
-def is_cls(column: str) -> bool:
-    """Whether a column is a CLS token, and no patch tokens."""
-    return column.startswith("cls")

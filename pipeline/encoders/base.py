@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor, nn
 
-from . import block_of, is_cls
+from .columns import block_of, is_cls
 from .pixels import Colour, Pixels, normalised, padded, resized_and_cropped
 
 
@@ -36,7 +36,7 @@ class VisionEncoder(ABC):
 
     @abstractmethod
     def embed(self, tower: nn.Module, pixels: Tensor) -> Tensor:
-        """(n, 3, S, S) -> hidden state 0, the input of the first block."""
+        """(n, 3, S, S) -> hidden state 0, the input of the first block: (n, prefix + grid*grid, C1)."""
 
     @abstractmethod
     def flops(self, config: Any, deepest: int) -> int:
@@ -62,9 +62,9 @@ class VisionEncoder(ABC):
         return getattr(transformers, self.model_class)
 
     def hidden_states(self, tower: nn.Module, pixels: Tensor, wanted: Iterable[int]) -> dict[int, Tensor]:
-        """(n, 3, S, S) -> {i: hidden state i}: the output of block i, 0 the embedding; without the final LayerNorm.
+        """(n, 3, S, S) -> {i: hidden state i}, (n, prefix + grid*grid, C1) each, without the final LayerNorm.
 
-        No block above the deepest wanted one runs.
+        State 0 is the embedding, state i the output of block i. No block above the deepest wanted one runs.
         """
         wanted = set(wanted)
         hidden, found = self.embed(tower, pixels), {}
@@ -79,13 +79,14 @@ class VisionEncoder(ABC):
         """(n, 3, S, S) -> {column: (n, grid*grid, C1)}, of a CLS column (n, 1, C1); in order of their blocks."""
         names = sorted(names, key=block_of)
         states = self.hidden_states(tower, pixels, map(block_of, names))
+        # The CLS token comes first, the patch tokens after all `prefix` tokens.
         return {
             name: states[block_of(name)][:, :1] if is_cls(name) else states[block_of(name)][:, self.prefix :]
             for name in names
         }
 
     def keep_first(self, tower: nn.Module, blocks: int) -> None:
-        """Drop the blocks after the first so many: nothing reads them."""
+        """Drop the blocks behind the first `blocks`: nothing reads them."""
         del self.layers(tower)[blocks:]
 
     def pixels(self, image: Image.Image, aspect: str, size: int) -> Pixels:
@@ -93,8 +94,3 @@ class VisionEncoder(ABC):
         if aspect == "pad":
             image = padded(image, self.mean)
         return normalised(resized_and_cropped(image, size), self.mean, self.std)
-
-
-def grid_of(config: Any) -> int:
-    """Patches along one side of the image."""
-    return int(config.image_size // config.patch_size)

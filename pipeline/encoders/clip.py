@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .base import VisionEncoder, grid_of
+from .base import VisionEncoder
+from .columns import grid_of
 
 
 class Clip(VisionEncoder):

@@ -18,7 +18,8 @@ def upright_rgb(image: Image.Image) -> Image.Image:
 
 def _from_deep(image: Image.Image) -> Image.Image:
     """16 and 32 bit grey to RGB: `convert` would clip everything above 255 to white."""
-    numbers = np.asarray(image).astype(np.float64)
+    numbers = np.asarray(image).astype(np.float64)  # (height, width)
+    # Files do not say how many bits they use: one without a value above 255 is taken for 8 bit.
     top = 255.0 if numbers.max(initial=0) <= 255 else 65535.0
     grey = np.clip(numbers * (255.0 / top), 0, 255).astype(np.uint8)
     return Image.fromarray(grey).convert("RGB")
@@ -47,6 +48,7 @@ def resized_and_cropped(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
 
 def normalised(rgb: npt.NDArray[np.uint8], mean: Colour, std: Colour) -> Pixels:
     """uint8 (H, W, 3) -> float32 (3, H, W), zero mean and unit variance over the encoder's training images."""
+    # The order and the dtypes of these operations are those of CLIP's processor: the last bits depend on them.
     scaled = (rgb * (1 / 255)).astype(np.float32)
     centred = (scaled - np.array(mean, dtype=np.float32)) / np.array(std, dtype=np.float32)
     return np.ascontiguousarray(centred.transpose(2, 0, 1))

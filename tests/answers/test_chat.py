@@ -175,7 +175,7 @@ def test_a_conversation_in_a_terminal(exported: Path, picture: Path, talk: Talk)
         terminal.type("/image /nowhere.png")
         assert "No such file" in terminal.until("> ")
         terminal.type("/dance")
-        assert "/dance is unknown; there are /image PATH, /new and /quit" in terminal.until("> ")
+        assert "/dance is unknown; say /image PATH, /new or /quit" in terminal.until("> ")
         terminal.type("/quit")
         assert terminal.process.wait() == 0
     finally:

@@ -125,7 +125,7 @@ def test_what_cannot_be_measured_is_said(
     for arguments, said in (
         ([], "give a MODEL, --config or --flops"),
         (["model", "--flops"], "leave out --config and --flops"),
-        (["--config", "70b"], "--config 70b: there is no such folder, and the known shapes are 7b, 13b"),
+        (["--config", "70b"], "--config 70b: there is no such folder; use one, or a known shape: 7b, 13b"),
         (["--config", "7b", "--rounds", "0"], "at least 1"),
         ([str(tmp_path)], "error: "),
         (["--config", "7b", "--layers", "99"], "--layers 99: the language model has 32"),

@@ -15,7 +15,7 @@ from pipeline.manifest import read_store
 from pipeline.storage import Storage
 from training.config import TrainConfig
 from training.cost.mfu import StepFlops
-from training.fit.assemble import build_model
+from training.fit.build import build_model
 from training.model.model import CompactVisionForConditionalGeneration
 
 IMAGES, LENGTH, WIDTH = 4, 100, 32

@@ -85,7 +85,7 @@ def test_the_loss_depends_neither_on_ranks_nor_on_microbatches_nor_on_what_saves
 def test_the_llm_may_learn_alone(runs: Path, losses: Callable[[str], list[float]], settings: Any) -> None:
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
-    from training.fit.assemble import build_model
+    from training.fit.build import build_model
 
     assert losses("llm-only")[-1] < losses("llm-only")[0]
     config = TrainConfig.model_validate(settings(runs / "llm-only", 2))

@@ -176,7 +176,7 @@ def test_mistakes_on_the_command_line_are_said_in_a_line(
     save_file({"a": torch.zeros(1)}, tmp_path / "strange.safetensors")
     for source, more, said in (
         (tmp_path / "nothing", [], "holds no weights"),
-        (tmp_path / "mm_projector.bin", [], "holds no language model; name its own with --llm"),
+        (tmp_path / "mm_projector.bin", [], "holds no language model; name it with --llm"),
         (tmp_path / "mm_projector.bin", ["--llm", str(llm), "--clip", str(llm)], "--clip"),
     ):
         monkeypatch.setattr(sys, "argv", ["convert.py", "import", str(source), "--out", str(tmp_path / "o"), *more])

@@ -16,7 +16,7 @@ from pipeline.codec import from_payload, to_payload
 from pipeline.encoder import Encoder, columns_of, describe_encoder
 from pipeline.schema import StoreSpec
 from training.config import TrainConfig
-from training.fit.assemble import build_model, load_tokenizer
+from training.fit.build import build_model, load_tokenizer
 from training.model.model import CompactVisionConfig, CompactVisionForConditionalGeneration
 from training.model.processor import CompactVisionProcessor
 from training.release.connector import export_connector, load_connector

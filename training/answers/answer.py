@@ -86,16 +86,18 @@ def answer_all(model: str, questions: Questions, out: Path, batch_size: int, max
 
 
 def _is_answered(question: Asked, known: Mapping[Any, AnswerLine]) -> bool:
-    """An answer counts for the very text that was asked: another prompt is another question."""
+    """An answer counts only for the text that was asked: another prompt is another question."""
     answer = known.get((question.line["question_id"], question.image))
     return answer is not None and answer.get("prompt") == question.text
 
 
 def _answered(question: Asked, text: str) -> AnswerLine:
+    """The line of an answer: what the question's line says, with the answer as its text."""
     return cast(AnswerLine, {**question.line, "prompt": question.text, "text": text})
 
 
 def _picture(question: Asked, questions: Questions) -> Image | None:
+    """The question's image, decoded; None if it has none."""
     from pipeline.encoder import load_image
 
     if question.image is None:
@@ -138,18 +140,21 @@ def reply(
     pictures: Sequence[Image | None],
     max_new_tokens: int,
 ) -> list[str]:
-    """Greedy answers to texts, each with a picture or None, in one batch; each is the same as if it were asked alone.
+    """Greedy answers to texts, each with a picture or None, in one batch. Each is the same as in a batch of one.
 
     The processor pads prompts on the left, with an attention mask of 0 there: all prompts of the batch, (batch, length)
     token ids, then end at the same place, where `generate` appends. So new tokens begin at `length` in every row.
     """
     import torch
 
-    from training.text.image import IMAGE
+    from training.model.decoders import decoder_of
+    from training.model.markers import IMAGE
     from training.text.templates import prompt_for
 
     asked = zip(texts, pictures, strict=True)
-    prompts = [prompt_for(text if picture is None else f"{IMAGE}\n{text}") for text, picture in asked]
+    template = decoder_of(model.config.text_config.model_type).template
+    shown = [text if picture is None else f"{IMAGE}\n{text}" for text, picture in asked]
+    prompts = [prompt_for(text, template=template) for text in shown]
     images = [picture for picture in pictures if picture is not None] or None
     inputs = processor(images=images, text=prompts, return_tensors="pt", padding=True).to(model.device)
     if "pixel_values" in inputs:  # (images, 3, side, side); no question of the batch may have one

@@ -47,6 +47,7 @@ class AnswerFile:
         Raises:
             ValueError: if it holds another model's, or answers of another length.
         """
+        # By weights, not by name: a model may move, and another may take its place.
         mine = {"weights": weights_digest(model) or model, "max_new_tokens": max_new_tokens}
         note = self.path.with_name(f"{self.path.name}.run.json")
         if note.exists() and (self.path.exists() or self._parts()):
@@ -90,6 +91,7 @@ class AnswerFile:
                 part.unlink()
 
     def _parts(self) -> list[Path]:
+        """What several processes write beside the file, in the order of their names."""
         return sorted(self.path.parent.glob(f"{glob.escape(self.path.name)}.*-of-*"))
 
 

@@ -16,7 +16,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 
 from training.answers.answer import load_model, reply
 from training.answers.processes import AnsweringProcess
-from training.text.image import IMAGE
+from training.model.markers import IMAGE
 
 MANIFEST = ModelManifest(model_id="compact_vision", simple_class_path="training.answers.lmms.CompactVision")
 MAX_NEW_TOKENS = 128  # of a task that does not say
@@ -57,6 +57,7 @@ class CompactVision(lmms):  # type: ignore[misc]
         return answers
 
     def _picture(self, images_of: Any, index: int, task: str, split: str) -> Any:
+        """A document's image, RGB; None if it has none."""
         images = images_of(self.task_dict[task][split][index]) or []
         if len(images) > 1:
             raise ValueError(

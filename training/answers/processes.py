@@ -76,6 +76,7 @@ def in_processes(count: int, command: Sequence[str]) -> int:
     with socket.socket() as probe:  # the system names a free port, where the processes then meet
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
+    # What torchrun would set, so that `AnsweringProcess.of_environment` reads it alike.
     common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     processes = [
         subprocess.Popen(command, env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in range(count)

@@ -60,11 +60,11 @@ class Speaker:
 
         found = torch.cuda.is_available()
         if device == "cuda" and not found:
-            raise ValueError("--device cuda: torch finds no GPU here; use --device cpu")
+            raise ValueError(f"--device cuda: torch {torch.__version__} finds no GPU here; use --device cpu")
         disable_progress_bar()
         model, processor = load_model(name, "cuda" if found and device != "cpu" else "cpu")
         if model.vision_tower is None:
-            raise ValueError(f"{name} has no vision tower; training/export.py writes models with one")
+            raise ValueError(f"{name} has no vision tower, it cannot see; name a folder that training/export.py wrote")
         return cls(name, model, processor, max_new_tokens, temperature)
 
     @property
@@ -95,7 +95,8 @@ class Talk:
         Raises:
             ValueError: if the question is empty, holds `<image>`, or the conversation is too long for the model.
         """
-        from training.text.image import IMAGE
+        from training.model.decoders import decoder_of
+        from training.model.markers import IMAGE
         from training.text.templates import prompt_for
 
         text = question.strip()
@@ -104,7 +105,9 @@ class Talk:
         text = text if self.history else f"{IMAGE}\n{text}"
         speaker = self.speaker
         asked = time.perf_counter()
-        inputs = speaker.processor(images=[self.image], text=prompt_for(text, self.history), return_tensors="pt")
+        template = decoder_of(speaker.model.config.text_config.model_type).template
+        prompt = prompt_for(text, self.history, template)
+        inputs = speaker.processor(images=[self.image], text=prompt, return_tensors="pt")
         inputs = inputs.to(speaker.model.device)
         inputs["pixel_values"] = inputs["pixel_values"].to(speaker.model.dtype)
         longest, length = speaker.model.llm.config.max_position_embeddings, inputs["input_ids"].shape[1]
@@ -119,7 +122,7 @@ class Talk:
             for piece in answer.pieces():
                 said += piece
                 yield piece
-        finally:
+        finally:  # also when the reader stops in the middle: what was said so far is the answer
             answer.stop()
             self.history.append((text, said.strip()))
             self.first_token_s = answer.times[0] - asked if answer.times else 0.0
@@ -152,6 +155,7 @@ class _Answer:
         self._thread = threading.Thread(target=self._run, args=(speaker, inputs, max_new_tokens), daemon=True)
 
     def _run(self, speaker: Speaker, inputs: Any, max_new_tokens: int) -> None:
+        """In the thread: generate to the end, or until `stop`; an error waits for the reader."""
         import torch
         from transformers import StoppingCriteriaList
 
@@ -168,9 +172,10 @@ class _Answer:
         except BaseException as error:
             self._fault = error  # raised again where the text is read
         finally:
-            self._streamer.end()
+            self._streamer.end()  # or the reader would wait for ever
 
     def _after_token(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """transformers' stopping criterion: ids (rows, length) -> bool (rows,), True to stop."""
         import torch
 
         self.times.append(time.perf_counter())

@@ -33,10 +33,10 @@ def converse(talk: Talk) -> None:
     while True:
         try:
             line = input("> ").strip()
-        except EOFError:
+        except EOFError:  # Ctrl-D
             print()
             return
-        except KeyboardInterrupt:
+        except KeyboardInterrupt:  # Ctrl-C drops the line, as a shell does
             print()
             continue
         if line == "/quit":
@@ -50,12 +50,13 @@ def converse(talk: Talk) -> None:
 
 
 def _obey(talk: Talk, line: str) -> Talk:
+    """Do what a line says: a command, or a question; the talk that goes on from here."""
     command, _, rest = line.partition(" ")
     if command == "/image":
         return Talk(talk.speaker, open_image(Path(rest.strip()).expanduser()))
     if command == "/new":
         return Talk(talk.speaker, talk.image)
     if command.startswith("/"):
-        raise ValueError(f"{command} is unknown; there are /image PATH, /new and /quit")
+        raise ValueError(f"{command} is unknown; say /image PATH, /new or /quit")
     say(talk, line)
     return talk

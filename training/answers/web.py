@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from training.answers.talk import Speaker, Talk, open_image
-from training.text.image import IMAGE
+from training.model.markers import IMAGE
 
-HINT = "--web needs gradio: pip install 'compact-vision-tokens[web]'"
 INTRODUCTION = """\
 ## An image in few tokens
 Choose an image and ask about it. Every model gets the same image and the same question, one after the other, so that
@@ -28,7 +27,7 @@ def serve(load: Callable[[], list[Speaker]], port: int) -> None:
     try:
         import gradio as gr
     except ImportError as error:
-        raise ValueError(HINT) from error
+        raise ValueError(f"--web needs gradio: pip install 'compact-vision-tokens[web]' ({error})") from error
     # Fonts of the machine itself: gradio's own come from another server.
     page(load()).launch(
         server_name="127.0.0.1",

@@ -1,6 +1,7 @@
 """Benchmarks: what is asked, from which files, and how answers are scored; LLaVA-1.5's rules for those of the paper.
 
-A new one is a file with a `Benchmark` (see questions.py), and its line in `BENCHMARKS`. Nothing here imports torch.
+A new one is a file with a `Benchmark` (see questions.py), and its line in `BENCHMARKS`. `predictions` reads files of
+answers, `metrics` scores them, `scores` writes the `report`. Nothing here imports torch.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def open_benchmark(name: str, folder: Path, split: str | None = None) -> Benchma
     """The benchmark called `name` (any case, `-` as `_`), from `folder` or the folder of its name in it.
 
     Raises:
-        ValueError: if there is no such benchmark or split, or naming every file that is missing and where it is had.
+        ValueError: if there is no such benchmark or split, or naming every missing file and where to download it.
     """
     key = name.lower().replace("_", "-")
     if key not in BENCHMARKS:
@@ -77,7 +78,7 @@ class Source(NamedTuple):
         data: has the official files of the benchmarks, in a folder for each, or those of one.
         split: of each benchmark; None for its first.
         images: the folder that the images of your own questions are relative to.
-        limit: only the first so many questions of each.
+        limit: how many questions of each, the first ones; None for all.
     """
 
     names: Sequence[str] = ()

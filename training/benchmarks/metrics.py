@@ -46,6 +46,7 @@ def evalai(text: str) -> str:
 
 def _punctuation(text: str, comma: re.Pattern[str]) -> str:
     """Marks beside a space vanish, others become one; all of them vanish where some number has a comma."""
+    # A mark is judged by the whole text as it was given, not by what earlier marks have left of it.
     number = comma.search(text) is not None
     result = text
     for mark in PUNCTUATION:
@@ -66,6 +67,7 @@ def vqa_accuracy(answer: str, people: Sequence[str]) -> float:
     """
     said = [evalai(person) for person in people]
     same = said.count(evalai(answer))
+    # Leaving out one who agrees leaves same - 1 of them, and that happens `same` times; else all stay.
     left_out = same * min(1.0, (same - 1) / 3) + (len(said) - same) * min(1.0, same / 3)
     return float(left_out / len(said))
 
@@ -93,6 +95,7 @@ def vqa_eval(answer: str, people: Sequence[Mapping[str, Any]]) -> float:
 
 @lru_cache(maxsize=100_000)
 def _vqa_eval_text(text: str) -> str:
+    """The official script's normaliser: punctuation, then words."""
     return _words(_punctuation(text, _COMMA_IN_NUMBER))
 
 
@@ -102,7 +105,7 @@ def gqa_answer(text: str) -> str:
 
 
 def science_qa_choice(text: str, choices: int) -> int | None:
-    """Index of the option that an answer names: a letter alone, "B. ...", or one "The answer is B."; None otherwise."""
+    """Index of the option that an answer names: "B", "B. ...", or one "The answer is B."; None otherwise."""
     letters = "ABCDE"
     if len(text) == 1 and text in letters:
         letter = text
@@ -129,8 +132,8 @@ def mme_answer(text: str) -> str:
 def option_letter(text: str, options: Mapping[str, str]) -> str | None:
     """The option an MMBench answer names, by the rules its server applies before it asks a language model.
 
-    One letter of the options standing by itself, or else the text of one option alone; None if neither is so, or if
-    only Z stands by itself: none of the options.
+    It is the one letter that stands by itself, or else the one option whose text occurs. None if neither is so, or if
+    only Z stands by itself, which means none of the options.
     """
     words = set(re.sub(r"[.()\[\],:;!*#{}]", " ", text).split())
     letters = [letter for letter in options if letter in words]
@@ -279,7 +282,7 @@ def bootstrap(
 
     rng = np.random.default_rng(seed)
     draws: dict[str, tuple[list[Any], Any]] = {}
-    for stratum in sorted(counts):
+    for stratum in sorted(counts):  # sorted, as the draws go on from one to the next: the same interval every time
         outcomes = sorted(counts[stratum], key=repr)
         sizes = np.array([counts[stratum][outcome] for outcome in outcomes], dtype=float)
         draws[stratum] = (outcomes, rng.multinomial(int(sizes.sum()), sizes / sizes.sum(), size=resamples))
@@ -292,4 +295,5 @@ def bootstrap(
 
 
 def _drawn(outcomes: list[Any], sizes: Any) -> dict[Any, float]:
+    """How often each outcome came in one draw; `sizes` are (outcomes,)."""
     return {outcome: int(n) for outcome, n in zip(outcomes, sizes, strict=True) if n}

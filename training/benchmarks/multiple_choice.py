@@ -60,6 +60,7 @@ class ScienceQA(Benchmark):
 
 
 def _science_question(id: str, problem: dict[str, Any]) -> Question:
+    """A record of problems.json as LLaVA asks it; its truth is (index of the right option, number of options)."""
     context = f"Context: {problem['hint']}\n" if problem.get("hint") else ""
     options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False))
     return Question(
@@ -120,6 +121,7 @@ class MMBench(Benchmark):
         return [self._question(row) for row in rows]
 
     def _question(self, row: dict[str, str]) -> Question:
+        """A row of the table; its group is the question that it rotates."""
         hint = row.get("hint", "")
         text = row["question"] if hint in _NOTHING else f"{hint}\n{row['question']}"
         options = options_of(row)
@@ -166,6 +168,7 @@ class MMBench(Benchmark):
     def _right(
         self, answers: Answers, letter: Callable[[str, dict[str, str]], str | None]
     ) -> dict[str, tuple[str, float]]:
+        """1 or 0 for each row whose truth is known, letters read by `letter`."""
         return {
             q.id: ("", float(q.id in answers and letter(answers[q.id].text, self._rows[q.id]) == q.truth))
             for q in self.questions
@@ -173,6 +176,7 @@ class MMBench(Benchmark):
         }
 
     def _circular(self, what: str, answers: Answers, letter: Callable[[str, dict[str, str]], str | None]) -> Scored:
+        """A question is right if its worst rotation is."""
         groups: dict[str, list[float]] = defaultdict(list)  # rotations of one question
         for id, (_, hit) in self._right(answers, letter).items():
             groups[self._by_id[id].group].append(hit)
@@ -211,6 +215,7 @@ def options_of(row: dict[str, str]) -> dict[str, str]:
 
 
 def _read_table(path: Path) -> list[dict[str, str]]:
+    """MMBench's rows, as texts without None; ValueError if columns are missing or an index is no number."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # images are long fields
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
@@ -227,6 +232,7 @@ def _read_table(path: Path) -> list[dict[str, str]]:
 
 
 def _spreadsheet(columns: list[str], rows: list[list[str]]) -> bytes:
+    """An .xlsx file of one sheet: numbers under `index`, text everywhere else."""
     from openpyxl import Workbook
     from openpyxl.cell.cell import ILLEGAL_CHARACTERS_RE
 

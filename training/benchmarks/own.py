@@ -61,6 +61,7 @@ class OwnQuestions(Benchmark):
         self._know(self.questions)
 
     def _know(self, questions: Sequence[Question]) -> None:
+        """Note how predictions may name each question: by id and image, by the id where only one question has it."""
         named = [identifier(q.line["question_id"]) for q in questions]
         often = Counter(named)
         self._ids: dict[tuple[str, str | None], str] = {}
@@ -115,6 +116,7 @@ def is_right(line: Mapping[str, Any]) -> bool:
 
 
 def _question(line: Mapping[str, Any]) -> Question:
+    """A checked line of a questions file."""
     return Question(
         id=f"{identifier(line['question_id'])} {line['image']}",
         text=line["text"],
@@ -135,7 +137,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         raise ValueError(f"questions file {path} does not exist; name a file of JSON lines")
     lines = read_json_lines(path)
     if not lines:
-        raise ValueError(f"{path} holds no question; a line of it is an object with question_id, image and text")
+        raise ValueError(f"{path} holds no question; give it lines, objects with question_id, image and text")
     for number, line in enumerate(lines, 1):
         missing = [key for key in ("question_id", "image", "text") if key not in line]
         if missing:

@@ -54,8 +54,8 @@ def read_predictions(path: Path, benchmark: Benchmark) -> Predictions:
         example = benchmark.questions[0].id if benchmark.questions else "none"
         instead = "; ".join([*result.unknown[:2], *result.malformed[:2]]) or "nothing"
         raise ValueError(
-            f"{path} holds no prediction for {benchmark.name} {benchmark.split}: found {instead}; its questions have "
-            f"ids such as {example!r}"
+            f"{path} holds no prediction for {benchmark.name} {benchmark.split}: found {instead}; name a file of its "
+            f"answers, whose questions have ids such as {example!r}"
         )
     result.missing = [q.id for q in benchmark.questions if q.id not in result.answers]
     return result
@@ -111,13 +111,14 @@ def _records(path: Path, benchmark: Benchmark, malformed: list[str]) -> Iterator
 
 
 def _json_records(path: Path, malformed: list[str]) -> Iterator[Found]:
+    """The records of a list, of an object id -> answer, or of JSON lines, whichever the file is."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}; give JSON or JSON lines") from error
     try:
         whole = json.loads(text)
-    except ValueError:
+    except ValueError:  # not one JSON value: JSON lines, read below, where a bad line is named
         whole = None
     if isinstance(whole, list):
         for number, record in enumerate(whole, 1):

@@ -208,7 +208,7 @@ class Benchmark(ABC):
         """
         if self._missing:
             missing = "\n  ".join(self._missing)
-            raise ValueError(f"{self.name} {self.split} needs, in {self.folder} (--data):\n  {missing}")
+            raise ValueError(f"{self.name} {self.split} needs, in {self.folder} (--data); download it:\n  {missing}")
 
 
 def identifier(value: Any) -> str:
@@ -246,7 +246,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_json_lines(path: Path) -> list[dict[str, Any]]:
-    """A file of one JSON object a line; a line ends at a line feed alone, texts may hold other separators.
+    """A file of one JSON object a line. Only a line feed ends a line: texts may hold other separators.
 
     Raises:
         ValueError: naming the line that is not one.

@@ -23,7 +23,7 @@ class Comparison(TypedDict):
 
 
 class Report(TypedDict):
-    """Of one benchmark.
+    """What is reported of one benchmark.
 
     Attributes:
         headline: name of the first score; `score` (in percent, or MME's points) and `interval` are its.

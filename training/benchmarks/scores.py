@@ -89,7 +89,10 @@ def averages(folder: Path) -> str:
             rows.append(f"{name:<12} {headline:<12} {'-' if score is None else f'{score:.2f}':>8}")
             values[name] = score
     if not rows:
-        raise ValueError(f"{folder} holds no <benchmark>.scores.json; training/evaluate.py --out {folder} writes them")
+        raise ValueError(
+            f"{folder} holds no <benchmark>.scores.json; let training/evaluate.py --out {folder} write them, or name "
+            "another folder"
+        )
     for title, without in (("average", None), ("... without VizWiz", "vizwiz")):
         mean = paper_average(values, without)
         value = ", ".join(mean.missing) + " missing" if mean.score is None else f"{mean.score:8.2f}"

@@ -77,6 +77,7 @@ class POPE(Benchmark):
             asked = [a for a in self._asked.get((told["image"], text), []) if kind is None or a.startswith(f"{kind}/")]
             return next((a for a in asked if a not in taken), asked[-1] if asked else None)
         if "question_id" in record:
+            # Ids begin anew in each split of POPE's files: one names a question only together with its split.
             if kind is not None or self._unique:
                 found = self._plain_ids.get(id) if kind is None else f"{kind}/{id}"
                 return found if found in self._by_id else None
@@ -133,10 +134,12 @@ class POPE(Benchmark):
 
 
 def _label(row: Mapping[str, Any]) -> str:
+    """The truth, `yes` or `no`: what is not "no" is yes."""
     return "no" if row["label"] == "no" else "yes"
 
 
 def _other(truth: str) -> str:
+    """The wrong answer, which stands for a missing one."""
     return "yes" if truth == "no" else "no"
 
 
@@ -218,6 +221,7 @@ class MME(Benchmark):
 
 
 def _mme_questions(category: str, path: Path, images: Path, root: Path) -> list[Question]:
+    """The questions of one image's text file; the image has its name, with another ending."""
     image = next((p for p in sorted(images.glob(f"{glob.escape(path.stem)}.*")) if p.suffix != ".txt"), None)
     name = str((image or images / f"{path.stem}.jpg").relative_to(root))
     questions = []

@@ -1,1 +1,1 @@
-"""Checkpoints: whole or not there, on disk and in a bucket."""
+"""Checkpoints of a run, whole or not there: on disk (`checkpoint`) and in a bucket (`remote`)."""

@@ -75,7 +75,7 @@ class StopRequest:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
-        self.signal = self.signal or number
+        self.signal = self.signal or number  # the first one stays
 
 
 class Checkpoints(Callback):  # type: ignore[misc]
@@ -133,6 +133,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
             OSError: if it failed for longer than `remote_patience_s`; everything is on the local disk.
         """
         if self._remote is not None:
+            # Files of every node first, then the mark, then the mark's own upload.
             self._remote.wait(self.settings.remote_patience_s)
             dist.barrier()
             self._mark_remote()
@@ -263,7 +264,7 @@ def find(folder: Path, settings: CheckpointSettings, engine: Engine) -> Path | N
             f"{folder}/{name} lacks {missing} file(s) on some node: let run be on a disk that all nodes share, or set "
             "checkpoint.remote"
         )
-    return folder / name / mark.load
+    return folder / name / mark.load  # here on every node, whole
 
 
 def check_engine(checkpoint: Path, mark: Mark, engine: Engine) -> None:
@@ -285,6 +286,7 @@ def check_engine(checkpoint: Path, mark: Mark, engine: Engine) -> None:
 
 
 def _newest(folder: Path, remote: Remote | None) -> tuple[str, Mark] | None:
+    """Name and mark of the newest whole checkpoint that this node or the bucket has; the local one if both have it."""
     whole = newest_on_disk(folder)
     here = {} if whole is None else {whole[0].name: whole[1]}
     there = [] if remote is None else _marked(remote, bool(here))
@@ -313,6 +315,7 @@ def newest_on_disk(folder: Path) -> tuple[Path, Mark] | None:
 
 
 def _marked(remote: Remote, can_do_without: bool) -> list[str]:
+    """Names of the whole checkpoints in the bucket; none, with a warning, if it cannot be read and need not be."""
     try:
         return remote.marked(MARK)
     except OSError as error:
@@ -323,6 +326,7 @@ def _marked(remote: Remote, can_do_without: bool) -> list[str]:
 
 
 def _complete(folder: Path, mark: Mark, remote: Remote | None) -> None:
+    """Fetch what this node lacks of a checkpoint; its mark is written when the rest is there."""
     missing = _missing(folder, mark)
     if missing and remote is not None:
         remote.download(folder.name, missing, folder)
@@ -333,18 +337,21 @@ def read_mark(folder: Path) -> Mark | None:
     """What is said of the checkpoint in `folder`, None if it is not whole or its files were damaged."""
     try:
         mark = Mark(**json.loads((folder / MARK).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError):  # no error: what was killed while it wrote is passed over
         return None
+    # The bucket is another's: no name may lead out of the folder.
     safe = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in (*mark.files, mark.load))
     return mark if safe else None
 
 
 def _missing(folder: Path, mark: Mark) -> list[str]:
+    """Files of the mark that are not there with their size."""
     sizes = _sizes(folder)
     return [name for name, size in mark.files.items() if sizes.get(name) != size]
 
 
 def _sizes(folder: Path) -> dict[str, int]:
+    """Every file below a checkpoint's folder and its bytes, but for the mark."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK)
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
 
@@ -355,10 +362,11 @@ def _folders(folder: Path) -> list[Path]:
 
 def _remove(folder: Path) -> None:
     (folder / MARK).unlink(missing_ok=True)  # first: half a checkpoint must not look whole
-    shutil.rmtree(folder, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what stays is no checkpoint, and is swept again
 
 
 def _replace(path: Path, text: str) -> None:
+    """Write a file whole: beside its place, to the disk, then renamed. Each node has another name beside it."""
     part = path.with_name(f"{path.name}.{os.uname().nodename}.part")
     part.write_text(text, encoding="utf-8")
     sync(part)

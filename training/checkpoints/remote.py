@@ -1,4 +1,4 @@
-"""A bucket that checkpoints are copied to, by a thread beside training, which goes on whatever the bucket answers.
+"""A bucket that checkpoints are copied to, by a thread beside training. Training goes on when the bucket fails.
 
 The copying is done by Composer's object store.
 """
@@ -35,10 +35,10 @@ class Remote:
         self._store = S3ObjectStore(bucket, prefix, client_config={"retries": {"mode": "standard", "max_attempts": 3}})
         self._files = Storage(self.url)  # Composer's object store removes nothing
         self._prefix = PurePosixPath(prefix)
-        self._waiting: tuple[Path, list[str], Callable[[], None]] | None = None
-        self._current: Path | None = None
+        self._waiting: tuple[Path, list[str], Callable[[], None]] | None = None  # what `upload` was given last
+        self._current: Path | None = None  # the folder that is being copied
         self._error: Exception | None = None
-        self._change = threading.Condition()
+        self._change = threading.Condition()  # guards all of the above
         self._thread: threading.Thread | None = None
 
     @property
@@ -75,6 +75,7 @@ class Remote:
                 )
 
     def _work(self) -> None:
+        """The thread: copy what waits, one folder after another, for as long as the process lives."""
         while True:
             with self._change:
                 self._change.wait_for(lambda: self._waiting is not None)
@@ -87,7 +88,7 @@ class Remote:
                 self._change.notify_all()
 
     def _copy(self, folder: Path, names: list[str]) -> bool:
-        """Whether all are there: something newer ends it."""
+        """Copy, with growing pauses after failures. False if something newer came meanwhile: then some are missing."""
         pause = 1.0
         for name in names:
             while True:
@@ -111,6 +112,7 @@ class Remote:
         """
         try:
             names = [name for name in self._files.list() if folders.fullmatch(PurePosixPath(name).parts[0])]
+            # Folders with a mark, oldest first. What is older than the oldest one kept goes, marked or not.
             whole = sorted(PurePosixPath(name).parts[0] for name in names if PurePosixPath(name).name == mark)
             old = [name for name in names if whole and PurePosixPath(name).parts[0] < whole[-keep:][0]]
             marks_first = sorted(old, key=lambda name: PurePosixPath(name).name != mark)
@@ -120,6 +122,7 @@ class Remote:
             log.warning("%s: old checkpoints stay in the bucket: %s", self.url, error)
 
     def _overtaken(self) -> bool:
+        """Whether a newer folder waits."""
         with self._change:
             return self._waiting is not None
 
@@ -143,6 +146,7 @@ class Remote:
             self._tried(self._store.download_object, f"{name}/{file}", str(target / file), overwrite=True)
 
     def _tried(self, call: Any, *arguments: Any, **options: Any) -> Any:
+        """The result of `call`; whatever it raises becomes an OSError with the bucket's address."""
         try:
             return call(*arguments, **options)
         except Exception as error:

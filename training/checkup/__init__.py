@@ -1,1 +1,1 @@
-"""The doctor's questions: is the machine ready, does the run fit it?"""
+"""The doctor's questions. Is the `machine` ready, does the `run` fit it? `examine` asks both on every rank."""

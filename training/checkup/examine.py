@@ -33,7 +33,7 @@ def examine(config: TrainConfig | None, rank: ThisRank) -> list[Finding]:
         except (ValueError, OSError, RuntimeError) as error:
             found.append(unreached(rank, error))
     if store is not None:
-        meeting = store
+        meeting = store  # a name that is never None, for the lambda
         found += run_check("links", lambda: links(config, rank, meeting))
     found += run_check("shared memory", shared_memory)
     if config is not None:
@@ -42,7 +42,7 @@ def examine(config: TrainConfig | None, rank: ThisRank) -> list[Finding]:
 
 
 def _gather(mine: Sequence[Finding], rank: ThisRank, store: TCPStore) -> list[Finding]:
-    """Through the store, not by a collective: rank 0 shall also hear of ranks whose links are broken."""
+    """Every rank's findings, on rank 0. They go through the store: a collective fails where links are broken."""
     store.set(f"rank {rank.rank}", json.dumps([asdict(finding) for finding in mine]))
     if rank.rank > 0:
         return list(mine)

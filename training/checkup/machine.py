@@ -54,7 +54,7 @@ def versions() -> Iterator[Finding]:
 
 
 def gpus(config: TrainConfig | None, rank: ThisRank) -> Iterator[Finding]:
-    """A free GPU for each rank of this node, one that computes in the precision of the run."""
+    """A free GPU for each rank of this node, which computes in the precision of the run."""
     import torch
 
     wanted = "auto" if config is None else config.device
@@ -87,14 +87,14 @@ def gpus(config: TrainConfig | None, rank: ThisRank) -> Iterator[Finding]:
 def lacks_kernels(capability: tuple[int, int], built_for: list[str]) -> str:
     """The architecture of a GPU for which this torch has neither machine code nor code to compile; "" if it has.
 
-    Machine code runs on GPUs of its own major version; `compute_90`, what a driver compiles, on all later ones too.
+    Machine code (`sm_90`) runs on GPUs of the same major version; drivers compile `compute_90` for all later ones too.
     """
     major, minor = capability
     known = [name for name in built_for if name.startswith(("sm_", "compute_"))]  # ROCm's are others
     for name in known:
         kind, _, number = name.rstrip("af").partition("_")
         of = (int(number[:-1]), int(number[-1]))
-        portable = kind == "compute" and not name.endswith(("a", "f"))  # compute_90a is for 9.0 alone
+        portable = kind == "compute" and not name.endswith(("a", "f"))  # compute_90a is only for 9.0
         if of <= capability and (portable or of[0] == major):
             return ""
     return f"sm_{major}{minor}" if known else ""
@@ -125,6 +125,7 @@ def unreached(rank: ThisRank, error: Exception) -> Finding:
 
 
 def _meeting_point() -> tuple[str, int]:
+    """Address and port of rank 0, as the launcher tells them."""
     return os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
 
 

@@ -29,7 +29,7 @@ def of_run(config: TrainConfig, ranks: ThisRank) -> list[Finding]:
     except (ValueError, OSError) as error:
         return [Finding("fail", "store", str(error))]
     try:
-        from training.fit.assemble import empty_model
+        from training.fit.build import empty_model
 
         model = empty_model(config, store)
     except (ValueError, OSError) as error:
@@ -62,7 +62,7 @@ def model_fits(
     config: TrainConfig, model: CompactVisionForConditionalGeneration, shape: ModelShape
 ) -> Iterator[Finding]:
     """The parts fit each other (they were put together), and the tokenizer is there."""
-    from training.fit.assemble import load_tokenizer
+    from training.fit.build import load_tokenizer
 
     load_tokenizer(config)
     text = f"{', '.join(config.train)} learn: {shape.learning:,} weights, {shape.frozen:,} are frozen"
@@ -78,7 +78,7 @@ def batch(config: TrainConfig, model: CompactVisionForConditionalGeneration, ran
     examples, steps = len(stream.examples), config.steps or config.epochs * len(stream)
     text = f"{config.global_batch_size} examples / {ranks.planned} rank(s) = {per_rank} each"
     if config.microbatch_size != "auto":
-        parts = -(-per_rank // config.microbatch_size)
+        parts = -(-per_rank // config.microbatch_size)  # rounded up
         text += f", in {parts} microbatch(es) of {min(config.microbatch_size, per_rank)}"
         if per_rank % config.microbatch_size and parts > 1:
             better = max(n for n in range(1, config.microbatch_size + 1) if per_rank % n == 0)
@@ -159,6 +159,7 @@ def memory(
 
 
 def _free_host_memory() -> int:
+    """Bytes that new processes can have (Linux counts in KiB)."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
 

@@ -1,1 +1,1 @@
-"""What a model costs: FLOPs, memory, MFU."""
+"""What a model costs: FLOPs and memory by formula, times as measured, MFU while it trains."""

@@ -1,4 +1,4 @@
-"""Floating-point operations of each part of the model, by closed form: 2 per multiply-add, matrix products alone.
+"""Floating-point operations of each part of the model, by closed form: 2 per multiply-add, only matrix products.
 
 `counted` gives the same figures as torch's own counter sees them, without computing a number.
 """
@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pipeline.encoders import block_of, encoder_of, is_cls
+from pipeline.encoders import encoder_of
+from pipeline.encoders.columns import block_of, grid_of, is_cls
 
 if TYPE_CHECKING:
     from training.model.model import CompactVisionConfig
@@ -45,9 +46,9 @@ def layer_flops(text: Any, tokens: int) -> int:
 
 
 def prefill_flops(text: Any, tokens: int | Sequence[int]) -> int:
-    """One prefill without the head, of as many tokens in every layer, or of `tokens[i]` in layer i.
+    """One prefill without the head: `tokens` in every layer, or `tokens[i]` in layer i.
 
-    Of the vision tokens without text it is what Tables 2 to 5 report.
+    Tables 2 to 5 report this for the vision tokens, without text.
     """
     if isinstance(tokens, int):
         return int(text.num_hidden_layers) * layer_flops(text, tokens)
@@ -67,7 +68,7 @@ def encoder_flops(vision: Any, deepest: int) -> int:
 def kv_cache_bytes(text: Any, tokens: int | Sequence[int], bytes_per_number: int = 2) -> int:
     """Keys and values that the language model keeps of tokens while it answers; `tokens` as in `prefill_flops`."""
     head = text.hidden_size // text.num_attention_heads
-    per_token = int(2 * text.num_key_value_heads * head * bytes_per_number)
+    per_token = int(2 * text.num_key_value_heads * head * bytes_per_number)  # in one layer: a key and a value
     return per_token * int(text.num_hidden_layers * tokens if isinstance(tokens, int) else sum(tokens))
 
 
@@ -112,7 +113,7 @@ def counted(call: Callable[[], Any]) -> int:
 def paper_rows(config: CompactVisionConfig, text_tokens: int) -> list[dict[str, Any]]:
     """A row of TFLOPs for every arm of `PAPER` at the widths of `config`, each part both ways.
 
-    `prefill` is the vision tokens alone through the language model; `all` is encoder, connector, prefill of vision
+    `prefill` takes only the vision tokens through the language model; `all` is encoder, connector, prefill of vision
     and text tokens, and the head of one position.
 
     Raises:
@@ -123,6 +124,7 @@ def paper_rows(config: CompactVisionConfig, text_tokens: int) -> list[dict[str, 
 
     text: Any = config.text_config
     vision: Any = config.vision_config
+    # On the meta device tensors have shapes and no numbers: torch counts, and computes nothing.
     with torch.device("meta"):
         llm, tower = AutoModel.from_config(text), encoder_of(vision.model_type).build(vision)
 
@@ -144,13 +146,13 @@ def paper_rows(config: CompactVisionConfig, text_tokens: int) -> list[dict[str, 
 
 
 def _vision_figures(tower: Any, given: dict[str, Any], llm_width: int) -> dict[str, float]:
-    """TFLOPs of CLIP up to the deepest block that an arm reads, and of its connector."""
+    """TFLOPs of CLIP up to the deepest block that an arm reads, and of its connector, for one image."""
     import torch
 
     from training.model.reducers import build_connector, connector_config
 
     vision = tower.config
-    grid = vision.image_size // vision.patch_size
+    grid = grid_of(vision)
     config = connector_config(**given, grid=grid, llm_width=llm_width, vision_width=vision.hidden_size)
     deepest = max(map(block_of, config.columns))
     with torch.device("meta"):
@@ -170,6 +172,7 @@ def _vision_figures(tower: Any, given: dict[str, Any], llm_width: int) -> dict[s
 
 
 def _agreed(part: str, formula: int, call: Callable[[], Any]) -> float:
+    """TFLOPs by the formula, if torch counts the very same number of FLOPs in `call`."""
     found = counted(call)
     assert found == formula, f"{part}: the closed form gives {formula} FLOPs, torch counts {found}"
     return formula / 1e12

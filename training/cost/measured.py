@@ -1,6 +1,6 @@
 """Times and memory of an image, measured: encoder, connector, prefill, and what each new token takes.
 
-Times are medians over rounds in which every row has its turn, so that all rows share whatever else the machine does.
+Times are medians over rounds. Each row has a turn in every round, so what else the machine does slows all rows alike.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.encoders import block_of
+from pipeline.encoders.columns import block_of
 from training.cost.flops import prefill_flops
 from training.cost.shapes import shape as shape_of
 from training.model.reducers import SHAPE
@@ -65,7 +65,7 @@ def benchmark(given: Measurement) -> dict[str, Any]:
 
     gpu = torch.cuda.is_available()
     if given.device == "cuda" and not gpu:
-        raise ValueError("--device cuda: torch finds no GPU here; use --device cpu")
+        raise ValueError(f"--device cuda: torch {torch.__version__} finds no GPU here; use --device cpu")
     device = torch.device("cuda" if gpu and given.device != "cpu" else "cpu")
     default = "bfloat16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, default if given.dtype == "auto" else given.dtype)
@@ -113,6 +113,7 @@ def reductions(own: ConnectorConfig) -> list[ConnectorConfig]:
 
 
 def _load(given: Measurement, device: torch.device, dtype: torch.dtype) -> CompactVisionForConditionalGeneration:
+    """The model that is measured, with its own weights or, for a shape, random ones made on the device."""
     import torch
 
     from training.model.model import CompactVisionForConditionalGeneration
@@ -135,7 +136,10 @@ def _load(given: Measurement, device: torch.device, dtype: torch.dtype) -> Compa
         finally:
             torch.set_default_dtype(before)
     if model.vision_tower is None:
-        raise ValueError(f"{given.model or given.config} has no vision tower: there is no image to encode")
+        raise ValueError(
+            f"{given.model or given.config} has no vision tower, so no image can be encoded; name a folder that "
+            "training/export.py wrote"
+        )
     return model.eval()  # type: ignore[no-any-return]
 
 
@@ -159,10 +163,10 @@ def _measure(
         on_device, words = pixels.to(device), llm.get_input_embeddings()(text.to(device))
         columns = _timed(seconds, "encode", device, lambda: model.encode_images(on_device))
         vision = _timed(seconds, "connector", device, lambda: connector(columns))
-        both = torch.cat([words[:, :1], vision, words[:, 1:]], dim=1)
+        both = torch.cat([words[:, :1], vision, words[:, 1:]], dim=1)  # (batch, length, C3): BOS, image, prompt
         out = _timed(seconds, "prefill", device, lambda: llm(inputs_embeds=both, use_cache=True, logits_to_keep=1))
-        token = out.logits[:, -1:].argmax(-1)
-        token.tolist()
+        token = out.logits[:, -1:].argmax(-1)  # (batch, 1)
+        token.tolist()  # waits for the device: the id is on the host
         first = time.perf_counter()
         for _ in range(given.new_tokens - 1):
             out = llm(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
@@ -182,6 +186,7 @@ def _measure(
 
 
 def _timed(seconds: dict[str, float], name: str, device: torch.device, call: Callable[[], Any]) -> Any:
+    """The result of `call`, whose time goes into `seconds`; the device's queue is empty before and after."""
     _wait(device)
     start = time.perf_counter()
     result = call()
@@ -191,6 +196,7 @@ def _timed(seconds: dict[str, float], name: str, device: torch.device, call: Cal
 
 
 def _wait(device: torch.device) -> None:
+    """Until the device has done what it was told."""
     import torch
 
     if device.type == "cuda":
@@ -210,7 +216,7 @@ def _peak_memory(device: torch.device) -> Iterator[list[float]]:
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's high-water mark
-    except OSError:
+    except OSError:  # no Linux, or a container that forbids it: the peak stays unknown, NaN
         yield peak
         return
     yield peak

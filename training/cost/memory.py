@@ -68,8 +68,10 @@ def activations(config: TrainConfig, shape: ModelShape, examples: int, text_toke
         text_tokens: most supervised tokens of an example.
     """
     tokens = examples * config.data.max_length
+    # The constants are of bf16, 2 bytes a number; fp32 keeps twice as much.
     layer = tokens * (ACTIVATION_BYTES * shape.hidden + MLP_BYTES * shape.mlp) * computed(config) / 2
     logits = examples * text_tokens * shape.vocabulary * LOGIT_BYTES
     if config.model.activation_checkpointing:
-        return shape.layers * tokens * shape.hidden * 4 + max(layer, logits)  # each layer's input in fp32
+        # Each layer's input in fp32; beside that one layer is computed again, or the logits are there.
+        return shape.layers * tokens * shape.hidden * 4 + max(layer, logits)
     return shape.layers * layer + logits

@@ -25,7 +25,7 @@ _PEAK = {
 
 
 def peak_flops() -> float | None:
-    """Of this GPU in bf16; None without a GPU, or for one that is not known."""
+    """FLOP/s that this GPU can do in bf16; None without a GPU, or for one that is not known."""
     if not torch.cuda.is_available():
         return None
     name = torch.cuda.get_device_name()
@@ -44,12 +44,14 @@ class StepFlops:
         self.text = model.config.text_config
         layers = model.llm.get_decoder().layers
         learning = sum(p.numel() for p in layers.parameters() if p.requires_grad)
+        # Between 2 (all frozen) and 3 (all learn): the gradient of the weights is needed only for those that learn.
         self.llm_factor = 2 + learning / sum(p.numel() for p in layers.parameters())
         self.image = model.connector.config.flops() * (3 if "connector" in train else 1)
 
     def __call__(self, lengths: Collection[int], images: int, supervised: int) -> float:
-        """Of a batch with examples of these lengths (vision tokens included)."""
+        """FLOPs of a step on a batch with examples of these lengths (vision tokens included)."""
         head = head_flops(self.text) * supervised
+        # Q K^T and the weighted sum of V: 2 N^2 d each, in every layer.
         attention = 4 * self.text.hidden_size * self.text.num_hidden_layers * sum(n * n for n in lengths)
         matrices = sum(prefill_flops(self.text, n) for n in lengths) - attention
         return float(self.llm_factor * (matrices + head) + 3 * attention + self.image * images)

@@ -36,11 +36,13 @@ def shape(name: str, layers: int | None = None) -> CompactVisionConfig:
         text = LlamaConfig(**SIZES[name], vocab_size=32000, max_position_embeddings=4096)
         config = CompactVisionConfig(text_config=text, vision_config=CLIPVisionConfig(**CLIP_L))
     elif not Path(name).exists():
-        raise ValueError(f"--config {name}: there is no such folder, and the known shapes are {', '.join(SIZES)}")
+        raise ValueError(f"--config {name}: there is no such folder; use one, or a known shape: {', '.join(SIZES)}")
     else:
         config = CompactVisionConfig.from_pretrained(name)
     llm: Any = config.text_config
     if layers is not None and not 0 < layers <= llm.num_hidden_layers:
-        raise ValueError(f"--layers {layers}: the language model has {llm.num_hidden_layers}")
+        raise ValueError(
+            f"--layers {layers}: the language model has {llm.num_hidden_layers}; give 1 to {llm.num_hidden_layers}"
+        )
     llm.num_hidden_layers = layers or llm.num_hidden_layers
     return config

@@ -1,4 +1,7 @@
-"""How a model is spread over the ranks: one file per engine; `parallelism` is asked here and nowhere else."""
+"""How a model is spread over the ranks: `base` says what an engine is, and each has a file.
+
+The setting `parallelism` is asked here and nowhere else.
+"""
 
 from __future__ import annotations
 

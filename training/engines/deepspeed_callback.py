@@ -52,10 +52,11 @@ class DeepSpeedCallback(Callback):  # type: ignore[misc]
             "zero_optimization": {"stage": stage},
             "bf16": {"enabled": bf16},
             "gradient_clipping": clip_grad_norm or 0.0,
+            # DeepSpeed never counts microbatches: Composer calls `step` only at the end of a batch.
             "gradient_accumulation_steps": 1,
             "managed_gradient_accumulation": False,
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**12,
+            "zero_allow_untested_optimizer": True,  # ours is AdamW of PyTorch
+            "steps_per_print": 10**12,  # never: the run has its own log
         }
         if bf16:
             self.settings["data_types"] = {"grad_accum_dtype": "fp32"}  # microbatches are not added up in bf16
@@ -131,7 +132,8 @@ class _EngineOptimizer:
         """Left to `step`, which clears what the engine has accumulated."""
 
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        loss = None if closure is None else closure()  # Composer's closure runs every microbatch
+        # Composer's closure runs every microbatch, forward and backward.
+        loss = None if closure is None else closure()
         self.engine.step()
         return loss
 

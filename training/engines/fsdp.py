@@ -42,6 +42,7 @@ class Fsdp(Engine):
 
         model = settings["model"].model
         layer = type(model.llm.get_decoder().layers[0])
+        # Composer asks this of every module: each one it says yes to is sharded, gathered and dropped by itself.
         model.fsdp_wrap_fn = lambda module: isinstance(module, layer | Connector)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
@@ -75,7 +76,7 @@ class Fsdp(Engine):
         """Whether a mean over the ranks is one: gloo silently gives the sum up to PyTorch 2.10. A collective."""
         import torch
 
-        mean, ones = torch.zeros(1), torch.ones(self.ranks)
+        mean, ones = torch.zeros(1), torch.ones(self.ranks)  # each rank gets the mean of its place: 1, or the sum
         torch.distributed.reduce_scatter_tensor(mean, ones, op=torch.distributed.ReduceOp.AVG)
         return float(mean) == 1.0
 
@@ -84,6 +85,7 @@ class Fsdp(Engine):
         from torch.distributed.fsdp import FSDPModule
 
         def divide(gradient: Tensor) -> None:
+            """In place, after the reduction over ranks; `gradient` is this rank's flat share."""
             gradient.div_(self.ranks)
 
         for module in model.modules():

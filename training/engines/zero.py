@@ -53,6 +53,7 @@ class Zero(Engine):
 
     def memory(self, shape: ModelShape) -> Held:
         """Optimizer state, with it the fp32 weights, is sharded; gradients from stage 2 on, weights in stage 3."""
+        # Weights and gradients have the dtype of the forward pass; fp32 copies and moments are the optimizer's.
         width, learning = computed(self.config), float(shape.learning)
         weights = width * (learning + shape.frozen)
         return Held(
@@ -76,6 +77,7 @@ class Zero(Engine):
         """The kept weights on the CPU of rank 0; those that learn in fp32. A collective."""
         from training.engines.deepspeed_callback import gather
 
+        # DeepSpeed wraps Composer's model, so that its names begin with `model.`.
         found = gather(state.model.engine, lambda key: keep(key.removeprefix(INNER)))
         return {key.removeprefix(INNER): weight for key, weight in found.items()}
 

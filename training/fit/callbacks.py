@@ -20,9 +20,9 @@ from composer.utils import dist
 
 from training.cost.mfu import peak_flops
 from training.engines.base import Engine
+from training.fit.composer_model import supervised_tokens
 from training.release.records import LOG, read_log
 from training.stream.stream import Stream
-from training.text.templates import IGNORE
 
 
 class StepLog(LoggerDestination):  # type: ignore[misc]
@@ -76,9 +76,8 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
         self._positions, self._used = 0, torch.tensor(0)
         if self.peak is not None:
             batch = state.batch
-            lengths = batch["attention_mask"].sum(dim=1).tolist()
-            supervised = int((batch["labels"][:, 1:] != IGNORE).sum())
-            self._work = self.flops(lengths, len(batch["image_rows"]), supervised)
+            lengths = batch["attention_mask"].sum(dim=1).tolist()  # (B,)
+            self._work = self.flops(lengths, len(batch["image_rows"]), supervised_tokens(batch))
 
     def before_forward(self, state: State, logger: Logger) -> None:
         """Count the positions of a microbatch, and the tokens among them, where they are: without waiting for them."""
@@ -118,12 +117,14 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
 
 
 def _peak_memory() -> int:
+    """Bytes: of the GPU since the run began, else of the process (Linux counts in KiB)."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _one_line(line: dict[str, float], total: int) -> str:
+    """A step's line for the screen."""
     text = (
         f"step {line['step']:.0f}/{total}  loss {line['loss']:.4f}  lr {line['lr']:.2e}  |g| {line['grad_norm']:.3f}  "
         f"{line['samples_per_s']:.1f} samples/s  {line['tokens_per_s']:.0f} tokens/s  "
@@ -190,6 +191,7 @@ class StopOnBadLoss(Callback):  # type: ignore[misc]
             FloatingPointError: with the keys of the whole global batch.
         """
         loss = state.total_loss_dict["loss/train/total"]
+        # A median does not follow a single jump. The first ten steps, where losses fall steeply, have no bound.
         usual = statistics.median(self._recent) if len(self._recent) >= 10 else float("inf")
         self._recent.append(loss)
         if self.spike is not None and loss > self.spike * usual:

@@ -9,9 +9,9 @@ from composer.models import ComposerModel
 
 from pipeline.codec import from_payload
 from pipeline.schema import Codec, Column
+from training.model.markers import IGNORE
 from training.model.model import CompactVisionForConditionalGeneration
 from training.stream.batch import Batch
-from training.text.templates import IGNORE
 
 
 class TrainableModel(ComposerModel):  # type: ignore[misc]
@@ -36,6 +36,7 @@ class TrainableModel(ComposerModel):  # type: ignore[misc]
         A batch without images sends zero images through the connector, so that every rank has a gradient, of zeros, for
         each of its parameters: without one, DDP would wait for ever.
         """
+        # {column: uint8 (I, bytes)} -> {column: (I, tokens, width)}
         columns = {c.name: from_payload(batch["columns"][c.name], c, self.codec, self.dtype) for c in self.columns}
         return self.model(
             input_ids=batch["input_ids"],
@@ -46,7 +47,7 @@ class TrainableModel(ComposerModel):  # type: ignore[misc]
         )
 
     def loss(self, outputs: Any, batch: Batch) -> torch.Tensor:
-        """Mean cross-entropy over the supervised tokens of this microbatch; Composer weights the microbatches."""
+        """Mean cross-entropy over the supervised tokens of this microbatch, (); Composer weights the microbatches."""
         loss: torch.Tensor = outputs.loss
         return loss
 

@@ -23,7 +23,7 @@ def add_lora(llm: PreTrainedModel, settings: LoraSettings) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise ValueError("model.lora needs peft: pip install 'compact-vision-tokens[lora]'") from error
+        raise ValueError(f"model.lora needs peft: pip install 'compact-vision-tokens[lora]' ({error})") from error
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=settings.alpha,
@@ -42,7 +42,7 @@ def merge_lora(llm: PreTrainedModel) -> None:
     from peft.tuners.lora import LoraLayer
 
     llm.to(torch.float32)  # in bf16 most of an adapter's small change would be rounded away
-    for name, module in list(llm.named_modules()):
+    for name, module in list(llm.named_modules()):  # a list: modules are replaced on the way
         if isinstance(module, LoraLayer):
             module.merge()
             llm.set_submodule(name, module.get_base_layer())

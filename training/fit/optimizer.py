@@ -22,7 +22,7 @@ def build_optimizer(model: CompactVisionForConditionalGeneration, settings: Opti
     for part, rate in rates.items():
         learning = [p for p in getattr(model, part).parameters() if p.requires_grad]
         if learning:
-            groups.append({"params": learning, "lr": rate or settings.lr})
+            groups.append({"params": learning, "lr": rate or settings.lr})  # a part's rate, else the common one
     return torch.optim.AdamW(
         groups,
         lr=settings.lr,

@@ -10,7 +10,7 @@ from pipeline.manifest import read_store
 from pipeline.schema import StoreSpec
 from pipeline.storage import Storage
 from training.config import TrainConfig
-from training.fit.assemble import build_model, load_tokenizer
+from training.fit.build import build_model, load_tokenizer
 from training.model.model import CompactVisionForConditionalGeneration
 from training.model.tokenizer import Tokenizer
 from training.stream.order import Order

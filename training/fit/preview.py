@@ -11,7 +11,7 @@ import yaml
 from training.config import TrainConfig
 from training.engines import engine_class
 from training.fit.parts import Parts
-from training.text.templates import IGNORE
+from training.model.markers import IGNORE
 
 SUPERVISED, IMAGE, PLAIN = "\033[32m", "\033[36m", "\033[0m"  # green, cyan, the terminal's own
 
@@ -63,6 +63,7 @@ def example(parts: Parts, coloured: bool) -> str:
     length = int(batch["attention_mask"][0].sum())
     ids, labels = (batch[name][0, :length].tolist() for name in ("input_ids", "labels"))
     text = ""
+    # Runs of vision tokens and of text; within text, runs that are supervised and runs that are not.
     for is_image, places in groupby(range(length), lambda i: ids[i] == parts.model.config.image_token_id):
         run = list(places)
         if is_image:
@@ -76,4 +77,5 @@ def example(parts: Parts, coloured: bool) -> str:
 
 
 def _marked(text: str, colour: str, coloured: bool, before: str, after: str) -> str:
+    """Text in a colour, or between two marks."""
     return f"{colour}{text}{PLAIN}" if coloured else f"{before}{text}{after}"

@@ -11,8 +11,9 @@ from composer.utils import dist
 from pipeline.config import differences
 from training.config import TrainConfig
 from training.engines.base import Engine
-from training.fit.assemble import is_exported, whole_model
+from training.fit.build import is_exported, whole_model
 from training.fit.parts import Parts
+from training.release.card import CardFiles
 from training.release.connector import export_connector
 from training.release.folder import export_model
 from training.release.records import final_loss, read_log
@@ -44,6 +45,7 @@ def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, step
 
     A collective, as the ranks may hold parts of the weights; rank 0 writes.
     """
+    # Every rank takes part, weight by weight; only rank 0 keeps them.
     weights = engine.whole_weights(state, lambda name: is_exported(config, name))
     if dist.get_global_rank() != 0:
         return
@@ -51,7 +53,7 @@ def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, step
     whole = whole_model(config, parts.model, weights)
     export_connector(whole.connector, run / "connector")
     if "llm" in config.train:
-        export_model(whole, parts.tokenizer, parts.store, run / "model", run=run)
+        export_model(whole, parts.tokenizer, parts.store, run / "model", files=CardFiles(run))
     lines = read_log(run)
     seconds = sum(line["step_s"] for line in lines)
     summary = {
@@ -59,7 +61,7 @@ def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, step
         "loss_first": lines[0]["loss"],
         "loss_last": final_loss(lines),
         "seconds": round(seconds, 2),
-        "data_wait": sum(line["data_wait"] * line["step_s"] for line in lines) / seconds,
+        "data_wait": sum(line["data_wait"] * line["step_s"] for line in lines) / seconds,  # share of all steps' time
         "vision_tokens_in": parts.store.encoder.grid**2,
         "vision_tokens_out": parts.model.connector.tokens,
     }

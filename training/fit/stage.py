@@ -24,10 +24,11 @@ def train(config: TrainConfig, check_only: bool = False) -> None:
         SystemExit: with a message if store, model and configuration do not fit each other, before anything is trained;
             with 128 + the signal's number if a scheduler stopped it: after the step under way and a checkpoint.
     """
-    stop = StopRequest()
+    stop = StopRequest()  # first of all: a signal that comes while the model loads is not lost
     dist.initialize_dist(get_device(None if config.device == "auto" else config.device), timeout=WAIT_S)
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    # All that a user can have got wrong is found in here, before the first step.
     try:
         claim(config, write=not check_only)
         parts = open_parts(config, rank, ranks)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from training.release.card import CardFiles
 from training.release.connector import load_connector
 from training.release.folder import export_model
 
@@ -30,7 +31,7 @@ def export_run(
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
     from training.config import TrainConfig
-    from training.fit.assemble import load_tokenizer
+    from training.fit.build import load_tokenizer
 
     if not (run / "config.json").is_file():
         raise ValueError(f"{run} is no training run: it has no config.json; name the folder given as run=...")
@@ -38,14 +39,19 @@ def export_run(
     store = read_store(Storage(config.data.store))
     model = trained_model(config, store, run, checkpoint)
     target = None if dtype is None else getattr(torch, dtype)
-    export_model(model, load_tokenizer(config), store, out, target, run, [*sorted(run.glob("*.scores.json")), *scores])
+    files = CardFiles(run, [*sorted(run.glob("*.scores.json")), *scores])
+    export_model(model, load_tokenizer(config), store, out, target, files)
 
 
 def trained_model(
     config: TrainConfig, store: StoreSpec, run: Path, checkpoint: Path | None
 ) -> CompactVisionForConditionalGeneration:
-    """The model at the end of a run, or at a checkpoint."""
-    from training.fit.assemble import build_model
+    """The model at the end of a run, or at a checkpoint.
+
+    A finished stage 2 has exported its model whole. A finished stage 1 has exported its connector, an unfinished run
+    has checkpoints of what learns: the rest is then built as for training.
+    """
+    from training.fit.build import build_model
     from training.fit.lora import merge_lora
     from training.model.model import CompactVisionForConditionalGeneration
 
@@ -67,18 +73,22 @@ def trained_model(
     missing, unused = model.load_state_dict(state, strict=False)
     lost = sorted(learning.intersection(missing))
     if lost or unused:
-        raise ValueError(f"{path} is of another model: missing {lost or 'nothing'}, not used {unused or 'nothing'}")
+        raise ValueError(
+            f"{path} is of another model: missing {lost or 'nothing'}, not used {unused or 'nothing'}; name a "
+            f"checkpoint of {run}"
+        )
     if config.model.lora is not None:
         merge_lora(model.llm)
     return model
 
 
 def _newest_checkpoint(run: Path) -> Path:
+    """The newest whole checkpoint of a run, if its one file has all weights that learn."""
     from training.checkpoints.checkpoint import newest_on_disk
 
     found = newest_on_disk(run / "checkpoints")
     if found is None:
-        raise ValueError(f"{run} has neither finished nor saved a checkpoint yet")
+        raise ValueError(f"{run} has neither finished nor saved a checkpoint yet; let it train on to one of them")
     folder, mark = found
     if not mark.whole_file:
         raise ValueError(
@@ -107,5 +117,7 @@ def _weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
             state = torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")["state"]["model"]
     except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
         first = str(error).partition("\n")[0]
-        raise ValueError(f"{checkpoint} is no checkpoint of training/train.py: {first}") from error
+        raise ValueError(
+            f"{checkpoint} is no checkpoint of training/train.py: {first}; name a folder of RUN/checkpoints"
+        ) from error
     return {name.removeprefix("model."): weight for name, weight in state.items()}

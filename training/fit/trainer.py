@@ -41,7 +41,7 @@ def build_trainer(
         "model": _trainable(config, parts),
         "train_dataloader": _data(parts.stream),
         "optimizers": optimizer,
-        "schedulers": build_schedule(optimizer, steps, config.optimizer.warmup_ratio),
+        "schedulers": build_schedule(optimizer, steps, config.optimizer.warmup_ratio),  # moved on after each step
         "step_schedulers_every_batch": True,
         "max_duration": f"{steps}ba",
         "device_train_microbatch_size": engine.microbatch_size(),
@@ -52,7 +52,7 @@ def build_trainer(
         "seed": config.seed,
         "run_name": "train",
         "load_path": None if latest is None else str(latest),
-        "load_strict_model_weights": not left_out,
+        "load_strict_model_weights": not left_out,  # frozen weights are not in checkpoints
         "progress_bar": False,
         "dist_timeout": WAIT_S,
     }

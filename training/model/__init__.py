@@ -1,1 +1,4 @@
-"""The model and all that travels with an export: connectors, the Hugging Face model, processor and tokenizer."""
+"""The multimodal model and all that travels with its export: `model`, `processor`, `tokenizer`.
+
+`reducers` make vision tokens of features, `decoders` say what a family of language models needs.
+"""

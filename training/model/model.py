@@ -26,13 +26,12 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
-from pipeline.encoders import block_of, encoder_of
-from pipeline.encoders.base import grid_of
+from pipeline.encoders import encoder_of
+from pipeline.encoders.columns import block_of, grid_of
 
+from .markers import IGNORE
 from .reducers import build_connector, connector_config
 from .reducers.connector import Connector, Text
-
-IGNORED = -100  # label of a token that is not predicted
 
 
 class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -71,7 +70,9 @@ class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
         text: Any = self.text_config
         connector = connector_config(self.connector or {"llm_width": text.hidden_size})
         if connector.llm_width != text.hidden_size:
-            raise ValueError(f"connector.llm_width is {connector.llm_width}, the language model's {text.hidden_size}")
+            raise ValueError(
+                f"connector.llm_width is {connector.llm_width}, the language model's {text.hidden_size}; set it to that"
+            )
         self.connector = asdict(connector)
         self.image_tokens = connector.tokens
         if self.image_token_id is None:
@@ -152,14 +153,14 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         )
         if vision_tower is not None:
             _check_tower(vision_tower.config, connector)
-        with torch.device("meta"):  # the frame alone
+        with torch.device("meta"):  # the frame, without weights
             model = cls(config)
         model.llm, model.connector, model.vision_tower = llm, connector, vision_tower
         model.generation_config = llm.generation_config
         return model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Of the connector: PyTorch's own, as LLaVA-1.5. The other two parts know theirs."""
+        """PyTorch's initial weights for the connector, as LLaVA-1.5 has them. The other two parts know theirs."""
         if isinstance(module, nn.Linear):
             module.reset_parameters()
 
@@ -224,7 +225,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             inputs_embeds: (batch, length, width), instead of input_ids.
             position_ids: (batch, length).
             past_key_values, cache: keys and values of the positions before; from transformers 5.24 on `cache`.
-            logits_to_keep: only the last so many positions, or those at these indices; 0 keeps all.
+            logits_to_keep: how many of the last positions, or which indices; 0 keeps all.
             **kwargs: to the language model without its head, `use_cache` among them.
 
         Raises:
@@ -232,7 +233,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         """
         text = self._text(input_ids, attention_mask, labels)
         inputs_embeds, vision = self._inputs(input_ids, inputs_embeds, columns, pixel_values, text)
-        # Named above for `generate`, which reads the signature; a version knows one name of the cache alone.
+        # Named above for `generate`, which reads the signature. A version of transformers knows one name of the cache.
         given = {"position_ids": position_ids, "past_key_values": past_key_values, "cache": cache}
         kwargs |= {name: value for name, value in given.items() if value is not None}
         outputs = self.llm.get_decoder()(inputs_embeds=inputs_embeds, attention_mask=attention_mask, **kwargs)
@@ -249,13 +250,13 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         )
 
     def _text(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None) -> Text | None:
-        """What a connector that reads text is given: of each row with an image, all tokens that are not predicted."""
+        """(batch, length) each -> for a connector that reads text: of rows with an image, the tokens not predicted."""
         if not self.connector.config.reads_text or input_ids is None:
             return None
         shown = input_ids == self.config.image_token_id
         mask = ~shown if attention_mask is None else ~shown & attention_mask[:, -input_ids.shape[1] :].bool()
         if labels is not None:
-            mask = mask & (labels == IGNORED)
+            mask = mask & (labels == IGNORE)
         rows = shown.any(dim=1)
         return Text(self.get_input_embeddings()(input_ids[rows].masked_fill(~mask[rows], 0)), mask[rows])
 
@@ -269,7 +270,9 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
     ) -> tuple[Tensor, Tensor | None]:
         """What the language model reads, (batch, length, width), and the vision tokens in it."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError(
+                f"give exactly one of input_ids and inputs_embeds, not {'none' if input_ids is None else 'both'}"
+            )
         if inputs_embeds is not None:
             return inputs_embeds, None
         assert input_ids is not None
@@ -291,23 +294,23 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             images = 0 if vision is None else vision.shape[0]
             raise ValueError(
                 f"input_ids hold {found} image placeholders (id {self.config.image_token_id}), but {images} image(s) "
-                f"of {self.connector.tokens} vision tokens were given, {expected} in all"
+                f"of {self.connector.tokens} vision tokens were given, {expected} in all: let the processor write both"
             )
         if vision is None:
             return embeds
         return embeds.masked_scatter(places.unsqueeze(-1).to(embeds.device), vision.to(embeds.device, embeds.dtype))
 
     def _loss(self, hidden: Tensor, labels: Tensor, vision: Tensor | None) -> Tensor:
-        """Mean cross-entropy in fp32; logits are computed at supervised positions alone, whose memory they bound.
+        """(batch, length, width), labels (batch, length), vision (n, tokens, width) -> mean cross-entropy in fp32, ().
 
-        With `loss_chunks` above 1 they are computed in so many parts, none of which is kept: the backward pass
-        computes each again, for 2 FLOPs per weight of the head and supervised token.
+        Logits are computed only at supervised positions, which bound their memory. With `loss_chunks` above 1 they come
+        in that many parts, none is kept, and the backward pass computes each again: 2 FLOPs per head weight and token.
 
         Without supervised tokens it is 0, and without images 0 is added to it, both with a graph: every parameter
         that learns then has a gradient on every rank, which DDP waits for.
         """
         following = labels[:, 1:].to(hidden.device)
-        supervised = following != IGNORED
+        supervised = following != IGNORE
         hidden, targets = hidden[:, :-1][supervised], following[supervised]
         parts = zip(hidden.tensor_split(self.loss_chunks), targets.tensor_split(self.loss_chunks), strict=True)
         if self.loss_chunks == 1:
@@ -374,12 +377,13 @@ class _VocabularyOnly(LogitsProcessorList):  # type: ignore[misc]
 
 
 def _within(input_ids: Tensor, image_token_id: int) -> Tensor:
-    """The row's first id instead of each placeholder: the row holds it anyway, so no other id is punished."""
+    """(rows, length), each placeholder replaced by its row's first id: the row holds it anyway, so none is punished."""
     first = input_ids[:, :1].clamp(max=image_token_id - 1)
     return torch.where(input_ids == image_token_id, first, input_ids)
 
 
 def _check_tower(vision: PreTrainedConfig, connector: Connector) -> None:
+    """Raise ValueError if the tower's grid, width or depth is not what the connector was made for."""
     found = (grid_of(vision), vision.hidden_size)
     expected = (connector.config.grid, connector.config.vision_width)
     if found != expected:

@@ -19,9 +19,8 @@ from transformers.image_utils import make_flat_list_of_images
 from pipeline.encoders import encoder_of
 from pipeline.encoders.pixels import Pixels, upright_rgb
 
+from .markers import IMAGE
 from .tokenizer import Tokenizer
-
-IMAGE = "<image>"
 
 
 class CompactVisionTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
@@ -38,6 +37,7 @@ class CompactVisionTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         self.vocab_file, self.legacy = str(vocab_file), legacy
         self._exact = Tokenizer(Path(vocab_file), legacy=legacy)
         model = SentencePieceProcessor(model_file=self.vocab_file)
+        # transformers asks these before `super().__init__` has ended, so they come first.
         self._pieces: list[str] = [model.id_to_piece(index) for index in range(len(model))]
         self._ids = {piece: index for index, piece in enumerate(self._pieces)}
         self.image_id = len(self._pieces) if image_token_id is None else image_token_id
@@ -121,6 +121,7 @@ class CompactVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
 
 
 def _as_image(image: Any) -> Image.Image:
+    """A PIL image as it is, a uint8 array (H, W), (H, W, C) or (C, H, W) as one; C is 1, 3 or 4."""
     if isinstance(image, Image.Image):
         return image
     array = np.asarray(image)
@@ -171,7 +172,7 @@ class CompactVisionProcessor(ProcessorMixin):  # type: ignore[misc]
         for number, prompt in enumerate([text] if isinstance(text, str) else text or []):
             if isinstance(prompt, str) and prompt.count(IMAGE) > 1:
                 raise ValueError(
-                    f"prompt {number} holds {prompt.count(IMAGE)} images; the model was trained with one per "
+                    f"prompt {number} holds {prompt.count(IMAGE)} images; give one: the model was trained with one per "
                     "conversation and takes one"
                 )
         super().validate_inputs(images=images, text=text, **kwargs)

@@ -1,7 +1,7 @@
 """Llama's SentencePiece tokenizer, id for id as the slow `LlamaTokenizer` that LLaVA-1.5 was trained with.
 
 transformers 5 builds its tokenizer from the same file without the scores of its pieces, and so splits some texts
-otherwise; SentencePiece itself does not. This file needs sentencepiece alone: it travels with every exported model.
+otherwise; SentencePiece itself does not. This file needs only sentencepiece: it travels with every exported model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Tokenizer:
 
     Args:
         model_file: `tokenizer.model`.
-        legacy: whether text after a special token gets a space of its own, as tokenizers did before 2023
+        legacy: whether text after a special token gets a space before it, as tokenizers did before 2023
             (`legacy` in tokenizer_config.json; Vicuna-7B v1.5 has false).
 
     Raises:
@@ -37,15 +37,19 @@ class Tokenizer:
         self.legacy = legacy
         self._plain = _load(self.model_file)
         self._pieces = self._plain if legacy else _load(self.model_file, NO_DUMMY_PREFIX)
-        self._unk_length = len(self._pieces.encode(UNK))
+        self._unk_length = len(self._pieces.encode(UNK))  # pieces of the text "<unk>", which `_encode_part` cuts off
         self.unk_id, self.bos_id, self.eos_id = (self._plain.piece_to_id(piece) for piece in (UNK, BOS, EOS))
-        if (self._plain.unk_id(), self._plain.bos_id(), self._plain.eos_id()) != (0, 1, 2):
-            raise ValueError(f"{self.model_file}: its special tokens are not Llama's <unk>, <s>, </s> with ids 0, 1, 2")
+        special = (self._plain.unk_id(), self._plain.bos_id(), self._plain.eos_id())
+        if special != (0, 1, 2):
+            raise ValueError(
+                f"{self.model_file}: the ids of its unk, bos and eos are {special}, expected Llama's <unk>, <s>, </s> "
+                "with 0, 1, 2"
+            )
         self.pad_id = self.unk_id  # as LLaVA-1.5
 
     @classmethod
     def from_pretrained(cls, name: str, revision: str | None = None) -> Tokenizer:
-        """Of a folder or a Hub id that has `tokenizer.model`.
+        """The tokenizer of a folder or a Hub id that has `tokenizer.model`.
 
         Raises:
             ValueError: if it has none.
@@ -69,7 +73,7 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """BOS and the ids of `text`; `<s>`, `</s>` and `<unk>` in it are the special tokens."""
         if not self.legacy and text:
-            text = SPACE + text.replace(SPACE, " ")
+            text = SPACE + text.replace(SPACE, " ")  # one space before the whole text, none after special tokens
         ids: list[int] = []
         parts = [part for part in _SPECIAL.split(text) if part]
         for number, part in enumerate(parts):
@@ -77,12 +81,14 @@ class Tokenizer:
                 ids.append(self._plain.piece_to_id(part))
                 continue
             pieces = self._encode_part(part)
-            alone = number == 0 and len(parts) > 1 and [self._plain.id_to_piece(i) for i in pieces] == [SPACE]
-            if not (alone and not self.legacy):  # a text that begins with a special token has no space before it
+            # A text that begins with a special token has no space before it: drop the one that was added above.
+            only_space = number == 0 and len(parts) > 1 and [self._plain.id_to_piece(i) for i in pieces] == [SPACE]
+            if self.legacy or not only_space:
                 ids += pieces
         return [self.bos_id, *ids]
 
     def _encode_part(self, text: str) -> list[int]:
+        """Ids of text without special tokens."""
         if self.legacy or not text.startswith((SPACE, " ")):
             pieces: list[int] = self._pieces.encode(text)
             return pieces
@@ -93,6 +99,7 @@ class Tokenizer:
     def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
         """Ids to text; ids beyond the vocabulary (image placeholders) are left out."""
         special = {self.unk_id, self.bos_id, self.eos_id}
+        # SentencePiece decodes runs of ordinary ids; a special one ends the run, and one more </s> ends the last.
         text, run = "", list[int]()
         for i in [*ids, self.eos_id]:
             if i not in special:
@@ -115,6 +122,7 @@ class Tokenizer:
 
 
 def _load(model_file: Path, override: bytes = b"") -> SentencePieceProcessor:
+    """The model of a file; the protobuf fields `override` replace those of the file."""
     if not model_file.is_file():
         raise ValueError(
             f"{model_file} does not exist: the language model's SentencePiece file is needed (for Vicuna it is on the "
@@ -123,4 +131,4 @@ def _load(model_file: Path, override: bytes = b"") -> SentencePieceProcessor:
     try:
         return SentencePieceProcessor(model_proto=model_file.read_bytes() + override)
     except (RuntimeError, OSError) as error:
-        raise ValueError(f"{model_file} is no SentencePiece model: {error}") from error
+        raise ValueError(f"{model_file} is no SentencePiece model: {error}; copy or download it again") from error

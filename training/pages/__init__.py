@@ -1,1 +1,1 @@
-"""HTML pages of a run and of an ablation, made from files: pages, their charts and their templates."""
+"""HTML pages of a `run` and of an `ablation`, made from the files that they left; `charts` places points and bars."""

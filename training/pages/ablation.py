@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
+from training.benchmarks.own import is_right
 from training.benchmarks.questions import read_json_lines
 from training.pages.charts import Bar, bars, loss_chart, score_plot
-from training.pages.page import EXAMPLES, TITLES, filled, is_right, shown
+from training.pages.page import EXAMPLES, TITLES, filled, shown
 from training.release.records import read_log
 from training.release.table import EncodingCost, Row, Table
 
@@ -19,7 +20,7 @@ def ablation_page(folder: Path, images: Path | None, examples: int = EXAMPLES) -
 
     Args:
         folder: of the ablation.
-        images: the folder that the images of its own questions are relative to; None shows no examples.
+        images: the folder that the images of your own questions are relative to; None shows no examples.
         examples: questions to show.
     """
     table = Table.read(folder)

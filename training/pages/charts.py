@@ -48,6 +48,7 @@ def loss_chart(series: Mapping[str, Series]) -> LossChart:
     smoothed = {name: _smoothed(losses) for name, (_, losses) in series.items()}
     heights = smoothed.values() if len(series) > 1 else [losses for _, losses in series.values()]
     top = max(max(losses) for losses in heights) * 1.05
+    # SVG's y grows downwards: loss 0 lies at `floor`, `top` at 0.
     across, floor = (WIDTH - LEFT - 8) / max(1, last - first), HEIGHT - BELOW
 
     def points(each: Sequence[float], losses: Sequence[float]) -> str:
@@ -102,6 +103,7 @@ def score_plot(rows: Sequence[Row], name: str) -> ScorePlot:
     scores = [row.scores[name] for row in rows]
     values = [value for score in scores for value in (*(score.interval or ()), *score.by_seed) if value is not None]
     low, high = min(values), max(values)
+    # The finest round step of which at most six fit.
     step = next(step for step in (1, 2, 5, 10, 20, 50, 100, 200, 500) if (high - low) / step <= 6)
     first, last = int(low // step) * step, -int(-high // step) * step  # rounded down, and up
 

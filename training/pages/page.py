@@ -1,4 +1,4 @@
-"""What every page needs: its template filled in, the packages it was made with, images inside, and who was right."""
+"""What every page needs: its template filled in, the packages it was made with, images inside."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def filled(template: str, parts: Mapping[str, Any]) -> str:
 
 
 def _environment() -> dict[str, str]:
+    """What the page was made with and on, by name."""
     return {
         "python": platform.python_version(),
         "cores": str(os.cpu_count()),
@@ -57,10 +58,3 @@ def shown(answer: Mapping[str, Any], images: Path) -> dict[str, Any]:
         "question": answer["prompt"].partition("\n")[0],
         "truth": answer.get("answer"),
     }
-
-
-def is_right(answer: Mapping[str, Any]) -> bool:
-    """Whether an answer is the truth, which has to be known."""
-    from training.benchmarks.own import normalise
-
-    return "answer" in answer and normalise(answer["text"]) == normalise(str(answer["answer"]))

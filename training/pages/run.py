@@ -7,9 +7,10 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
+from training.benchmarks.own import is_right
 from training.benchmarks.questions import read_json_lines
 from training.pages.charts import bars, loss_chart
-from training.pages.page import EXAMPLES, TITLES, filled, is_right, shown
+from training.pages.page import EXAMPLES, TITLES, filled, shown
 from training.release.records import final_loss, read_log
 from training.release.table import StoreUsed
 
@@ -35,6 +36,7 @@ def run_page(run: Path, images: Path, examples: int = EXAMPLES) -> str:
 
 
 def _stage(run: Path, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
+    """A stage's figures and its curve, from its log."""
     lines = read_log(run / stage)
     losses = [line["loss"] for line in lines]
     return {

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.release.records import LAST, final_loss, read_log
 
@@ -39,19 +39,30 @@ An image goes first in its message, one image per conversation. `pip install tra
 it needs."""
 
 
+class CardFiles(NamedTuple):
+    """Files that a card takes its figures from.
+
+    Attributes:
+        run: folder of the training run: its settings, its losses, and those of the stage that it started from.
+        scores: files that training/evaluate.py wrote beside its answers.
+    """
+
+    run: Path | None = None
+    scores: Sequence[Path] = ()
+
+
+NO_FILES = CardFiles()
+
+
 def model_card(
-    model: CompactVisionForConditionalGeneration,
-    origin: Mapping[str, str],
-    run: Path | None = None,
-    scores: Sequence[Path] = (),
+    model: CompactVisionForConditionalGeneration, origin: Mapping[str, str], files: CardFiles = NO_FILES
 ) -> str:
     """The card as Markdown.
 
     Args:
         model: whole, with its vision tower.
         origin: rows about where the weights come from.
-        run: folder of the training run: its settings, its losses, and those of the stage that it started from.
-        scores: files that training/evaluate.py wrote beside its answers.
+        files: what the figures of training and the scores are read from.
 
     Raises:
         ValueError: if a file of scores is none.
@@ -60,8 +71,8 @@ def model_card(
         f"# An image in {model.connector.tokens} vision tokens",
         _table({**_facts(model), **origin}),
         USE,
-        *_training(run),
-        *_scores(scores),
+        *_training(files.run),
+        *_scores(files.scores),
     ]
     return "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n" + "\n\n".join(parts) + "\n"
 
@@ -80,6 +91,7 @@ def store_facts(store: StoreSpec) -> dict[str, str]:
 
 
 def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
+    """Sizes and costs of the model, each from its own configuration."""
     from training.cost.flops import image_flops, kv_cache_bytes, prefill_flops
 
     connector, text, vision = model.connector, model.llm.config, model.config.vision_config
@@ -92,7 +104,7 @@ def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
     return {
         "vision tokens per image": f"{tokens} of {patches} patch tokens",
         "prefill of the vision tokens": f"{prefill}, instead of "
-        f"{_flops_text(prefill_flops(text, patches))} for all patch tokens (language model alone, no head)",
+        f"{_flops_text(prefill_flops(text, patches))} for all patch tokens (only the language model, no head)",
         "one image in all": f"{_flops_text(sum(parts))}: vision encoder {encoder}, connector {fusion}, "
         f"prefill {prefill}",
         "KV cache of an image": f"{kept:.4g} MiB, instead of {instead:.4g}",
@@ -105,6 +117,7 @@ def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
 
 
 def _flops_text(flops: int) -> str:
+    """FLOPs in the largest unit of which there is at least a tenth."""
     scale, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "G")) if flops >= s / 10), (1e6, "M"))
     return f"{flops / scale:.4g} {unit}FLOPs"
 
@@ -118,6 +131,7 @@ def _training(run: Path | None) -> list[str]:
     if run is None or not (run / "config.json").is_file():
         return []
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    # Stage 2 names the connector/ folder of its stage 1, which lies in that run's folder.
     before = settings["model"].get("connector_from")
     earlier = _training(Path(before).parent) if before else []
     rows = {key: f"`{value}`" for key, value in _flat(settings).items() if key not in ("run", "data.cache_dir")}
@@ -133,6 +147,7 @@ def _training(run: Path | None) -> list[str]:
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names: `data.store`."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
@@ -140,6 +155,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _scores(files: Sequence[Path]) -> list[str]:
+    """The section of scores, a row for each file; nothing without files."""
     if not files:
         return []
     rows = {}
@@ -150,7 +166,7 @@ def _scores(files: Sequence[Path]) -> list[str]:
             rows[name] = _score_text(scores)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(
-                f"{path} holds no scores ({type(error).__name__}: {error}); training/evaluate.py writes them"
+                f"{path} holds no scores ({type(error).__name__}: {error}); name a file of training/evaluate.py"
             ) from error
     return ["## Scores\n\n" + _table(rows)]
 
@@ -167,5 +183,6 @@ def _score_text(scores: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Mapping[str, str]) -> str:
+    """Two columns in Markdown, without a heading."""
     lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])

@@ -56,6 +56,7 @@ def families_of(model: CompactVisionForConditionalGeneration) -> list[str]:
 
 def flat_code(families: list[str]) -> dict[str, str]:
     """Flat name -> text, of the entries, of `families`, and of all of ours that they import."""
+    # Follow the imports: what a file of ours imports travels too.
     waiting, found = [*ENTRIES, *families], dict[str, str]()
     while waiting:
         module = waiting.pop()
@@ -85,10 +86,12 @@ def _rewritten(module: str) -> tuple[str, list[str]]:
     lines, imported = text.splitlines(keepends=True), []
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.ImportFrom):
+            # One dot is the module's own package, each further one goes up by one name.
             base = package.rsplit(".", node.level - 1)[0] if node.level else ""
             target = ".".join(part for part in (base, node.module) if part)
             if target.startswith(ROOTS):
                 imported.append(target)
                 line = lines[node.lineno - 1]
                 lines[node.lineno - 1] = re.sub(r"from\s+\S+\s+import", f"from .{_flat(target)} import", line, count=1)
+    # A registry opens `reducers.fusion` by name; among flat files it is `reducers_fusion`.
     return "".join(lines).replace(_BY_NAME, _BY_NAME.replace("}.{", "}_{")), imported

@@ -36,7 +36,9 @@ def load_connector(connector: Connector, folder: Path) -> None:
     from safetensors.torch import load_file
 
     if not (folder / WEIGHTS).is_file() or not (folder / SHAPE).is_file():
-        raise ValueError(f"{folder} holds no {WEIGHTS} with its {SHAPE}; stage 1 writes them to its run's connector/")
+        raise ValueError(
+            f"{folder} holds no {WEIGHTS} with its {SHAPE}; name the folder connector/ of a finished run of stage 1"
+        )
     theirs = asdict(connector_config(json.loads((folder / SHAPE).read_text(encoding="utf-8"))))
     mine = asdict(connector.config)
     differing = differences(theirs, mine)

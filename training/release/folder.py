@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from training.release.card import NO_FILES, CardFiles, model_card, store_facts
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +28,7 @@ def export_model(
     store: StoreSpec,
     folder: Path,
     dtype: torch.dtype | None = None,
-    run: Path | None = None,
-    scores: Sequence[Path] = (),
+    files: CardFiles = NO_FILES,
 ) -> None:
     """Write a folder from which transformers loads the whole model, the store's own vision encoder included.
 
@@ -37,20 +38,19 @@ def export_model(
         store: says which encoder made the features and how images became square.
         folder: replaced if it exists.
         dtype: of the weights; None keeps each part's own.
-        run: the training run's folder, whose settings and losses go into the card. scores: files for it too.
+        files: what the card takes its figures from.
 
     Raises:
         ValueError: if a file of scores is none. OSError: if the vision encoder cannot be read.
     """
     from pipeline.encoder import family_of
     from training.model.model import CompactVisionForConditionalGeneration
-    from training.release.card import model_card, store_facts
 
     local = Path(store.encoder.id).is_dir()  # its revision is then a digest, which no Hub knows
     revision = None if local else store.encoder.revision
     tower: Any = family_of(store.encoder.id, revision).load(store.encoder.id, revision, dtype=dtype or model.llm.dtype)
     whole = CompactVisionForConditionalGeneration.from_parts(model.llm, model.connector, tower, aspect=store.aspect)
-    write_model(whole, tokenizer, folder, model_card(whole, store_facts(store), run, scores), dtype)
+    write_model(whole, tokenizer, folder, model_card(whole, store_facts(store), files), dtype)
 
 
 def write_model(
@@ -101,7 +101,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     fresh.mkdir()
     try:
         yield fresh
-        if folder.exists():
+        if folder.exists():  # a folder with contents cannot be renamed over: move it away, delete it last
             old = fresh.with_name(fresh.name + ".old")
             folder.rename(old)
             fresh.rename(folder)

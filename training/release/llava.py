@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
+
+from pipeline.encoders.columns import grid_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 CLIP = "openai/clip-vit-large-patch14-336"
 TOWER = "model.vision_tower.vision_tower.vision_model."  # before CLIP's names, as transformers 4 wrote them
 PROJECTOR = "model.mm_projector"
+_GIVE = "give the mm_projector.bin of LLaVA-STF or LLaVA-1.5"
 
 
 def take_in(
@@ -40,14 +43,15 @@ def take_in(
 
     said = _settings(source if source.is_dir() else source.parent)
     state = read_tensors(source)
-    whole = "model.embed_tokens.weight" in state
+    whole = "model.embed_tokens.weight" in state  # with the language model, not only the projector
     if whole is (llm is not None):
-        has, do = ("a language model of its own", "leave out") if whole else ("no language model", "name its own with")
+        has, do = ("a language model", "leave out") if whole else ("no language model", "name it with")
         raise ValueError(f"{source} holds {has}; {do} --llm")
+    # Take the state apart: CLIP's weights, the projector's, and what is left is the language model's.
     seen = {name.removeprefix(TOWER): state.pop(name) for name in list(state) if name.startswith(TOWER)}
     projector = {name: state.pop(name) for name in list(state) if name.startswith(PROJECTOR)}
     vision = _vision_config(clip or said.get("mm_vision_tower") or CLIP)
-    connector = connector_from_released(projector, vision.image_size // vision.patch_size)
+    connector = connector_from_released(projector, grid_of(vision))
     text = _text_config(said) if whole else None
     unused = _check_keys(source, vision, seen, text, state, ignore_unused)
     model = CompactVisionForConditionalGeneration.from_parts(
@@ -59,14 +63,18 @@ def take_in(
 
 
 def _settings(folder: Path) -> dict[str, Any]:
+    """LLaVA's config.json beside the weights, empty if there is none; ValueError if it reads other features."""
     path = folder / "config.json"
     try:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise ValueError(f"{path} is not JSON: {error}; download it again") from error
     layer = settings.get("mm_vision_select_layer", -2)
     if layer != -2 or settings.get("mm_vision_select_feature", "patch") != "patch":
-        raise ValueError(f"{path}: mm_vision_select_layer {layer!r}; only the patch tokens of layer -2 are understood")
+        raise ValueError(
+            f"{path}: mm_vision_select_layer {layer!r}, mm_vision_select_feature "
+            f"{settings.get('mm_vision_select_feature')!r}; take a checkpoint that reads the patch tokens of layer -2"
+        )
     return dict(settings)
 
 
@@ -93,7 +101,8 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
         files = files or sorted(source.glob("mm_projector.bin"))
     if not files or not files[0].is_file():
         raise ValueError(
-            f"{source} holds no weights: neither *.safetensors, nor pytorch_model*.bin or mm_projector.bin"
+            f"{source} holds no weights; name a folder with *.safetensors, pytorch_model*.bin or mm_projector.bin, or "
+            "one of these files"
         )
     state: dict[str, Tensor] = {}
     for path in files:
@@ -103,14 +112,18 @@ def read_tensors(source: Path) -> dict[str, Tensor]:
             strange = [name for name, value in part.items() if not isinstance(value, torch.Tensor)]
         except (pickle.UnpicklingError, SafetensorError, RuntimeError, AttributeError, EOFError) as error:
             first = str(error).strip().partition("\n")[0]
-            raise ValueError(f"{path} is not a file of plain tensors, and nothing else is opened: {first}") from error
+            raise ValueError(
+                f"{path} is not a file of plain tensors, and nothing else is opened: {first}; download it again, or "
+                "save its state_dict by itself"
+            ) from error
         if strange:
-            raise ValueError(f"{path} holds more than tensors: {strange[:5]}")
+            raise ValueError(f"{path} holds more than tensors: {strange[:5]}; save its state_dict by itself")
         state |= part
     return state
 
 
 def _vision_config(name: str) -> Any:
+    """The configuration of the CLIP `name` (Hub id or folder), which remembers that name."""
     from transformers import CLIPVisionConfig
 
     try:
@@ -150,8 +163,8 @@ def _check_keys(
             if expected[name].shape != found[name].shape:
                 missing.append(f"{prefix}{name} of shape {[*expected[name].shape]}, found {[*found[name].shape]}")
     if missing or (unused and not ignore_unused):
-        hint = "; --ignore-unused goes on without the unused ones" if unused and not missing else ""
-        raise ValueError(f"{source}: missing {missing or 'nothing'}, not used {unused or 'nothing'}{hint}")
+        hint = "take a whole checkpoint" if missing else "add --ignore-unused to go on without the unused ones"
+        raise ValueError(f"{source}: missing {missing or 'nothing'}, not used {unused or 'nothing'}; {hint}")
     return unused
 
 
@@ -167,6 +180,7 @@ def _tower(vision: Any, seen: Mapping[str, Tensor]) -> CLIPVisionModel:
 
 
 def _language_model(name: str | None, text: Any, state: Mapping[str, Tensor]) -> LlamaForCausalLM:
+    """The language model `name`, or the one whose weights `state` holds by name, in their dtype."""
     from transformers import LlamaForCausalLM
 
     if name is not None:
@@ -186,29 +200,17 @@ def connector_from_released(state: Mapping[str, Tensor], grid: int = 24) -> Conn
         ValueError: naming every key that is missing, and every one that was not used; or shapes of another connector.
     """
     from training.model.reducers import build_connector
-    from training.model.reducers.fusion import RELEASED_BLOCKS, FusionConfig
+    from training.model.reducers.fusion import published_config
 
-    arm: Literal["mbtf+stf", "mlp"] = "mbtf+stf" if any("crosslayer" in name for name in state) else "mlp"
-    names = FusionConfig(arm=arm, preset="released").published_names()
-    wanted = {f"{a}.{kind}": f"{b}.{kind}" for a, b in names.items() for kind in ("weight", "bias")}
-    missing, unused = sorted(wanted.keys() - state.keys()), sorted(state.keys() - wanted.keys())
-    if missing or unused:
-        raise ValueError(f"not a released projector: missing {missing or 'nothing'}, not used {unused or 'nothing'}")
-    c3, width = len(state["model.mm_projector.2.bias"]), state["model.mm_projector.0.weight"].shape[1]
-    if arm == "mlp":
-        shape = FusionConfig(arm="mlp", preset="released", grid=grid, vision_width=width, llm_width=c3)
-    else:
-        c1 = len(state["model.mm_projector_crosslayer.2.bias"])
-        blocks = state["model.mm_projector_crosslayer.0.weight"].shape[1] // c1
-        if blocks != len(RELEASED_BLOCKS):
-            raise ValueError(f"the released projector reads {len(RELEASED_BLOCKS)} blocks; these weights read {blocks}")
-        k = round((width // c1) ** 0.5)
-        shape = FusionConfig(preset="released", kernel_size=k, grid=grid, vision_width=c1, llm_width=c3)
-    connector = build_connector(shape)
     try:
-        connector.load_state_dict({mine: state[theirs] for theirs, mine in wanted.items()})
-    except RuntimeError as error:
-        raise ValueError(f"not a released projector: {error}") from error
+        shape = published_config({name: tuple(weight.shape) for name, weight in state.items()}, grid)
+        connector = build_connector(shape)
+        names = {
+            f"{a}.{kind}": f"{b}.{kind}" for a, b in shape.published_names().items() for kind in ("weight", "bias")
+        }
+        connector.load_state_dict({mine: state[theirs] for theirs, mine in names.items()})
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"not a released projector: {error}; {_GIVE}") from error
     return connector.to(state["model.mm_projector.0.weight"].dtype)
 
 

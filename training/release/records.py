@@ -22,7 +22,7 @@ def read_log(run: Path) -> list[dict[str, float]]:
     for text in path.read_text(encoding="utf-8").splitlines():
         try:
             lines.append(json.loads(text))
-        except ValueError:
+        except ValueError:  # half a line: its step is done again, and written anew
             continue
     return lines
 

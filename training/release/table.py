@@ -83,7 +83,7 @@ class StoreUsed(_Part):
 
     @classmethod
     def of_stage(cls, stage: Path) -> StoreUsed:
-        """Of the run in folder `stage`, from its settings and the store itself.
+        """What the run in folder `stage` was trained on, from its settings and the store itself.
 
         Raises:
             ValueError: if the store is not there any more.

@@ -1,1 +1,1 @@
-"""From a feature store to this rank's batches: stream.py puts the others together and says how."""
+"""From a feature store to this rank's batches. `stream` puts the other files together and says how."""

@@ -1,4 +1,4 @@
-"""Fetching a remote store's tars into the cache before the reader needs them, as far ahead as there is room."""
+"""Fetches a remote store's tars into the cache before the reader needs them, as far ahead as there is room."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ def tar_uses(index: Index, examples: Examples, batches: Ints, prefetch: int) -> 
 
 def most_bytes_in_use(uses: Sequence[Use]) -> int:
     """The most bytes that are needed at one moment of the epoch."""
-    changes: dict[int, int] = {}  # at each batch: bytes that begin to be needed, less those that end
+    # Add a tar's bytes where it begins to be needed and take them off behind its last batch: the largest running sum.
+    changes: dict[int, int] = {}  # batch -> bytes
     for use in uses:
         changes[use.first] = changes.get(use.first, 0) + use.bytes
         changes[use.last + 1] = changes.get(use.last + 1, 0) - use.bytes
@@ -121,6 +122,7 @@ class Ahead:
             return None
 
     def _run(self) -> None:
+        """In a thread: fetch one tar after another. One that another rank is fetching is left to it (`wait=False`)."""
         while (use := self._take()) is not None:
             try:
                 self._cache.fetch(use.name, wait=False)

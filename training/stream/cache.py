@@ -12,9 +12,9 @@ The bound is over the whole folder, for all processes together:
 
     bytes of the complete objects + bytes reserved for those on their way <= max_bytes
 
-Whoever fetches an object first reserves its bytes, under room.lock. To make room for them, a process evicts objects
-that it neither uses nor has fetched ahead, then the others; of either kind, the object that came first goes first. Only
-complete objects are evicted, so a cache that is smaller than what is on its way at once does exceed its bound.
+Whoever fetches an object reserves its bytes before, under room.lock. To make room for them, a process evicts objects
+that it neither uses nor has fetched ahead, then the others; the oldest of each kind goes first. Only complete objects
+are evicted: a cache that is smaller than what is on its way at one moment exceeds its bound.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class ShardCache:
             ValueError: if the object's bytes are wrong twice, or one object is larger than the cache.
             OSError: if it cannot be fetched.
         """
-        while True:  # it may be evicted between the fetch and the opening
+        # Open first: most tars are there. One that was fetched may be evicted before it is opened, so try again then.
+        while True:
             try:
                 return os.open(self.root / name, os.O_RDONLY | os.O_CLOEXEC)
             except FileNotFoundError:
@@ -68,8 +69,9 @@ class ShardCache:
         if path.exists():
             return
         path.parent.mkdir(parents=True, exist_ok=True)
+        # The lock of the object keeps every other process of the node from fetching it too.
         with _locked(path.with_name(path.name + ".lock"), wait) as lock:
-            if lock is None or path.exists():
+            if lock is None or path.exists():  # being fetched, or fetched while we waited for the lock
                 return
             os.ftruncate(lock, 0)  # a reservation that a killed process left
             size, sha256 = self._expected(name)
@@ -81,8 +83,9 @@ class ShardCache:
 
     def _expected(self, name: str) -> tuple[int, str]:
         """Bytes and checksum from the commit record of the tar's shard, or of the column if it was added later."""
-        column, _, file = name.partition("/")
+        column, _, file = name.partition("/")  # block03/00007.tar
         shard = int(file.removesuffix(".tar"))
+        # A column of the first build stands in the shard's own record, one added later in a record beside it.
         for path in (commit_path(shard), commit_path(shard, column)):
             if path not in self._commits:
                 self._commits[path] = Commit.model_validate_json(self.storage.read(path))
@@ -120,11 +123,12 @@ class ShardCache:
             reserved = _reservations(self.folder)  # of others: ours is written next
             os.pwrite(lock, str(size).encode(), 0)
             objects = self._objects()
+            # What the folder holds once ours is here: its bytes, the complete objects, and those on their way.
             there = {path for *_, path in objects}
             total = size + sum(length for *_, length, _ in objects)
             # An object that was renamed just now is there while its reservation still stands: it counts once.
             total += sum(length for path, length in reserved.items() if path not in there)
-            for *_, length, path in sorted(objects):
+            for *_, length, path in sorted(objects):  # first what nobody needs, of that the oldest
                 if total <= self.max_bytes:
                     break
                 path.unlink(missing_ok=True)  # who has it open reads on
@@ -177,6 +181,7 @@ def _locked(path: Path, wait: bool) -> Iterator[int | None]:
 
 
 def _sha256(descriptor: int) -> str:
+    """Checksum of an open file from its beginning; its position is neither used nor moved."""
     digest = hashlib.sha256()
     buffer = bytearray(1 << 20)
     offset = 0

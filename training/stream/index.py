@@ -55,11 +55,13 @@ def read_index(storage: Storage, store: StoreSpec, columns: tuple[str, ...]) -> 
 
 
 def _numbers(table: Any, name: str) -> Ints:
+    """A column of the manifest, (M,)."""
     array: Ints = table.column(name).to_numpy().astype(np.int64)
     return array
 
 
 def _check_sizes(index: Index, has_image: npt.NDArray[np.bool_], store: StoreSpec) -> None:
+    """Raise ValueError if a sample's features have another size than the codec gives them; `has_image` is (M,)."""
     for name, size in index.payload.items():
         wrong = np.flatnonzero(index.sizes[name] != np.where(has_image, size, 0))
         if len(wrong):

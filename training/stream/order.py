@@ -76,9 +76,9 @@ class Order(OrderSettings):
 def epoch_batches(examples: Examples, order: Order, epoch: int) -> Ints:
     """The global batches of an epoch: example indices (G, B).
 
-    Each example appears exactly once, save for the end of the epoch: with `drop`, the fewer than one batch that are
-    left over are not seen in this epoch; with `pad`, the last batch is filled up with the examples just before them
-    (the last B of the order), so every example is seen and fewer than one batch are seen twice.
+    Each example appears exactly once, except at the end of the epoch, where fewer than B examples may be left over.
+    With `drop` they are not seen in this epoch. With `pad` the last batch is the last B examples of the order: every
+    example is seen, and fewer than B are seen twice.
     """
     draw = _Draws(order.seed, epoch)
     sequence = _shuffled(examples, order, draw) if order.shuffle else np.arange(len(examples), dtype=np.int64)  # (N,)
@@ -130,16 +130,16 @@ def _shuffled(examples: Examples, order: Order, draw: _Draws) -> Ints:
 def _grouped(sequence: Ints, examples: Examples, size: int, draw: _Draws) -> Ints:
     """`sequence` (N,) in batches of one modality and of similar length, as LLaVA's group_by_modality_length.
 
-    As there, what is left of each modality makes the last, mixed batches. Unlike there, `POOL_BATCHES` batches are
-    sorted by length together, so that batches differ in length and the examples within one hardly do. Within a batch
-    the longest come first, so that microbatches hardly pad, and a step that does not fit the memory fails at its start.
+    What is left of each modality makes the last, mixed batches, as in LLaVA. Unlike LLaVA, it sorts `POOL_BATCHES`
+    batches by length together: batches differ in length, the examples of one do not differ much. The longest of a
+    batch come first: microbatches pad little, and a step that does not fit the memory fails at its start.
     """
     when = draw(BATCHES, len(sequence))
     batches: list[Ints] = []  # each (B,): positions in `sequence`, the longest example first
     moments: list[float] = []  # of each batch, on the scale of those positions
     rest: list[Ints] = []
-    for modality in (True, False):
-        positions = np.flatnonzero(examples.has_image[sequence] == modality)
+    for modality in (True, False):  # with an image, text only
+        positions = np.flatnonzero(examples.has_image[sequence] == modality)  # those of this modality, ascending
         full = len(positions) // size * size
         rest.append(positions[full:])
         for begin in range(0, full, POOL_BATCHES * size):
@@ -150,6 +150,7 @@ def _grouped(sequence: Ints, examples: Examples, size: int, draw: _Draws) -> Int
                 # A batch comes at a random moment of the stretch that its pool was taken from.
                 moments.append(float(pool[0] + when[len(batches)] * (pool[-1] - pool[0])))
                 batches.append(row[::-1])
+    # The batches in the order of their moments, then what filled no batch, in the order of the shuffled sequence.
     ordered = [batches[i] for i in np.argsort(np.array(moments), kind="stable")]
     grouped: Ints = sequence[np.concatenate([*ordered, np.sort(np.concatenate(rest))]).astype(np.int64)]
     return grouped
@@ -162,6 +163,7 @@ def same_shard_pairs(batches: Ints, examples: Examples) -> float:
         batches: example indices (G, B).
     """
     shards, size = examples.shard[batches], batches.shape[1]
+    # Of c examples in one shard, c (c - 1) ordered pairs share it.
     counts = np.stack([np.bincount(row, minlength=int(examples.shard.max()) + 1) for row in shards])  # (G, S)
     within = (counts * (counts - 1)).sum() / (len(batches) * size * (size - 1))  # share of the pairs of a batch
     overall = np.bincount(examples.shard)  # (S,)

@@ -119,7 +119,7 @@ class Reader:
                     job.buffers.release()
                 free.append(job.buffers)
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+            pool.shutdown(wait=True, cancel_futures=True)  # before the buffers are free: threads may write into them
             self._free = every
 
 
@@ -162,6 +162,7 @@ class _Job:
                     self._read_sample(sample, self._users[sample])
         except BaseException as error:  # whatever it is, it belongs to the thread that waits for the batch
             self._fail(error)
+        # Exactly one part sees the count fall to 0. All others have then read what they had to, or failed.
         with self._lock:
             self._left -= 1
             last = self._left == 0
@@ -172,6 +173,7 @@ class _Job:
                 self._fail(error)
 
     def _fail(self, error: BaseException) -> None:
+        """Hand the first error of all parts to whoever waits for the batch."""
         with self._lock:
             if not self.done.done():
                 self.done.set_exception(error)
@@ -180,6 +182,7 @@ class _Job:
         """Read a sample's record, and its features if it has an image, for all `rows` of the batch that use it."""
         index, reader = self.reader.index, self.reader
         shard = int(index.shard[sample])
+        # The record first: it says which conversation each row asks for.
         text = bytearray(int(index.sizes[SAMPLES][sample]))
         reader.tars.read_into(tar_path(SAMPLES, shard), int(index.offsets[SAMPLES][sample]), memoryview(text))
         record = read_sample(bytes(text))
@@ -188,6 +191,7 @@ class _Job:
             number = int(reader.examples.conversation[self.rows[row]])
             self._examples[row] = Example(f"{record.key}#{number}", record.conversations[number], has_image)
         if has_image:
+            # Rows that share an image have a place each in the buffers: read into the first, copy to the others.
             first, *others = (self._slot[row] for row in rows)
             for name, target in self.buffers.rows.items():
                 reader.tars.read_into(

@@ -33,7 +33,7 @@ class Stream(IterableDataset[Batch]):
 
     The global batches are a function of the store, `order` and the epoch. Rank r of R takes B / R examples of
     each (`Order.share`), so every R that divides the global batch size B sees the same global batches, and all ranks
-    have equally many. Each `iter()` starts the next epoch, or goes on in the middle of one after `load_state_dict`.
+    have equally many. Each `iter()` starts the next epoch, or, after `load_state_dict`, goes on in the middle of one.
     Features lie in reused buffers: a batch is valid until the next one is asked for.
 
     Args:
@@ -119,6 +119,7 @@ class Stream(IterableDataset[Batch]):
         try:
             with contextlib.closing(self._reader.read(every[self._handed_out :, self._share])) as batches:
                 for batch in batches:
+                    # Counted first: what stands behind `yield` runs only when the next batch is asked for.
                     self._handed_out += 1
                     if ahead is not None:
                         ahead.at(self._handed_out - 1)
@@ -128,9 +129,11 @@ class Stream(IterableDataset[Batch]):
                 ahead.close()
 
     def _uses(self, batches: Ints) -> list[Use]:
+        """When each tar is needed by these global batches, example indices (batches, global_batch_size)."""
         return tar_uses(self._index, self.examples, batches, self._reading.prefetch)
 
     def _check_room(self, cache: ShardCache) -> None:
+        """Refuse an order that needs more tars at once than the cache may hold; the first epoch stands for all."""
         need = most_bytes_in_use(self._uses(self.epoch_batches(0)))
         if need > cache.max_bytes:
             raise ValueError(
@@ -150,6 +153,7 @@ class Stream(IterableDataset[Batch]):
         """
         samples = num_samples + (0 if from_beginning else self._resumed_batches * self.global_batch_size)
         epoch = max(self._epoch, 0)
+        # Between `load_state_dict` and the next `iter()`, the position is the one that was loaded.
         if self._resume is not None:
             epoch, batches = self._resume
             samples = samples or batches * self.global_batch_size

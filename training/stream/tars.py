@@ -50,6 +50,7 @@ class FileTars:
             done += got
 
     def _file(self, name: str) -> _File:
+        """The open tar. Two threads may open the same one at once: the later descriptor stays, the other closes."""
         with self._lock:
             file = self._files.get(name)
             if file is not None:

@@ -1,1 +1,1 @@
-"""Arms x seeds: what is asked for, the runs of an ablation, here or on Ray, and its table."""
+"""An ablation, arms x seeds: its `plan`, its `runs`, here or `on_ray`, and its `table`."""

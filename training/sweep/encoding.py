@@ -89,12 +89,12 @@ def _encode_all(encoding: Encoding, what: str, columns: Sequence[Column], names:
     from pipeline.encoder import Encoder, load_image
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    encode = Encoder(encoding.encoder, None, tuple(columns), "bfloat16" if device == "cuda" else "float32", device)
+    encoder = Encoder(encoding.encoder, None, tuple(columns), "bfloat16" if device == "cuda" else "float32", device)
     start = time.perf_counter()
     for first in range(0, len(names), encoding.batch_size):
         batch = [Path(encoding.images, name).read_bytes() for name in names[first : first + encoding.batch_size]]
-        pixels = [torch.from_numpy(encode.pixels(load_image(data), "pad")) for data in batch]
-        for features in encode(torch.stack(pixels)).values():  # (batch, tokens, width) of each column
+        pixels = [torch.from_numpy(encoder.pixels(load_image(data), "pad")) for data in batch]
+        for features in encoder(torch.stack(pixels)).values():  # (batch, tokens, width) of each column
             features.cpu()
     seconds = time.perf_counter() - start
     print(f"encoded {len(names)} images for {what} in {seconds:.1f} s", flush=True)

@@ -20,8 +20,8 @@ OBJECT_STORE = 100_000_000  # bytes of a local cluster; nothing goes through it
 def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None) -> list[Run]:
     """Do the runs of `plan` that are not done; returns those that failed.
 
-    A run is a process of its own, `composer ... training/ablate.py COMMAND --part I/N`. One whose node is lost starts
-    again on another, where it goes on from its last checkpoint: `run` and stores must be where every node sees them.
+    A run is a separate process, `composer ... training/ablate.py COMMAND --part I/N`. If its node is lost it starts
+    again on another and goes on from its last checkpoint, so every node must see `run` and the stores.
 
     Args:
         command: the configuration and the settings, as they were typed.
@@ -75,6 +75,7 @@ def _follow(command: Sequence[str], plan: Sequence[Run], waiting: Sequence[int],
 
 
 def _what_went_wrong(ended: ray.ObjectRef) -> str:
+    """Why a task's run is not done, with the end of its output; "" if it is."""
     try:
         code, tail = ray.get(ended)
     except ray.exceptions.RayError as error:

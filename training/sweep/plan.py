@@ -62,6 +62,7 @@ class AblationConfig(Settings):
 
     @model_validator(mode="after")
     def _consistent(self) -> AblationConfig:
+        """One kind of questions with its folder, and a folder for each arm."""
         if bool(self.benchmarks) is bool(self.questions):
             raise ValueError("give either benchmarks (and data) or questions (and images)")
         if self.benchmarks and self.data is None:

@@ -116,6 +116,7 @@ def _training(folders: Sequence[Path]) -> dict[str, Any]:
     """Means over seeds of the final losses and the seconds, and the share of the time that waited for data."""
     logs = {stage: [read_log(folder / stage) for folder in folders] for stage in STAGES}
     done = [json.loads((folder / "done.json").read_text(encoding="utf-8")) for folder in folders]
+    # A log says which share of each step was waited; seconds add up.
     waits = [line["data_wait"] * line["step_s"] for stage in STAGES for log in logs[stage] for line in log]
     return {
         **{f"loss_{stage}": _mean(map(final_loss, logs[stage])) for stage in STAGES},

@@ -1,1 +1,1 @@
-"""Conversations to prompts, token ids, labels and padded batches: image, templates, labels, collate."""
+"""Conversations to padded batches, in this order: `image`, `templates`, `labels`, `collate`."""

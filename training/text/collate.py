@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from pipeline.schema import Conversation
+from training.model.markers import IGNORE
 from training.model.tokenizer import Tokenizer
 from training.text.image import Turns, show_once
 from training.text.labels import Labelled, ids_and_labels, with_vision_tokens
-from training.text.templates import IGNORE, TEMPLATES
+from training.text.templates import TEMPLATES
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Collator:
     image_token_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """The batch of these examples.
+        """B examples -> `input_ids`, `labels` and `attention_mask`, (B, L) each.
 
         Raises:
             ValueError: naming the example whose turns do not fit the template, or whose image does not fit

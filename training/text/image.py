@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from pipeline.schema import Turn
+from training.model.markers import IMAGE
 
 if TYPE_CHECKING:
     from training.model.tokenizer import Tokenizer
 
-IMAGE = "<image>"
 PLACEHOLDER = -200  # among the ids: an image before it becomes vision tokens
 
 Turns = Sequence[Turn]
@@ -26,7 +26,7 @@ def show_once(turns: Turns) -> Turns:
     shown = [number for number in questions if IMAGE in turns[number].value]
     if len(shown) == 1 and sum(IMAGE in turn.value for turn in turns) == 1:
         return turns
-    first = (shown or questions or [0])[0]
+    first = (shown or questions or [0])[0]  # the turn that shows the image
     changed = []
     for number, turn in enumerate(turns):
         text = turn.value.replace(IMAGE, "").strip()
@@ -55,4 +55,5 @@ def tokenize_with_image(text: str, tokenizer: Tokenizer) -> list[int]:
 
 
 def _with_text(turn: Turn, text: str) -> Turn:
+    """The same speaker with another text."""
     return Turn(speaker=turn.speaker, value=text)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from training.model.markers import IGNORE
 from training.model.tokenizer import Tokenizer
 from training.text.image import PLACEHOLDER, Turns, image_first, tokenize_with_image
-from training.text.templates import IGNORE, Template
+from training.text.templates import Template
 
 
 class Labelled(NamedTuple):
@@ -45,6 +46,7 @@ def with_vision_tokens(example: Labelled, image_tokens: int, image_token_id: int
     """
     ids, labels = example
     place = ids.index(PLACEHOLDER)
+    # The image is never cut: each of its vision tokens needs a place.
     if place + image_tokens >= max_length:
         raise ValueError(
             f"data.max_length {max_length} ends before or within the image: {place} tokens stand before it, and it "

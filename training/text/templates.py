@@ -15,12 +15,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from pipeline.schema import Turn
-from training.text.image import IMAGE, Turns, tokenize_with_image
+from training.model.markers import IGNORE, IMAGE
+from training.text.image import Turns, tokenize_with_image
 
 if TYPE_CHECKING:
     from training.model.tokenizer import Tokenizer
-
-IGNORE = -100  # label of a token that is not learned
 
 
 class Template(ABC):
@@ -74,7 +73,7 @@ class Caption(Template):
         self, prompt: str, ids: Sequence[int], tokenizer: Tokenizer, has_image: bool, max_length: int
     ) -> list[int]:
         """All but BOS and the image is learned."""
-        return [IGNORE, IGNORE, *ids[2:]]
+        return [IGNORE, IGNORE, *ids[2:]]  # the prompt begins with the image, one placeholder
 
 
 @dataclass(frozen=True)
@@ -134,8 +133,8 @@ class Vicuna(Template):
             if round_text == "" or len(parts) != 2:
                 break
             # The round's BOS is counted and its </s>, which the split took, is not: the two cancel out.
-            # Of the instruction, two tokens do not count: BOS, and the space at its end, which is a token only here.
-            # In the whole text, the first token of the answer holds that space.
+            # Two tokens of the instruction do not count: BOS, and the space at its end. That space is a token only
+            # here; in the whole text the first token of the answer holds it.
             whole, instruction = count(round_text), count(parts[0] + answer_mark) - 2
             if number > 0 and not tokenizer.legacy:  # behind </s>, this round has no space before it; by itself it has
                 whole, instruction = whole - 1, instruction - 1

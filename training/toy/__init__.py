@@ -1,1 +1,1 @@
-"""The demo's tiny models, and the settings that fit them."""
+"""The demo's tiny models, and the settings with which the real commands train them."""

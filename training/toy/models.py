@@ -108,10 +108,11 @@ def train_tokenizer(captions: dict[str, str], conversations: list[dict[str, Any]
     """A SentencePiece model (BPE with byte fallback, as Llama's) of the texts at hand."""
     import sentencepiece
 
+    from training.model.markers import IMAGE
     from training.text.templates import prompt_for
 
     texts = set(captions.values())
-    texts |= {turn["value"].replace("<image>", "").strip() for r in conversations for turn in r["conversations"]}
+    texts |= {turn["value"].replace(IMAGE, "").strip() for r in conversations for turn in r["conversations"]}
     sentences = [*sorted(texts), *[prompt_for("")] * 300]  # the frame of every prompt gets whole words
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -141,18 +142,19 @@ def reading_matter(
 ) -> list[Labelled]:
     """Every caption after itself, and every conversation after its image's caption: it stands where the image will."""
     from pipeline.schema import Turn
+    from training.model.markers import IGNORE, IMAGE
     from training.text.collate import Collator
     from training.text.labels import Labelled
-    from training.text.templates import IGNORE
 
     collator = Collator(tokenizer, "v1", MAX_LENGTH, image_tokens=0, image_token_id=-1)
     matter = []
     for text in captions.values():
         ids = tokenizer.encode(f"{text}\n")[1:]
+        # The caption is given once and learned once: the model learns to repeat what stands in the image's place.
         matter.append(Labelled([tokenizer.bos_id, *ids, *ids], [IGNORE] * (1 + len(ids)) + ids))
     for record in conversations:
         text = captions.get(record["image"], "")
-        turns = [Turn(speaker=t["from"], value=t["value"].replace("<image>", text)) for t in record["conversations"]]
+        turns = [Turn(speaker=t["from"], value=t["value"].replace(IMAGE, text)) for t in record["conversations"]]
         matter.append(collator.labelled(turns, has_image=False))
     return [example for example in matter if any(label != IGNORE for label in example.labels)]
 
@@ -181,7 +183,7 @@ def train_vision_tower(captions: dict[str, str], images: Path, tokenizer: Tokeni
         [torch.from_numpy(Clip().pixels(load_image((images / name).read_bytes()), "pad", size)) for name in captions]
     )
     texts = [[*tokenizer.encode(text)[: MAX_CAPTION - 1], tokenizer.eos_id] for text in captions.values()]
-    ids = torch.full((len(texts), max(map(len, texts))), tokenizer.eos_id)
+    ids = torch.full((len(texts), max(map(len, texts))), tokenizer.eos_id)  # (captions, longest), padded with </s>
     for row, text in enumerate(texts):
         ids[row, : len(text)] = torch.tensor(text)
     text_tower = {**TEXT_TOWER, "vocab_size": tokenizer.vocab_size, "max_position_embeddings": ids.shape[1]}

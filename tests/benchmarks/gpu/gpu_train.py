@@ -22,7 +22,7 @@ from gpu_part import BLOCKS, Job, Rows, llama_folder, median_seconds, random_lla
 
 import training.checkpoints.checkpoint
 import training.cost.mfu
-import training.fit.assemble
+import training.fit.build
 import training.fit.callbacks
 import training.fit.parts
 import training.fit.stage
@@ -51,7 +51,7 @@ class Bench:
         # A batch for each step: nothing is read ahead across the end of an epoch.
         captions, talk = (32, 32) if job.cpu else (7 * 64, 8 * 16)
         self.stores = {1: write_store(job, "captions", captions, (8, 20)), 2: write_store(job, "talk", talk, (60, 200))}
-        training.fit.assemble.LlamaForCausalLM = _Random(random_llama(job.device))  # type: ignore[attr-defined]
+        training.fit.build.LlamaForCausalLM = _Random(random_llama(job.device))  # type: ignore[attr-defined]
         training.fit.stage.finish = lambda *_: None  # no export
         training.checkpoints.checkpoint.Checkpoints.save = lambda *_: None  # type: ignore[method-assign]
         training.fit.callbacks.peak_flops = lambda: 1.0  # `mfu` in the log is then the step's FLOP/s

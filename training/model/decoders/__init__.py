@@ -6,7 +6,9 @@ from importlib import import_module
 
 from .base import Decoder
 
-DECODERS = {"llama": "llama:LLAMA"}  # transformers' model_type -> "file:name"
+DECODERS = {  # transformers' model_type -> "file:name"
+    "llama": "llama:LLAMA",
+}
 
 
 def decoder_of(model_type: str) -> Decoder:

@@ -46,13 +46,13 @@ def connector_config(given: Mapping[str, Any] | None = None, **more: Any) -> Con
     Raises:
         ValueError: if the connector is unknown, has no such setting, or its settings do not fit each other.
     """
-    values = {"arm": DEFAULT, **(given or {}), **more}
+    values = {"arm": DEFAULT, **(given or {}), **more}  # the later ones win
     cls = config_class(values["arm"])
     known = [field.name for field in fields(cls)]
     unknown = [name for name in values if name not in known]
     if unknown:
         raise ValueError(
-            f"connector {values['arm']} has no setting {', '.join(unknown)}; it has "
+            f"connector {values['arm']} has no setting {', '.join(unknown)}; choose among "
             f"{', '.join(name for name in known if name not in ('arm', *SHAPE))}"
         )
     return cls(**values)

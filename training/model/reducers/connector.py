@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.encoders import is_cls
+from pipeline.encoders.columns import is_cls
 
 from .base import ConnectorConfig
 
@@ -42,7 +42,7 @@ class Connector(nn.Module, ABC):
 
     @abstractmethod
     def reduce(self, columns: list[Tensor], text: Text | None) -> Tensor:
-        """Columns (n, grid*grid, C1) each, CLS columns (n, 1, C1), in order -> (n, tokens, C3); n may be 0."""
+        """Columns in order, (n, grid*grid, C1) each and (n, 1, C1) for CLS -> (n, tokens, C3); n may be 0."""
 
     def compile(self, *args: Any, **settings: Any) -> None:
         """Let torch.compile take what is computed of two images and more: one graph for any number of them.
@@ -69,7 +69,7 @@ class Connector(nn.Module, ABC):
         return self._compiled(selected, text)
 
     def _column(self, columns: Mapping[str, Tensor], name: str) -> Tensor:
-        """A column of the expected shape, in the dtype of the weights."""
+        """A column, (n, grid*grid, C1) or (n, 1, C1), in the dtype of the weights."""
         if name not in columns:
             raise ValueError(
                 f"the connector needs column {name}; given: {', '.join(columns) or 'none'}; build the store with it"

@@ -1,4 +1,4 @@
-"""Fusion of blocks and of windows: the paper's method, its two parts alone, and the simple reductions beside it.
+"""Fusion of blocks and of windows: the paper's method, each of its two parts, and the simple reductions beside it.
 
     mbtf+stf      the method: Multi-Block Token Fusion (section 3.3), then Spatial Token Fusion (section 3.4)
     mbtf, stf     one of the two (Table 3)
@@ -11,12 +11,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
 
+from pipeline.encoders.columns import PAPER_BLOCKS, patch_column
+
 from .base import ConnectorConfig
 
-PAPER_BLOCKS = (3, 6, 9, 12, 15, 18, 21, 24)  # section 3.3
+PUBLISHED = {  # layers in the authors' checkpoints -> ours: LLaVA-STF's released topology, and LLaVA-1.5's projector
+    "mbtf+stf": {
+        "model.mm_projector_crosslayer.0": "mbtf.0",
+        "model.mm_projector_crosslayer.2": "mbtf.2",
+        "model.mm_projector.0": "stf.fuse",
+        "model.mm_projector.2": "stf.project.0",
+    },
+    "mlp": {"model.mm_projector.0": "mlp.0", "model.mm_projector.2": "mlp.2"},
+}
 RELEASED_BLOCKS = (23, 21, 18, 15, 12, 9, 6, 3)  # the channel order of the published weights
 
 
@@ -68,6 +79,7 @@ class FusionConfig(ConnectorConfig):
             self._check_window()
 
     def _check_window(self) -> None:
+        """Raise ValueError if windows do not tile the grid, or E does not divide a fused window's channels."""
         k, fused, grid = self.kernel_size, self.fused_tokens, self.grid
         if k < 1 or grid % k:
             divisors = [d for d in range(1, grid + 1) if grid % d == 0]
@@ -98,7 +110,7 @@ class FusionConfig(ConnectorConfig):
         """Names of the columns read, in channel order."""
         assert self.blocks is not None
         blocks = self.blocks if "mbtf" in self.arm else (self.block,)
-        return tuple(f"block{block:02d}" for block in blocks)
+        return tuple(map(patch_column, blocks))
 
     @property
     def tokens(self) -> int:
@@ -116,13 +128,14 @@ class FusionConfig(ConnectorConfig):
         """The columns of one image to its vision tokens: every Linear layer of `Fusion`."""
         c1, c3, k, patches = self.vision_width, self.llm_width, self.kernel_size, self.grid**2
         products = 0  # multiply-adds
-        if "mbtf" in self.arm:
+        if "mbtf" in self.arm:  # blocks * C1 -> 4 C1 -> C1, at every patch
             products += patches * (len(self.columns) * c1 * 4 * c1 + 4 * c1 * c1)
         if "stf" in self.arm:
             narrow = self.fused_width // self.fused_tokens
+            # k*k*C1 -> the fused width, once per window; then each of its E tokens -> (4 C3 ->) C3.
             products += patches // k**2 * k**2 * c1 * self.fused_width
             products += self.tokens * (narrow * 4 * c3 + 4 * c3 * c3 if self.preset == "paper" else narrow * c3)
-        else:
+        else:  # the two-layer projector, on as many tokens as are left before it
             width = k * k * c1 if self.arm == "tokenconcat" else c1
             projected = patches if self.arm == "avgpool" and self.pool == "after" else self.tokens
             products += projected * (width * c3 + c3 * c3)
@@ -130,13 +143,27 @@ class FusionConfig(ConnectorConfig):
 
     def published_names(self) -> dict[str, str]:
         """The released topology with E = 1, and LLaVA-1.5's projector."""
-        if self.arm == "mlp":
-            return {"model.mm_projector.0": "mlp.0", "model.mm_projector.2": "mlp.2"}
-        if (self.arm, self.preset, self.fused_tokens) != ("mbtf+stf", "released", 1):
-            return {}
-        return {
-            "model.mm_projector_crosslayer.0": "mbtf.0",
-            "model.mm_projector_crosslayer.2": "mbtf.2",
-            "model.mm_projector.0": "stf.fuse",
-            "model.mm_projector.2": "stf.project.0",
-        }
+        as_released = self.arm == "mlp" or (self.preset, self.fused_tokens) == ("released", 1)
+        return PUBLISHED.get(self.arm, {}) if as_released else {}
+
+
+def published_config(shapes: Mapping[str, Sequence[int]], grid: int) -> FusionConfig:
+    """The connector whose weights have these published names and shapes; widths, blocks and k are read off them.
+
+    Raises:
+        ValueError: naming every key that is missing, and every one that was not used; or another number of blocks.
+    """
+    arm: Literal["mbtf+stf", "mlp"] = "mbtf+stf" if any("crosslayer" in name for name in shapes) else "mlp"
+    wanted = {f"{layer}.{kind}" for layer in PUBLISHED[arm] for kind in ("weight", "bias")}
+    missing, unused = sorted(wanted - shapes.keys()), sorted(shapes.keys() - wanted)
+    if missing or unused:
+        raise ValueError(f"missing {missing or 'nothing'}, not used {unused or 'nothing'}")
+    # A weight is (out, in): MBTF's first layer reads blocks * C1, STF's k*k*C1, the plain projector's C1.
+    (c3,), (_, width) = shapes["model.mm_projector.2.bias"], shapes["model.mm_projector.0.weight"][:2]
+    if arm == "mlp":
+        return FusionConfig(arm, grid, width, c3, preset="released")
+    (c1,) = shapes["model.mm_projector_crosslayer.2.bias"]
+    blocks = shapes["model.mm_projector_crosslayer.0.weight"][1] // c1
+    if blocks != len(RELEASED_BLOCKS):
+        raise ValueError(f"it reads {blocks} blocks, the published one {len(RELEASED_BLOCKS)}")
+    return FusionConfig(arm, grid, c1, c3, preset="released", kernel_size=round((width // c1) ** 0.5))

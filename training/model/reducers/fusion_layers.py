@@ -27,6 +27,7 @@ class Fusion(Connector):
 
     def reduce(self, columns: list[Tensor], text: Text | None = None) -> Tensor:
         """Columns of (n, grid*grid, C1) each, in channel order -> (n, tokens, C3)."""
+        # MBTF joins the blocks along the channels: (n, grid*grid, blocks * C1) -> (n, grid*grid, C1).
         x = columns[0] if self.mbtf is None else self.mbtf(torch.cat(columns, dim=-1))
         if self.stf is not None:
             return self.stf(x)  # type: ignore[no-any-return]
@@ -63,7 +64,7 @@ class SpatialTokenFusion(nn.Module):
 
         The E tokens are contiguous slices of the fused channels.
         """
-        x = self.act(self.fuse(windows(x, self.grid, self.kernel_size)))
+        x = self.act(self.fuse(windows(x, self.grid, self.kernel_size)))  # (n, windows, fused width)
         n, count, width = x.shape
         x = x.reshape(n, count * self.fused_tokens, width // self.fused_tokens)
         return self.project(x)  # type: ignore[no-any-return]
@@ -73,6 +74,7 @@ def windows(x: Tensor, grid: int, k: int) -> Tensor:
     """(n, grid*grid, C) -> (n, (grid/k)^2, C*k*k), each window laid out (channel, dy, dx) as `F.unfold` does."""
     n, _, channels = x.shape
     side = grid // k
+    # (n, window row, dy, window column, dx, channel) -> (n, window row, window column, channel, dy, dx)
     x = x.reshape(n, side, k, side, k, channels).permute(0, 1, 3, 5, 2, 4)
     return x.reshape(n, side * side, channels * k * k)
 
@@ -81,15 +83,16 @@ def _mean(x: Tensor, grid: int, k: int) -> Tensor:
     """(n, grid*grid, C) -> (n, (grid/k)^2, C): the mean of each window."""
     n, _, channels = x.shape
     side = grid // k
-    return x.reshape(n, side, k, side, k, channels).mean(dim=(2, 4)).reshape(n, side * side, channels)
+    by_window = x.reshape(n, side, k, side, k, channels)  # rows and columns of windows, each with its k places
+    return by_window.mean(dim=(2, 4)).reshape(n, side * side, channels)
 
 
 def _mbtf(blocks: int, c1: int, preset: str) -> nn.Sequential:
-    """MBTF (section 3.3, Table 1a): 1x1 convolutions, that is Linear layers over the channels."""
+    """MBTF (section 3.3, Table 1a), 1x1 convolutions as Linear layers: (n, tokens, blocks * C1) -> (n, tokens, C1)."""
     layers = [nn.Linear(blocks * c1, 4 * c1), nn.GELU(), nn.Linear(4 * c1, c1)]
     return nn.Sequential(*layers, nn.GELU()) if preset == "paper" else nn.Sequential(*layers)
 
 
 def _mlp(width: int, c3: int) -> nn.Sequential:
-    """LLaVA-1.5's `mlp2x_gelu` projector."""
+    """LLaVA-1.5's `mlp2x_gelu` projector: (n, tokens, width) -> (n, tokens, C3)."""
     return nn.Sequential(nn.Linear(width, c3), nn.GELU(), nn.Linear(c3, c3))

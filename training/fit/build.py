@@ -50,6 +50,7 @@ def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
     model.connector.requires_grad_("connector" in config.train)
     model.llm.requires_grad_(_learns_whole(config))
     if config.model.lora is not None:
+        # A seed of its place: adapters start alike on every rank, and no other random number moves.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             add_lora(model.llm, config.model.lora)
@@ -58,13 +59,14 @@ def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
         model.connector.compile()
     if "llm" in config.model.compile:
         for layer in model.llm.get_decoder().layers:
-            layer.compile(dynamic=True)
+            layer.compile(dynamic=True)  # one graph for all lengths and all layers
     if config.model.activation_checkpointing:
         model.llm.gradient_checkpointing_enable({"use_reentrant": False})
     return model.train()  # type: ignore[no-any-return]
 
 
 def _learns_whole(config: TrainConfig) -> bool:
+    """Whether all weights of the language model learn, rather than none or adapters."""
     return "llm" in config.train and config.model.lora is None
 
 
@@ -85,6 +87,7 @@ def whole_model(
             llm, build_connector(model.connector.config), aspect=model.config.aspect
         )
     llm.name_or_path, llm.generation_config = model.llm.name_or_path, model.llm.generation_config
+    # `assign` puts the weights in place of meta tensors; what stage 1 leaves out stays without contents.
     missing, unknown = whole.load_state_dict(weights, strict=False, assign=True)
     missing = [name for name in missing if is_exported(config, name)]
     assert not missing and not unknown, f"missing {missing}, unknown {unknown}"
@@ -94,7 +97,7 @@ def whole_model(
 
 
 def empty_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
-    """The model of `build_model`, checked as it is, but for the LLM's weights: they have shapes and no contents.
+    """The model of `build_model`, with the same checks. The LLM's weights have shapes and no contents.
 
     Raises:
         ValueError, OSError: as `build_model`.
@@ -114,6 +117,7 @@ def empty_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
 
 
 def _text_config(config: TrainConfig) -> Any:
+    """The language model's configuration, checked: a family that is known, and positions for the longest example."""
     text = AutoConfig.from_pretrained(config.model.llm, revision=config.model.revision)
     try:
         decoder_of(text.model_type)
@@ -122,12 +126,13 @@ def _text_config(config: TrainConfig) -> Any:
     if config.data.max_length > text.max_position_embeddings:
         raise ValueError(
             f"data.max_length {config.data.max_length} is more than the {text.max_position_embeddings} positions "
-            f"of {config.model.llm}"
+            f"of {config.model.llm}; lower it"
         )
     return text
 
 
 def _connector(config: TrainConfig, store: StoreSpec, llm_width: int) -> Connector:
+    """The connector between this store's features and a language model of that width, initial weights by the seed."""
     shape = connector_config(
         **config.model.connector.model_dump(),
         grid=store.encoder.grid,

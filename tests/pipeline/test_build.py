@@ -152,7 +152,7 @@ def test_a_zip_is_read_without_unpacking(
 
 
 def test_blocks_are_added_without_touching_what_is_there(
-    store: Path, settings: Settings, run: Run, contents: Contents, tmp_path: Path
+    store: Path, settings: Settings, run: Run, call: Run, contents: Contents, tmp_path: Path
 ) -> None:
     shutil.copytree(store, tmp_path / "store")
     before = contents(tmp_path / "store")
@@ -166,7 +166,7 @@ def test_blocks_are_added_without_touching_what_is_there(
         "commits",
     }
     assert "cls04.size" in read_manifest(Storage(tmp_path / "store")).column_names
-    assert "0 to do" in run(BUILD, *settings(tmp_path / "store"))
+    assert "0 to do" in call(BUILD, *settings(tmp_path / "store"))
 
 
 def test_a_plan_of_no_images_a_second_is_refused(settings: Settings, call: Run, tmp_path: Path) -> None:

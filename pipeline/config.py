@@ -151,13 +151,16 @@ class BuildConfig(Settings):
     images: str | tuple[str, ...] = Field(description="image folder(s) or .zip file(s), local or s3://")
     store: str = Field(description="where the feature store goes, local or s3://")
 
-    encoder: str = Field(default="openai/clip-vit-large-patch14-336", description="Hub id or folder of a CLIP model")
+    encoder: str = Field(
+        default="openai/clip-vit-large-patch14-336",
+        description="Hub id or folder of a vision encoder of a type in encoders/",
+    )
     revision: str | None = Field(default=None, description="Hub revision of the encoder")
-    blocks: tuple[int, ...] = Field(default=PAPER_BLOCKS, description="CLIP blocks to store, 1-based")
+    blocks: tuple[int, ...] = Field(default=PAPER_BLOCKS, description="blocks to store, 1-based")
     cls: tuple[int, ...] = Field(default=(), description="blocks whose CLS token to store too, e.g. [22, 23]")
     aspect: Aspect = Field(default="pad", description="pad to a square, or centre-crop a square, as LLaVA-1.5")
     codec: Codec = Field(default="bf16", description="how features are stored")
-    compute: Compute = Field(default="bfloat16", description="dtype of the CLIP forward pass")
+    compute: Compute = Field(default="bfloat16", description="dtype of the forward pass")
 
     shard_size: int = Field(default=256, gt=0, description="samples per shard")
     seed: int = Field(default=0, description="of the shuffled order of samples")
@@ -172,7 +175,7 @@ class BuildConfig(Settings):
     )
     num_gpus: float = Field(default=0, ge=0, description="GPUs per worker")
     num_cpus: float = Field(default=1, gt=0, description="CPU cores per worker")
-    batch_size: int = Field(default=32, gt=0, description="images per CLIP forward pass")
+    batch_size: int = Field(default=32, gt=0, description="images per forward pass")
     decode_threads: int = Field(default=4, gt=0, description="threads per worker that fetch and decode images")
     ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one")
 

@@ -170,4 +170,11 @@ class Encoder:
         `block03` is hidden state 3 (the output of block 3) without its CLS token and without the final LayerNorm.
         """
         names = [column.name for column in self.columns]
-        return self.family.columns(self._tower, pixels.to(self.device, self.dtype), names)
+        features = self.family.columns(self._tower, pixels.to(self.device, self.dtype), names)
+        for column in self.columns:
+            found, expected = tuple(features[column.name].shape), (len(pixels), column.tokens, column.width)
+            if found != expected:
+                raise ValueError(
+                    f"{column.name} has shape {found}, expected {expected}: correct {type(self.family).__name__}.prefix"
+                )
+        return features

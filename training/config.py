@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from dataclasses import fields
 from functools import cache
 from pkgutil import resolve_name
@@ -13,6 +14,8 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, field
 from pipeline.config import Settings
 from training.model.reducers import DEFAULT, SHAPE, config_class
 from training.text.templates import TEMPLATES
+
+log = logging.getLogger(__name__)
 
 # What `parallelism` may say, and the class that does it: an engine is a file in training/engines and a line here. The
 # classes are named, not imported: they stand above this file.
@@ -49,14 +52,18 @@ def _settings_of(declared: type) -> type[ConnectorSettings]:
 def _of_its_family(given: Any) -> Any:
     """The settings of the arm that is named, checked one by one; whether they fit each other is known with a store.
 
-    Stages' files set those of the default arm: where another family is chosen instead, these are left out.
+    Stages' files set those of the default arm: where another family is chosen instead, these have no effect, and are
+    left out with a warning.
     """
     if not isinstance(given, dict):
         return given
     arm = given.get("arm", DEFAULT)
     # Drop a setting only if the default family has it and the chosen one does not: anything else unknown is a mistake.
     family, usual = (_settings_of(config_class(name)) for name in (arm, DEFAULT))
-    given = {k: v for k, v in given.items() if k in family.model_fields or k not in usual.model_fields}
+    without_effect = [name for name in given if name not in family.model_fields and name in usual.model_fields]
+    if without_effect:
+        log.warning("model.connector: %s has no setting %s; left out", arm, ", ".join(without_effect))
+    given = {name: value for name, value in given.items() if name not in without_effect}
     for name in given:
         if name not in family.model_fields:
             known = [*family.model_fields]
@@ -80,7 +87,7 @@ class LoraSettings(Settings):
 class ModelSettings(Settings):
     """The language model and what stands before it."""
 
-    llm: str = Field(description="Hub id or folder of a Llama-architecture causal language model")
+    llm: str = Field(description="Hub id or folder of a causal language model of a type in model/decoders")
     revision: str | None = None
     tokenizer: str | None = Field(default=None, description="Hub id or folder with tokenizer.model; default: the llm's")
     connector: Connector = Field(default={}, validate_default=True, description="arm and its settings")
@@ -187,7 +194,7 @@ class TrainConfig(Settings):
     """One stage of training."""
 
     run: str = Field(description="folder of this run: checkpoints, log.jsonl, summary.json, the exported weights")
-    train: tuple[Part, ...] = Field(min_length=1, description="which parts learn; CLIP never does")
+    train: tuple[Part, ...] = Field(min_length=1, description="which parts learn; the vision encoder never does")
     model: ModelSettings
     data: DataSettings
     optimizer: OptimizerSettings

@@ -38,12 +38,17 @@ def render(folder: Path, images: Path | None, examples: int) -> str:
         ValueError: if it holds neither a run nor an ablation, or the images of a run are not named.
     """
     from training.pages.ablation import ablation_page
+    from training.pages.page import TITLES
     from training.pages.run import run_page
+    from training.release.records import LOG
 
     if (folder / "table.json").exists():
         return ablation_page(folder, images, examples)
     if not (folder / "summary.json").exists():
         raise ValueError(f"{folder} holds no summary.json or table.json; run the demo, or name another folder")
+    stages = [stage for stage in TITLES if not (folder / stage / LOG).exists()]
+    if stages:
+        raise ValueError(f"{folder} has no {stages[0]}/{LOG}; name the folder that training/demo.py wrote")
     if images is None:
         raise ValueError(f"{folder} is a run: say --images DIR, the folder that its questions' images are relative to")
     return run_page(folder, images, examples)

@@ -78,6 +78,8 @@ class VisionEncoder(ABC):
     def columns(self, tower: nn.Module, pixels: Tensor, names: Iterable[str]) -> dict[str, Tensor]:
         """(n, 3, S, S) -> {column: (n, grid*grid, C1)}, of a CLS column (n, 1, C1); in order of their blocks."""
         names = sorted(names, key=block_of)
+        if not self.prefix and any(map(is_cls, names)):
+            raise ValueError(f"{', '.join(filter(is_cls, names))}: {self.model_class} has no CLS token; leave it out")
         states = self.hidden_states(tower, pixels, map(block_of, names))
         # The CLS token comes first, the patch tokens after all `prefix` tokens.
         return {

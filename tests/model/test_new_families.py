@@ -15,10 +15,14 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+from pipeline.encoder import Encoder, columns_of, describe_encoder
 from pipeline.encoders import encoder_of
+from pipeline.encoders.clip import Clip
 from pipeline.schema import EncoderSpec
+from training.cost.flops import check_connector
 from training.model.decoders import decoder_of
-from training.model.reducers import connector_config
+from training.model.reducers import build_connector, connector_config
+from training.model.reducers.fusion import FusionConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 GRID, WIDTH, KEPT = 4, 32, 3
@@ -31,10 +35,12 @@ from torch import nn
 from .base import ConnectorConfig
 from .connector import Connector
 
+IGNORE = 5  # a name that model.py has too
+
 
 @dataclass(frozen=True)
 class NearestConfig(ConnectorConfig):
-    """The patches most alike to the text; the second half of the layers sees one of them less."""
+    """The patches most alike to the text."""
 
     keep: int = 2
     block: int = 3
@@ -51,9 +57,6 @@ class NearestConfig(ConnectorConfig):
     @property
     def tokens(self):
         return self.keep
-
-    def tokens_per_layer(self, layers):
-        return tuple(self.keep - (layer >= layers // 2) for layer in range(layers))
 
     def flops(self):
         c1, c3, patches = self.vision_width, self.llm_width, self.grid**2
@@ -190,7 +193,6 @@ print(json.dumps({
     "shape": list(connector(columns, text).shape),
     "flops": [counted(lambda: connector(columns, text)), declared.flops()],
     "prefill": [image_flops(llm, vision, each, text_tokens=0).prefill for each in (declared, fewer)],
-    "layers": declared.tokens_per_layer(4),
 }))
 """
 
@@ -203,7 +205,6 @@ def test_settings_costs_and_refusals_follow_from_what_a_new_reducer_declares(che
     assert "model.connector.keep: Input should be a valid integer" in wrong
     assert seen["shape"] == [1, 3, 48]
     assert seen["flops"][0] == seen["flops"][1]
-    assert seen["layers"] == [3, 3, 2, 2]
     assert seen["prefill"][0] > seen["prefill"][1]
 
 
@@ -213,7 +214,9 @@ import numpy as np, torch
 from PIL import Image
 from transformers import SiglipVisionModel
 from pipeline.encoder import Encoder, columns_of, describe_encoder
+from pipeline.encoder import Encoder, columns_of, describe_encoder
 from pipeline.encoders import encoder_of
+from pipeline.encoders.clip import Clip
 from pipeline.schema import EncoderSpec
 from training.cost.flops import counted
 spec = describe_encoder(sys.argv[1], None)
@@ -301,3 +304,41 @@ def test_members_that_are_not_there_are_refused_with_those_that_are() -> None:
         encoder_of("bert")
     with pytest.raises(ValueError, match="'gpt2' is not known; choose one of type llama"):
         decoder_of("gpt2")
+
+
+class WrongCost(FusionConfig):
+    """Says that it costs nothing."""
+
+    def flops(self) -> int:
+        return 0
+
+
+class TooFew(FusionConfig):
+    """Says that later layers see fewer tokens."""
+
+    def tokens_per_layer(self, layers: int) -> tuple[int, ...]:
+        return (self.tokens,) + (1,) * (layers - 1)
+
+
+def test_a_connector_that_is_not_what_it_declares_is_refused() -> None:
+    shape = {"grid": GRID, "vision_width": WIDTH, "llm_width": 48}
+    check_connector(FusionConfig("avgpool", **shape))
+    with pytest.raises(ValueError, match=r"makes \(1, 16, 48\) with 122880 FLOPs, but declares \(1, 16, 48\) with 0"):
+        check_connector(WrongCost("mlp", **shape))
+    with pytest.raises(ValueError, match=r"declares \(16, 1\) tokens in two layers"):
+        build_connector(TooFew("mlp", **shape))
+
+
+class NoPrefix(Clip):
+    """Forgets the CLS token."""
+
+    prefix = 0
+
+
+def test_an_encoder_that_counts_its_tokens_wrongly_is_refused_before_anything_is_stored(clip_folder: Path) -> None:
+    spec = describe_encoder(str(clip_folder), None)
+    for columns, reason in ((((1,), ()), "expected .*correct NoPrefix.prefix"), (((), (1,)), "has no CLS token")):
+        encode = Encoder(str(clip_folder), None, columns_of(spec, *columns), "float32")
+        encode.family = NoPrefix()
+        with pytest.raises(ValueError, match=reason):
+            encode(torch.zeros(1, 3, spec.image_size, spec.image_size))

@@ -215,6 +215,8 @@ try:
     ask(text=[{"role": "user", "content": 2 * chat[0]["content"]}], max_new_tokens=4)
 except ValueError as error:
     refused = str(error)
+model.save_pretrained("again")
+processor.save_pretrained("again")
 text_only = processor(text=texts[1], return_tensors="pt")
 print(json.dumps({
     "refused": refused,
@@ -226,6 +228,10 @@ print(json.dumps({
     "plain": ask(images=image, text=texts[0], max_new_tokens=4)[0]["generated_text"],
     "tokens": AutoTokenizer.from_pretrained(folder, trust_remote_code=True)(texts[1])["input_ids"],
     "aspect": AutoImageProcessor.from_pretrained(folder, trust_remote_code=True).aspect,
+    "again": [AutoImageProcessor.from_pretrained("again", trust_remote_code=True).aspect,
+              type(AutoProcessor.from_pretrained("again", trust_remote_code=True)).__name__,
+              AutoTokenizer.from_pretrained("again", trust_remote_code=True)(texts[1])["input_ids"],
+              type(AutoModelForImageTextToText.from_pretrained("again", trust_remote_code=True)).__name__],
 }))
 """
 
@@ -253,6 +259,9 @@ def test_the_exported_folder_runs_where_this_project_is_not(config, store: Store
     assert all(len(row) == 4 for row in seen["new"])
     assert seen["same"]
     assert seen["aspect"] == "square"
+    assert seen["again"] == [
+        "square", "CompactVisionProcessor", seen["tokens"], "CompactVisionForConditionalGeneration"
+    ]  # fmt: skip
     assert seen["tokens"] == [index for index in seen["ids"][1] if index != 0]
     assert seen["plain"].startswith("USER: <image>\nWhat is this? ASSISTANT:")
     assert isinstance(seen["chat"], str)

@@ -50,7 +50,7 @@ def shape_of(model: CompactVisionForConditionalGeneration) -> ModelShape:
     return ModelShape(
         learning=sum(p.numel() for p in model.parameters() if p.requires_grad),
         frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        layer=sum(p.numel() for p in model.llm.model.layers[0].parameters()),
+        layer=sum(p.numel() for p in model.llm.get_decoder().layers[0].parameters()),
         layers=text.num_hidden_layers,
         hidden=text.hidden_size,
         mlp=text.intermediate_size,

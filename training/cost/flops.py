@@ -110,6 +110,40 @@ def counted(call: Callable[[], Any]) -> int:
     return int(counter.get_total_flops())
 
 
+def check_connector(config: ConnectorConfig) -> None:
+    """Let a connector compute one image, in shapes without numbers, and compare that with what it declares.
+
+    Raises:
+        ValueError: if it breaks off, makes another number of tokens, or needs other FLOPs than it says.
+    """
+    import torch
+
+    from training.model.reducers import build_connector
+    from training.model.reducers.connector import Text
+
+    made: list[tuple[int, ...]] = []
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        try:
+            connector, expected = build_connector(config), (1, config.tokens, config.llm_width)
+            sizes = {name: 1 if is_cls(name) else config.grid**2 for name in config.columns}
+            columns = {name: torch.zeros(1, size, config.vision_width) for name, size in sizes.items()}
+            text = Text(torch.zeros(1, 8, config.llm_width), torch.ones(1, 8, dtype=torch.bool))
+            found = counted(lambda: made.append(tuple(connector(columns, text).shape)))
+            declared = config.flops()
+        except NotImplementedError:  # an operation whose result depends on numbers has no shape here
+            return
+        except (RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"connector {config.arm} breaks off on one image: {type(error).__name__}: {error}; correct its file in "
+                "training/model/reducers"
+            ) from error
+    if made != [expected] or found != declared:
+        raise ValueError(
+            f"connector {config.arm} makes {made[0]} with {found} FLOPs, but declares {expected} with {declared}; "
+            "correct its file in training/model/reducers"
+        )
+
+
 def paper_rows(config: CompactVisionConfig, text_tokens: int) -> list[dict[str, Any]]:
     """A row of TFLOPs for every arm of `PAPER` at the widths of `config`, each part both ways.
 

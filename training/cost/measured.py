@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.encoders.columns import block_of
+from pipeline.encoders.columns import block_of, is_cls
 from training.cost.flops import prefill_flops
 from training.cost.shapes import shape as shape_of
 from training.model.reducers import SHAPE
@@ -97,7 +97,7 @@ def reductions(own: ConnectorConfig) -> list[ConnectorConfig]:
     A reduction that does not divide the grid is left out.
     """
     shape = {name: getattr(own, name) for name in SHAPE}
-    blocks = tuple(map(block_of, own.columns))
+    blocks = tuple(dict.fromkeys(block_of(name) for name in own.columns if not is_cls(name)))
     base = own if isinstance(own, FusionConfig) else FusionConfig(blocks=blocks, **shape)
     wanted: list[ConnectorConfig] = [
         own,
@@ -149,6 +149,8 @@ def _measure(
     """One image, or a batch of them, from pixels on the host to the last new token's id on the host."""
     import torch
 
+    from training.model.reducers.connector import Text
+
     device, llm, batch = model.device, model.llm, given.batch_size
     generator = torch.Generator().manual_seed(0)
     assert model.vision_tower is not None
@@ -162,7 +164,8 @@ def _measure(
         start = time.perf_counter()
         on_device, words = pixels.to(device), llm.get_input_embeddings()(text.to(device))
         columns = _timed(seconds, "encode", device, lambda: model.encode_images(on_device))
-        vision = _timed(seconds, "connector", device, lambda: connector(columns))
+        around = Text(words, torch.ones_like(words[..., 0], dtype=torch.bool))  # for a connector that reads it
+        vision = _timed(seconds, "connector", device, lambda: connector(columns, around))
         both = torch.cat([words[:, :1], vision, words[:, 1:]], dim=1)  # (batch, length, C3): BOS, image, prompt
         out = _timed(seconds, "prefill", device, lambda: llm(inputs_embeds=both, use_cache=True, logits_to_keep=1))
         token = out.logits[:, -1:].argmax(-1)  # (batch, 1)

@@ -1,6 +1,6 @@
 """How a model is spread over the ranks: `base` says what an engine is, and each has a file.
 
-The setting `parallelism` is asked here and nowhere else.
+Runs ask here which engine they have; the settings ask its class what it refuses.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipeline.schema import StoreSpec
 from training.config import TrainConfig
+from training.cost.flops import check_connector
 from training.fit.lora import add_lora, merge_lora
 from training.model.decoders import decoder_of
 from training.model.model import CompactVisionForConditionalGeneration
@@ -21,6 +22,7 @@ from training.model.reducers import build_connector, connector_config
 from training.model.reducers.connector import Connector
 from training.model.tokenizer import Tokenizer
 from training.release.connector import load_connector
+from training.text.templates import TEMPLATES
 
 
 def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
@@ -120,9 +122,14 @@ def _text_config(config: TrainConfig) -> Any:
     """The language model's configuration, checked: a family that is known, and positions for the longest example."""
     text = AutoConfig.from_pretrained(config.model.llm, revision=config.model.revision)
     try:
-        decoder_of(text.model_type)
+        template = decoder_of(text.model_type).template
     except ValueError as error:
         raise ValueError(f"model.llm {config.model.llm}: {error}") from error
+    if template not in TEMPLATES:
+        raise ValueError(
+            f"the decoder of {text.model_type} names the template {template!r}; known are {', '.join(TEMPLATES)}: "
+            "correct its file in training/model/decoders"
+        )
     if config.data.max_length > text.max_position_embeddings:
         raise ValueError(
             f"data.max_length {config.data.max_length} is more than the {text.max_position_embeddings} positions "
@@ -139,6 +146,7 @@ def _connector(config: TrainConfig, store: StoreSpec, llm_width: int) -> Connect
         vision_width=store.encoder.width,
         llm_width=llm_width,
     )
+    check_connector(shape)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return build_connector(shape, available=[column.name for column in store.columns])

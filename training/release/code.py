@@ -17,7 +17,17 @@ if TYPE_CHECKING:
     from training.model.model import CompactVisionForConditionalGeneration
 
 ROOTS = ("training.model", "pipeline.encoders")  # what may travel; it imports nothing else of ours
-ENTRIES = ("training.model.model", "training.model.processor")
+ENTRIES = {  # module -> its classes, and how transformers calls each
+    "training.model.model": {
+        "CompactVisionConfig": "AutoConfig",
+        "CompactVisionForConditionalGeneration": "AutoModelForImageTextToText",
+    },
+    "training.model.processor": {
+        "CompactVisionTokenizer": "AutoTokenizer",
+        "CompactVisionImageProcessor": "AutoImageProcessor",
+        "CompactVisionProcessor": "AutoProcessor",
+    },
+}
 AUTO_CLASSES: dict[str, dict[str, Any]] = {  # file -> what transformers' Auto classes make of the folder
     "config.json": {
         "AutoConfig": "model.CompactVisionConfig",
@@ -64,11 +74,14 @@ def flat_code(families: list[str]) -> dict[str, str]:
             text, imported = _rewritten(module)
             found[_flat(module)] = text
             waiting += imported
-    # transformers copies what it finds imported, so each entry imports what is opened by name behind it.
-    for entry in map(_flat, ENTRIES):
-        behind = [_flat(module) for module in families if entry == "model" or module.startswith("pipeline.")]
-        lines = "".join(f"from .{name} import *  # noqa: F403\n" for name in behind)
-        found[entry] += f"\n# Opened by name; imported for transformers to find.\n{lines}"
+    # transformers copies what it finds imported, so each entry imports what is opened by name behind it. It binds names
+    # that nobody uses: a family's own names must not replace those of the entry.
+    for entry, classes in ENTRIES.items():
+        behind = {_flat(module) for module in families if entry == "training.model.model" or module.startswith("pipe")}
+        lines = [f"from .{name} import __name__ as _{name}" for name in sorted(behind)]
+        # And what is loaded can be saved again, its code included.
+        lines += [f'{cls}.register_for_auto_class("{auto}")' for cls, auto in classes.items()]
+        found[_flat(entry)] += "\n# Opened by name; imported for transformers to find.\n" + "\n".join(lines) + "\n"
     return found
 
 
@@ -89,7 +102,9 @@ def _rewritten(module: str) -> tuple[str, list[str]]:
             # One dot is the module's own package, each further one goes up by one name.
             base = package.rsplit(".", node.level - 1)[0] if node.level else ""
             target = ".".join(part for part in (base, node.module) if part)
-            if target.startswith(ROOTS):
+            if target.partition(".")[0] in ("pipeline", "training"):
+                if not target.startswith(ROOTS):
+                    raise ValueError(f"{path}:{node.lineno} imports {target}, which does not travel with an export")
                 imported.append(target)
                 line = lines[node.lineno - 1]
                 lines[node.lineno - 1] = re.sub(r"from\s+\S+\s+import", f"from .{_flat(target)} import", line, count=1)

@@ -163,7 +163,7 @@ TEMPLATES: dict[str, Template] = {
         end="</s>",
     ),
 }
-TALK = "v1"  # what stage 2 trains, and so how an exported model is asked
+TALK = "v1"  # how a model is asked whose decoder does not say otherwise
 
 
 def prompt_for(text: str, history: Sequence[tuple[str, str]] = (), template: str = TALK) -> str:

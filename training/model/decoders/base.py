@@ -13,7 +13,7 @@ class Decoder:
     """A family of language models.
 
     Attributes:
-        template: of conversations, a name of text/templates.py: how turns become a prompt, and which ids are labels.
+        template: of conversations, a name of text/templates.py: how the model is asked. Training takes `data.template`.
         chat_template: the same prompt as a Jinja template, which an export gives to transformers.
     """
 

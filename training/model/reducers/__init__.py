@@ -28,7 +28,7 @@ def config_class(arm: str) -> type[ConnectorConfig]:
     Raises:
         ValueError: if there is no such connector.
     """
-    if arm not in FAMILIES:
+    if not isinstance(arm, str) or arm not in FAMILIES:
         raise ValueError(f"connector.arm {arm!r} is unknown; choose one of {', '.join(FAMILIES)}")
     found: type[ConnectorConfig] = _open(FAMILIES[arm][0])
     return found
@@ -69,6 +69,12 @@ def build_connector(config: ConnectorConfig, available: Collection[str] | None =
         raise ValueError(
             f"connector {config.arm} needs {', '.join(missing)}; there is only {', '.join(sorted(available or ()))}. "
             "Choose other blocks, or add them to the store"
+        )
+    layers = config.tokens_per_layer(2)
+    if layers != (config.tokens, config.tokens):
+        raise ValueError(
+            f"connector {config.arm} declares {layers} tokens in two layers; the model shows all {config.tokens} of "
+            "them to every layer: declare that"
         )
     connector: Connector = _open(FAMILIES[config.arm][1])(config)
     return connector

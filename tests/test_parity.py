@@ -71,7 +71,7 @@ def test_cases_of_a_further_folder_run_too_and_a_wrong_number_fails(tmp_path: Pa
     environment = {**os.environ, "COMPACT_VISION_VECTORS": str(folder)}
     done = subprocess.run(command, check=False, cwd=TESTS.parent, env=environment, capture_output=True, text=True)
     ended: dict[str, set[str]] = {"PASSED": set(), "FAILED": set()}
-    for how, case in re.findall(r"^(PASSED|FAILED) .*\[further-(\S+)\]$", done.stdout, re.MULTILINE):
+    for how, case in re.findall(r"^(PASSED|FAILED) .*\[further-(\S+)\](?: - .*)?$", done.stdout, re.MULTILINE):
         ended[how].add(case)
     right = {"conversations-0", "prompts-0", "learning_rates-0", "images_right-pad", "images_right-square"}
     right |= {"images_wrong-square", "released_projector_right"}

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import hypothesis
 import psutil
@@ -105,16 +106,30 @@ def tokenizer_model(vectors: Path, tiny_tokenizer: Path) -> Path:
     return beside if beside.is_file() else tiny_tokenizer / "tokenizer.model"
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Two processes share out groups, the longest first, so that they end together; a group's fixtures are made once.
+def _group(nodeid: str) -> str:
+    """What one process runs whole: a file, or pipeline/, whose files share what takes long: one Ray and one store."""
+    file = nodeid.partition("::")[0]
+    folder = file.rpartition("/")[0]
+    return folder if folder.endswith("tests/pipeline") else file
 
-    A group is a file, or a folder that shares what takes long to start: pipeline/ has one Ray and one store.
-    """
-    longest: dict[Path, float] = {}
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """`--dist loadfile` shares out these groups. (`loadgroup` of xdist 3.8 has no effect under pytest 9.2.)"""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Groups(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group(nodeid)
+
+    return Groups(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest groups come first: two processes that share them out then end together."""
+    longest: dict[str, float] = {}
     for item in items:
-        group = item.path.parent if item.path.parent.name == "pipeline" else item.path
-        item.add_marker(pytest.mark.xdist_group(group.relative_to(TESTS).as_posix()))
+        group = _group(item.nodeid)
         minutes = max((mark.args[0] for mark in item.iter_markers("minutes")), default=0.0)
         longest[group] = max(longest.get(group, 0), minutes)
-    items.sort(key=lambda item: -longest.get(item.path, longest.get(item.path.parent, 0)))
+    items.sort(key=lambda item: -longest[_group(item.nodeid)])

@@ -28,6 +28,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,19 +142,21 @@ def run_part(part: str, seconds: float, table: Table, scratch: Path, cpu: bool, 
     if cpu:  # one thread: tiny matrices, and threads that wait for each other burn the cores
         environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     start, last = time.monotonic(), "nothing"
-    process = subprocess.Popen(
-        [sys.executable, str(folder / f"gpu_{part}.py"), json.dumps(job)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=table.log,
-        text=True,
-        start_new_session=True,
-    )
-    timer = threading.Timer(seconds, _kill, [process])
-    timer.daemon = True
-    timer.start()
-    assert process.stdout is not None
+    process = timer = None
     try:
+        with _signals_wait():
+            process = subprocess.Popen(
+                [sys.executable, str(folder / f"gpu_{part}.py"), json.dumps(job)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=table.log,
+                text=True,
+                start_new_session=True,
+            )
+            timer = threading.Timer(seconds, _kill, [process])
+            timer.daemon = True
+            timer.start()
+        assert process.stdout is not None
         for line in process.stdout:
             if line.startswith("ROW "):
                 row = {"part": part, **json.loads(line[4:])}
@@ -163,9 +166,11 @@ def run_part(part: str, seconds: float, table: Table, scratch: Path, cpu: bool, 
                 table.log.write(line)
         code, expired = process.wait(), not timer.is_alive()
     finally:  # also when this process is told to stop
-        timer.cancel()
-        _kill(process)  # and what it started, if anything is left
-        process.wait()
+        if timer is not None:
+            timer.cancel()
+        if process is not None:
+            _kill(process)  # and what it started, if anything is left
+            process.wait()
     took = round(time.monotonic() - start, 1)
     if expired and part == "device":
         table.add(
@@ -177,6 +182,22 @@ def run_part(part: str, seconds: float, table: Table, scratch: Path, cpu: bool, 
         table.log.flush()
         error = f"ended with {code} after {last}; see {table.log.name}"
         table.add({"part": part, "row": "the rest", "seconds": took, "error": error})
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """SIGTERM and SIGINT are heard at the end of the block: whoever stops then knows the process that was started."""
+    seen: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
+        signal.signal(number, lambda heard, _: seen.append(heard))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for number in seen:
+            signal.raise_signal(number)
 
 
 def _kill(process: subprocess.Popen[str]) -> None:

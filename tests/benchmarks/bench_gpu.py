@@ -62,7 +62,8 @@ def main() -> None:
         parser.error(f"--minutes {arguments.minutes:g} is too short: give at least 1")
     end = time.monotonic() + 60 * arguments.minutes - SPARE_S
     table = Table(arguments.out)
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # nothing is left behind
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT too: a shell lets what it starts behind itself ignore it
+        signal.signal(number, lambda stopped, _: sys.exit(128 + stopped))  # nothing is left behind
     scratch = Path(tempfile.mkdtemp(prefix="bench-gpu-", dir=in_memory()))
     parts = ["device", *(part for part in PARTS if part in arguments.parts and part != "device")]
     try:

@@ -39,7 +39,7 @@ ablate: demo     ## the arms of the paper's Tables 3 and 5 on the demo's data, t
 # Two processes, a thread each; what shares a Ray or a store stays together (tests/conftest.py).
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: $(STAMP)   ## every unit and one path of each kind from end to end, without the network (8 minutes on two cores)
+test: $(STAMP)   ## every unit and one path of each kind from end to end, without the network (4 minutes on two cores)
 	$(PYTEST) -m "not slow and not cluster"
 
 test-slow: $(STAMP) transformers ## the rest: every engine, faults and kills, the demo, browsers, other transformers (15 minutes)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,11 +126,16 @@ def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
         return f"{place}: required, but not given; add {place}=..."
     if error["type"] == "extra_forbidden":
         known = _fields_at(kind, error["loc"][:-1])
-        close = difflib.get_close_matches(str(error["loc"][-1]), known, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(sorted(known))}"
-        return f"{place}: unknown setting; {hint}"
+        return f"{place}: unknown setting; {meant(str(error['loc'][-1]), sorted(known))}"
     message = str(error["msg"]).removeprefix("Value error, ")
     return f"{place}: {message} (found {error['input']!r})"
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """A hint for a name that is not known: the one that looks most like it, or all that are."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
 
 
 def _fields_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

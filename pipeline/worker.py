@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from pipeline.codec import to_payload
 from pipeline.config import BuildConfig
 from pipeline.dataset import ImageSource
 from pipeline.encoder import Encoder, family_of, load_image
+from pipeline.encoders.base import VisionEncoder
 from pipeline.encoders.pixels import Pixels
 from pipeline.manifest import claim, read_commit, write_commit
 from pipeline.schema import (
@@ -80,8 +82,12 @@ class ShardWorker:
         self.storage = Storage(config.store)
         self.source = ImageSource(config.image_roots)
         self.device = "cuda" if torch.cuda.is_available() and config.num_gpus > 0 else "cpu"
-        self.family = family_of(config.encoder, config.revision)
         self._encoders: dict[tuple[str, ...], Encoder] = {}
+
+    @cached_property
+    def family(self) -> VisionEncoder:
+        """How images become pixels; read when there is a first image, as the encoder itself."""
+        return family_of(self.config.encoder, self.config.revision)
 
     def __call__(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Build the shard of `row`, if nobody has yet; says what came of it.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from dataclasses import fields
 from functools import cache
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal, Self, get_type_hints
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, field_validator, model_validator
 
-from pipeline.config import Settings
+from pipeline.config import Settings, meant
 from training.model.reducers import DEFAULT, SHAPE, config_class
 from training.text.templates import TEMPLATES
 
@@ -66,10 +65,7 @@ def _of_its_family(given: Any) -> Any:
     given = {name: value for name, value in given.items() if name not in without_effect}
     for name in given:
         if name not in family.model_fields:
-            known = [*family.model_fields]
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
-            raise ValueError(f"{name}: unknown setting of {arm}; {hint}")
+            raise ValueError(f"{name}: unknown setting of {arm}; {meant(name, family.model_fields)}")
     return family.model_validate(given)
 
 

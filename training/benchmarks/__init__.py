@@ -6,12 +6,12 @@ answers, `metrics` scores them, `scores` writes the `report`. Nothing here impor
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple
 
+from pipeline.config import meant
 from training.benchmarks.own import OwnQuestions
 from training.benchmarks.questions import Benchmark
 
@@ -65,9 +65,7 @@ def open_benchmark(name: str, folder: Path, split: str | None = None) -> Benchma
     """
     key = name.lower().replace("_", "-")
     if key not in BENCHMARKS:
-        close = difflib.get_close_matches(key, BENCHMARKS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"known are {', '.join(BENCHMARKS)}"
-        raise ValueError(f"benchmark {name!r} is unknown; {hint}")
+        raise ValueError(f"benchmark {name!r} is unknown; {meant(key, BENCHMARKS)}")
     return BENCHMARKS[key](folder, split)
 
 

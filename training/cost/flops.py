@@ -13,8 +13,11 @@ from pipeline.encoders import encoder_of
 from pipeline.encoders.columns import block_of, grid_of, is_cls
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from training.model.model import CompactVisionConfig
     from training.model.reducers.base import ConnectorConfig
+    from training.model.reducers.connector import Connector, Text
 
 # Name, ConnectorConfig's fields, and the TFLOPs that the paper prints for 7B.
 PAPER: tuple[tuple[str, dict[str, Any], float | None], ...] = (
@@ -116,32 +119,37 @@ def check_connector(config: ConnectorConfig) -> None:
     Raises:
         ValueError: if it breaks off, makes another number of tokens, or needs other FLOPs than it says.
     """
-    import torch
-
-    from training.model.reducers import build_connector
-    from training.model.reducers.connector import Text
-
     made: list[tuple[int, ...]] = []
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        try:
-            connector, expected = build_connector(config), (1, config.tokens, config.llm_width)
-            sizes = {name: 1 if is_cls(name) else config.grid**2 for name in config.columns}
-            columns = {name: torch.zeros(1, size, config.vision_width) for name, size in sizes.items()}
-            text = Text(torch.zeros(1, 8, config.llm_width), torch.ones(1, 8, dtype=torch.bool))
-            found = counted(lambda: made.append(tuple(connector(columns, text).shape)))
-            declared = config.flops()
-        except NotImplementedError:  # an operation whose result depends on numbers has no shape here
-            return
-        except (RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
-            raise ValueError(
-                f"connector {config.arm} breaks off on one image: {type(error).__name__}: {error}; correct its file in "
-                "training/model/reducers"
-            ) from error
+    try:
+        connector, image = _on_meta(config)
+        expected, declared = (1, config.tokens, config.llm_width), config.flops()
+        found = counted(lambda: made.append(tuple(connector(*image).shape)))
+    except NotImplementedError:  # an operation whose result depends on numbers has no shape here
+        return
+    except (RuntimeError, ArithmeticError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"connector {config.arm} breaks off on one image: {type(error).__name__}: {error}; correct its file in "
+            "training/model/reducers"
+        ) from error
     if made != [expected] or found != declared:
         raise ValueError(
             f"connector {config.arm} makes {made[0]} with {found} FLOPs, but declares {expected} with {declared}; "
             "correct its file in training/model/reducers"
         )
+
+
+def _on_meta(config: ConnectorConfig) -> tuple[Connector, tuple[dict[str, Tensor], Text]]:
+    """A connector and what it takes of one image, the columns and a text of 8 tokens: shapes without numbers."""
+    import torch
+
+    from training.model.reducers import build_connector
+    from training.model.reducers.connector import Text
+
+    sizes = {name: 1 if is_cls(name) else config.grid**2 for name in config.columns}
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):  # initial weights would draw random numbers
+        columns = {name: torch.zeros(1, size, config.vision_width) for name, size in sizes.items()}
+        text = Text(torch.zeros(1, 8, config.llm_width), torch.ones(1, 8, dtype=torch.bool))
+        return build_connector(config), (columns, text)
 
 
 def paper_rows(config: CompactVisionConfig, text_tokens: int) -> list[dict[str, Any]]:
@@ -183,24 +191,19 @@ def _vision_figures(tower: Any, given: dict[str, Any], llm_width: int) -> dict[s
     """TFLOPs of CLIP up to the deepest block that an arm reads, and of its connector, for one image."""
     import torch
 
-    from training.model.reducers import build_connector, connector_config
+    from training.model.reducers import connector_config
 
-    vision = tower.config
-    grid = grid_of(vision)
-    config = connector_config(**given, grid=grid, llm_width=llm_width, vision_width=vision.hidden_size)
+    vision, family = tower.config, encoder_of(tower.config.model_type)
+    config = connector_config(**given, grid=grid_of(vision), llm_width=llm_width, vision_width=vision.hidden_size)
     deepest = max(map(block_of, config.columns))
-    with torch.device("meta"):
-        connector = build_connector(config)
-        pixels = torch.zeros(1, 3, vision.image_size, vision.image_size)
-        columns = {
-            column: torch.zeros(1, 1 if is_cls(column) else grid**2, vision.hidden_size) for column in config.columns
-        }
-
-    family = encoder_of(vision.model_type)
+    connector, image = _on_meta(config)
+    pixels = torch.zeros(1, 3, vision.image_size, vision.image_size, device="meta")
     return {
         "tokens": connector.tokens,
-        "encoder": _agreed("encoder", encoder_flops(vision, deepest), lambda: family.columns(tower, pixels, columns)),
-        "connector": _agreed("connector", config.flops(), lambda: connector(columns)),
+        "encoder": _agreed(
+            "encoder", encoder_flops(vision, deepest), lambda: family.columns(tower, pixels, config.columns)
+        ),
+        "connector": _agreed("connector", config.flops(), lambda: connector(*image)),
         "connector parameters": sum(p.numel() for p in connector.parameters()),
     }
 

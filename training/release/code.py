@@ -17,28 +17,19 @@ if TYPE_CHECKING:
     from training.model.model import CompactVisionForConditionalGeneration
 
 ROOTS = ("training.model", "pipeline.encoders")  # what may travel; it imports nothing else of ours
-ENTRIES = {  # module -> its classes, and how transformers calls each
-    "training.model.model": {
-        "CompactVisionConfig": "AutoConfig",
-        "CompactVisionForConditionalGeneration": "AutoModelForImageTextToText",
-    },
-    "training.model.processor": {
-        "CompactVisionTokenizer": "AutoTokenizer",
-        "CompactVisionImageProcessor": "AutoImageProcessor",
-        "CompactVisionProcessor": "AutoProcessor",
-    },
+ENTRIES = ("training.model.model", "training.model.processor")
+CLASSES = {  # what transformers' Auto classes make of the folder
+    "AutoConfig": "model.CompactVisionConfig",
+    "AutoModel": "model.CompactVisionModel",
+    "AutoModelForImageTextToText": "model.CompactVisionForConditionalGeneration",
+    "AutoTokenizer": "processor.CompactVisionTokenizer",
+    "AutoImageProcessor": "processor.CompactVisionImageProcessor",
+    "AutoProcessor": "processor.CompactVisionProcessor",
 }
-AUTO_CLASSES: dict[str, dict[str, Any]] = {  # file -> what transformers' Auto classes make of the folder
-    "config.json": {
-        "AutoConfig": "model.CompactVisionConfig",
-        "AutoModel": "model.CompactVisionModel",
-        "AutoModelForImageTextToText": "model.CompactVisionForConditionalGeneration",
-    },
-    "tokenizer_config.json": {"AutoTokenizer": ["processor.CompactVisionTokenizer", None]},
-    "processor_config.json": {
-        "AutoImageProcessor": "processor.CompactVisionImageProcessor",
-        "AutoProcessor": "processor.CompactVisionProcessor",
-    },
+NAMED_IN = {  # file -> which of them transformers looks up there
+    "config.json": ("AutoConfig", "AutoModel", "AutoModelForImageTextToText"),
+    "tokenizer_config.json": ("AutoTokenizer",),
+    "processor_config.json": ("AutoImageProcessor", "AutoProcessor"),
 }
 _BY_NAME = 'f"{__name__}.{file}"'  # how a registry opens a file of its folder
 
@@ -47,12 +38,15 @@ def write_code(model: CompactVisionForConditionalGeneration, folder: Path) -> No
     """Write the code of `model` into an exported folder, and name its classes where transformers looks for them."""
     for name, text in flat_code(families_of(model)).items():
         (folder / f"{name}.py").write_text(text, encoding="utf-8")
-    for path in map(folder.joinpath, AUTO_CLASSES):
+    for file, autos in NAMED_IN.items():
+        path = folder / file
         if path.is_file():
+            # A tokenizer has two classes, a slow one and a fast one; ours is the first.
+            classes = {auto: [CLASSES[auto], None] if auto == "AutoTokenizer" else CLASSES[auto] for auto in autos}
             settings = json.loads(path.read_text(encoding="utf-8"))
             for part in (settings, settings.get("image_processor")):
                 if part is not None:
-                    part["auto_map"] = AUTO_CLASSES[path.name]
+                    part["auto_map"] = classes
             path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -74,14 +68,15 @@ def flat_code(families: list[str]) -> dict[str, str]:
             text, imported = _rewritten(module)
             found[_flat(module)] = text
             waiting += imported
+    named = {auto: place.split(".") for auto, place in CLASSES.items()}
     # transformers copies what it finds imported, so each entry imports what is opened by name behind it. It binds names
     # that nobody uses: a family's own names must not replace those of the entry.
-    for entry, classes in ENTRIES.items():
-        behind = {_flat(module) for module in families if entry == "training.model.model" or module.startswith("pipe")}
+    for entry in map(_flat, ENTRIES):
+        behind = {_flat(module) for module in families if entry == "model" or module.startswith("pipeline.")}
         lines = [f"from .{name} import __name__ as _{name}" for name in sorted(behind)]
         # And what is loaded can be saved again, its code included.
-        lines += [f'{cls}.register_for_auto_class("{auto}")' for cls, auto in classes.items()]
-        found[_flat(entry)] += "\n# Opened by name; imported for transformers to find.\n" + "\n".join(lines) + "\n"
+        lines += [f'{cls}.register_for_auto_class("{auto}")' for auto, (file, cls) in named.items() if file == entry]
+        found[entry] += "\n# Opened by name; imported for transformers to find.\n" + "\n".join(lines) + "\n"
     return found
 
 

@@ -212,6 +212,9 @@ class TrainConfig(Settings):
         gt=1,
         description="stop and name the batch if a loss is this many times the median of the last 100",
     )
+    hang_s: float = Field(
+        default=600, ge=1, description="a rank without a sign of life, or a job that stands still, for so long is ended"
+    )
     checkpoint: CheckpointSettings = CheckpointSettings()
     seed: int = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"

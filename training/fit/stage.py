@@ -15,6 +15,7 @@ from training.fit.parts import Parts, open_parts
 from training.fit.preview import preview
 from training.fit.run_folder import claim, finish
 from training.fit.trainer import WAIT_S, build_trainer
+from training.fit.watch import Watch
 
 
 def train(config: TrainConfig, check_only: bool = False) -> None:
@@ -27,6 +28,8 @@ def train(config: TrainConfig, check_only: bool = False) -> None:
     stop = StopRequest()  # first of all: a signal that comes while the model loads is not lost
     dist.initialize_dist(get_device(None if config.device == "auto" else config.device), timeout=WAIT_S)
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
+    watch = Watch(config.hang_s)
+    watch.start()
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # All that a user can have got wrong is found in here, before the first step.
     try:
@@ -40,13 +43,14 @@ def train(config: TrainConfig, check_only: bool = False) -> None:
                 print(preview(config, parts, build_optimizer(parts.model, config.optimizer)), flush=True)
             return
         engine = engine_of(config, ranks)
-        trainer, checkpoints = build_trainer(config, parts, engine, steps, stop)
+        trainer, checkpoints = build_trainer(config, parts, engine, steps, stop, watch)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     trainer.fit()
     if not checkpoints.stopped:
         finish(config, parts, engine, trainer.state, steps)
     dist.barrier()
+    watch.close()
     trainer.close()
     if checkpoints.stopped:
         print(f"stopped   by signal {checkpoints.stopped} after a checkpoint; the same command goes on", flush=True)

@@ -16,7 +16,9 @@ from training.engines.base import Engine
 from training.fit.callbacks import StepLog, StopOnBadLoss, boards
 from training.fit.composer_model import TrainableModel, token_counts
 from training.fit.optimizer import build_optimizer, build_schedule
+from training.fit.pace import SlowRanks
 from training.fit.parts import Parts
+from training.fit.watch import Watch
 from training.stream.batch import split
 from training.stream.stream import Stream
 
@@ -24,7 +26,7 @@ WAIT_S = 1800  # for the other ranks, in a collective
 
 
 def build_trainer(
-    config: TrainConfig, parts: Parts, engine: Engine, steps: int, stop: StopRequest
+    config: TrainConfig, parts: Parts, engine: Engine, steps: int, stop: StopRequest, watch: Watch
 ) -> tuple[Trainer, Checkpoints]:
     """The trainer, gone back to the newest checkpoint of the run if there is one, and what saves the next ones.
 
@@ -46,7 +48,7 @@ def build_trainer(
         "max_duration": f"{steps}ba",
         "device_train_microbatch_size": engine.microbatch_size(),
         "accumulate_train_batch_on_tokens": config.loss == "global",
-        "callbacks": [StopOnBadLoss(config.stop_on_spike), checkpoints],
+        "callbacks": [StopOnBadLoss(config.stop_on_spike), SlowRanks(parts.stream), watch, checkpoints],
         "loggers": [*boards(config.boards, run, config.project), log],
         "device": None if config.device == "auto" else config.device,
         "seed": config.seed,

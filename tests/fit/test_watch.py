@@ -32,7 +32,8 @@ def test_a_rank_that_is_stopped_ends_the_job_which_names_it_and_goes_on(
     assert codes == [[-signal.SIGKILL, HUNG], [HUNG, -signal.SIGKILL], [0, 0], [0, 0], [0, 0]]
     said = (tmp_path / "rank-1" / "output").read_text()
     host = os.uname().nodename
-    assert f"ranks without a sign of life: they are stopped, or their node or network is gone\n  rank 1 (host {host}" in said
+    assert "ranks without a sign of life" in said
+    assert f"  rank 1 (host {host}, process " in said
     assert f"rank 0 (host {host}) has not answered rank 1" in (tmp_path / "rank-0" / "output").read_text()
     losses = {name: [line["loss"] for line in read_log(tmp_path / name)] for name in names}
     assert losses["rank-0"] == losses["rank-1"] == losses["undisturbed"]

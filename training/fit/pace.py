@@ -51,13 +51,13 @@ def outliers(ranks: list[tuple[str, float, float]]) -> list[str]:
         ranks: (host, seconds of a matrix product, seconds per step waited for data) of each.
     """
     lines = []
-    for place, what in ((1, "computes"), (2, "waits for data")):
-        usual = statistics.median_low(rank[place] for rank in ranks)
+    for what, seconds in (("computes", [rank[1] for rank in ranks]), ("waits for data", [rank[2] for rank in ranks])):
+        usual = statistics.median_low(seconds)
         lines += [
-            f"rank {number} (host {rank[0]}) {what} {1e3 * rank[place]:.0f} ms where the usual rank takes "
+            f"rank {number} (host {ranks[number][0]}) {what} {1e3 * taken:.0f} ms where the usual rank takes "
             f"{1e3 * usual:.0f} ms"
-            for number, rank in enumerate(ranks)
-            if rank[place] > max(SLOW * usual, usual + LEAST_S)
+            for number, taken in enumerate(seconds)
+            if taken > max(SLOW * usual, usual + LEAST_S)
         ]
     return lines
 

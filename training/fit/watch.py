@@ -151,7 +151,7 @@ class Watch(Callback):  # type: ignore[misc]
 
 def _store() -> Any:
     """A connection of ours to the ranks' key-value store: the one of PyTorch is locked while a collective waits."""
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60), wait_for_workers=False)

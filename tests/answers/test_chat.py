@@ -113,7 +113,7 @@ def test_on_the_page_answers_grow_one_model_after_the_other(talk: Talk, picture:
 
     talk.speaker.max_new_tokens = 20
     speakers = [talk.speaker, talk.speaker]
-    shown = list(answers(speakers, str(picture), "What is this?", []))
+    shown = list(answers(speakers, str(picture), "What is this?", ("", [])))
     expected = "".join(talk.ask("What is this?")).strip()
     first, second = ([state[2 + side][-1:] for state in shown] for side in (0, 1))
     grown = [state[0]["content"] for state in first if state]
@@ -126,7 +126,38 @@ def test_on_the_page_answers_grow_one_model_after_the_other(talk: Talk, picture:
     assert second[-1][0]["content"] == expected
     for path, question, said in ((None, "What?", "Choose an image"), (str(picture), "<image>", "some text without")):
         with pytest.raises(gr.Error, match=said):
-            list(answers(speakers, path, question, []))
+            list(answers(speakers, path, question, ("", [])))
+
+
+def test_on_the_page_another_image_begins_another_talk_and_the_question_is_emptied_once(
+    talk: Talk, picture: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install 'compact-vision-tokens[web]'")
+    from training.answers.web import answers
+
+    first = list(answers([talk.speaker], str(picture), "What is this?", ("", [])))
+    assert first[0][0] == ""
+    assert "" not in [state[0] for state in first[1:]]
+    (again,) = list(answers([talk.speaker], str(picture), "Why?", first[-1][1]))[-1][1][1]
+    assert len(again.history) == 2
+    other = tmp_path / "other.png"
+    Image.new("RGB", (9, 9)).save(other)
+    ends = list(answers([talk.speaker], str(other), "And this?", first[-1][1]))[-1]
+    assert [question for question, _ in ends[1][1][0].history] == ["<image>\nAnd this?"]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_the_image_that_was_chosen_on_the_page_reaches_the_model_as_it_is(
+    mode: str, talk: Talk, tmp_path: Path
+) -> None:
+    gr = pytest.importorskip("gradio", reason="the page needs gradio: pip install 'compact-vision-tokens[web]'")
+    from training.answers.web import page as page_of
+
+    path = tmp_path / ("photo.jpg" if mode in ("L", "CMYK") else "photo.png")
+    Image.new(mode, (20, 10), 77).save(path)
+    (chosen,) = [block for block in page_of([talk.speaker]).blocks.values() if isinstance(block, gr.Image)]
+    handed_on = chosen.preprocess(chosen.data_model(path=str(path), orig_name=path.name))
+    assert handed_on == str(path)
 
 
 class Terminal:
@@ -219,22 +250,30 @@ def letters(text: str) -> str:
 def test_a_conversation_in_a_browser(page, picture: Path, talk: Talk, tmp_path: Path) -> None:
     talk.speaker.max_new_tokens = 8
     page.get_by_text("4 vision tokens of 16").first.wait_for()
+    question = page.locator("#question textarea")
+    question.fill("What is this?")
     page.locator("#ask").click()
     page.get_by_text("Choose an image first.").wait_for()
+    page.get_by_test_id("toast-close").click()
     page.locator("input[type=file]").first.set_input_files(str(picture))
     page.locator("img[src*='red']").first.wait_for()
+    assert question.input_value() == "What is this?"  # typed before the image was chosen
     said = ""
-    for question in ("What is this?", "Why?"):
-        page.locator("#question textarea").fill(question)
+    for text in ("What is this?", "Why?"):
+        question.fill(text)
         page.locator("#ask").click()
-        said += letters(question) + letters("".join(talk.ask(question)))
+        said += letters(text) + letters("".join(talk.ask(text)))
         for side in (0, 1):
             page.wait_for_function(
-                "([side, said]) => document.querySelector(`#chat${side}`).innerText.replace(/\\W/g, '').includes(said)",
+                "([side, said]) => document.querySelector('[data-testid=toast-body]') ||"
+                "document.querySelector(`#chat${side}`).innerText.replace(/\\W/g, '').includes(said)",
                 arg=[side, said],
             )
+            assert said in letters(page.locator(f"#chat{side}").inner_text()), page.locator("body").inner_text()
             page.locator(f"#facts{side}").get_by_text("first token after").wait_for()
     page.screenshot(path=os.environ.get("CHAT_SCREENSHOT", str(tmp_path / "chat.png")))
+    question.fill("Forgotten")
     page.locator("#new").click()
     page.get_by_text("Why?").first.wait_for(state="detached")
+    page.wait_for_function("document.querySelector('#question textarea').value === ''")
     assert not page.foreign

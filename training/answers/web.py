@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ INTRODUCTION = """\
 ## An image in few tokens
 Choose an image and ask about it. Every model gets the same image and the same question, one after the other, so that
 none slows the others down."""
+Known = tuple[str, list[Talk]]  # an image's path, and each model's conversation about it
 CSS = ".facts p {font-variant-numeric: tabular-nums; opacity: .75} footer {display: none !important}"
 
 
@@ -37,6 +39,7 @@ def serve(load: Callable[[], list[Speaker]], port: int) -> None:
         css=CSS,
         footer_links=[],
         max_file_size="64mb",
+        run_history=False,
     )
 
 
@@ -46,10 +49,13 @@ def page(speakers: list[Speaker]) -> Any:
 
     with gr.Blocks(title="Compact vision tokens", analytics_enabled=False) as blocks:
         gr.Markdown(INTRODUCTION)
-        talks = gr.State([])
+        known = gr.State(("", []))
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                image = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=320)
+                # Without a mode, the file is handed on as it is: no pixel changes before the model's own reader.
+                image = gr.Image(
+                    type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=320
+                )
                 question = gr.Textbox(label="Question", placeholder="What is in this image?", elem_id="question")
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", elem_id="ask")
@@ -60,22 +66,29 @@ def page(speakers: list[Speaker]) -> Any:
                     gr.Markdown(f"**{_short(speaker)}** - {speaker.tokens} per image")
                     chats.append(
                         gr.Chatbot(
-                            show_label=False, height=420, elem_id=f"chat{number}", buttons=[], feedback_options=None
+                            show_label=False,
+                            height=420,
+                            elem_id=f"chat{number}",
+                            buttons=[],
+                            feedback_options=None,
+                            render_markdown=False,
                         )
                     )
                     facts.append(gr.Markdown("", elem_classes="facts", elem_id=f"facts{number}"))
-        outputs = [question, talks, *chats, *facts]
+        outputs = [question, known, *chats, *facts]
 
-        def answer(path: str | None, text: str, known: list[Talk]) -> Iterator[list[Any]]:
-            yield from answers(speakers, path, text, known)
+        def answer(path: str | None, text: str, shown: list[Any], known: Known) -> Iterator[list[Any]]:
+            yield from answers(speakers, path, text, known if shown else ("", []))
 
-        def forget() -> list[Any]:
-            return ["", [], *[[] for _ in speakers], *["" for _ in speakers]]
-
-        for event in (ask.click, question.submit):
-            event(answer, [image, question, talks], outputs, concurrency_limit=1, concurrency_id="models")
+        asked = [
+            event(answer, [image, question, chats[0], known], outputs, concurrency_limit=1, concurrency_id="models")
+            for event in (ask.click, question.submit)
+        ]
+        # The browser clears by itself: an answer of the server could come after the next question was typed.
+        empty = json.dumps([[] for _ in chats] + ["" for _ in facts])
         for event in (new.click, image.change, *(chat.clear for chat in chats)):
-            event(forget, None, outputs)
+            event(None, None, [*chats, *facts], js=f"() => {empty}", cancels=asked)
+        new.click(None, None, question, js="() => ''")
     return blocks
 
 
@@ -84,11 +97,11 @@ def _short(speaker: Speaker) -> str:
     return "/".join(Path(speaker.name).parts[-2:])
 
 
-def answers(speakers: list[Speaker], path: str | None, text: str, known: list[Talk]) -> Iterator[list[Any]]:
-    """Each model's answer in turn, while it grows.
+def answers(speakers: list[Speaker], path: str | None, text: str, known: Known) -> Iterator[list[Any]]:
+    """Each model's answer in turn, while it grows; another image than that of `known` begins new conversations.
 
-    Every yield is what the page shows now: the question's box, the conversations (`known` are those so far), each
-    model's messages, each model's figures.
+    Every yield is what the page shows now: the question's box (emptied once, then left to who types), the
+    conversations with their image's path, each model's messages, each model's figures.
 
     Raises:
         gradio.Error: if there is no image, or a question or an image that cannot be used.
@@ -98,17 +111,19 @@ def answers(speakers: list[Speaker], path: str | None, text: str, known: list[Ta
     if path is None:
         raise gr.Error("Choose an image first.", duration=6)
     try:
-        talks = known or [Talk(speaker, open_image(Path(path))) for speaker in speakers]
+        talks = known[1] if known[0] == path else [Talk(speaker, open_image(Path(path))) for speaker in speakers]
+        box: Any = ""
         facts = [""] * len(speakers)
         saying: list[str | None] = [None] * len(speakers)
         for number, talk in enumerate(talks):
             saying[number] = ""
             for piece in talk.ask(text):
                 saying[number] = f"{saying[number]}{piece}"
-                yield ["", talks, *_shown(talks, text, saying), *facts]
+                yield [box, (path, talks), *_shown(talks, text, saying), *facts]
+                box = gr.skip()
             saying[number] = None
             facts[number] = talk.facts
-            yield ["", talks, *_shown(talks, text, saying), *facts]
+            yield [box, (path, talks), *_shown(talks, text, saying), *facts]
     except (ValueError, OSError) as error:
         raise gr.Error(str(error), duration=10) from error
 

@@ -1,10 +1,13 @@
 """Chat: answers that stream, in a real terminal and in a real browser."""
 
+import http.client
 import itertools
+import json
 import os
 import pty
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -214,32 +217,71 @@ def test_a_conversation_in_a_terminal(exported: Path, picture: Path, talk: Talk)
 
 
 @pytest.fixture
-def page(exported: Path, hang_s: int) -> Iterator[object]:
-    """The page with the model against itself, in Chromium; nothing outside this machine is asked for anything."""
-    pytest.importorskip("gradio", reason="the browser test needs gradio: pip install 'compact-vision-tokens[web]'")
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("the browser test needs chromium (apt-get install chromium)")
+def served(exported: Path, tmp_path: Path) -> Iterator[tuple[Terminal, int]]:
+    """The page with the model against itself, and its port; temporary files go to `tmp_path`."""
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install 'compact-vision-tokens[web]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["training/chat.py", str(exported), "--web", "--against", str(exported), "--port", str(port)]
-    server = Terminal(sys.executable, *command, "--max-new-tokens", "8", "--device", "cpu")
+    options = ["--max-new-tokens", "8", "--device", "cpu"]
+    server = Terminal("env", f"TMPDIR={tmp_path}", sys.executable, *command, *options)
     try:
         server.until(f"127.0.0.1:{port}")
-        with playwright.sync_playwright() as play:
-            patience_ms = 1000 * hang_s / 2  # before the test is stopped: the browser's message says more
-            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=patience_ms)
-            opened = browser.new_page(viewport={"width": 1280, "height": 800})
-            opened.set_default_timeout(patience_ms)
-            opened.foreign = []
-            opened.on("request", lambda r: opened.foreign.append(r.url) if "127.0.0.1" not in r.url else None)
-            opened.goto(f"http://127.0.0.1:{port}")
-            yield opened
-            browser.close()
+        yield server, port
     finally:
         server.close()
+
+
+@pytest.fixture
+def page(served: tuple[Terminal, int], hang_s: int) -> Iterator[object]:
+    """The page in Chromium; nothing outside this machine is asked for anything."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("the browser test needs chromium (apt-get install chromium)")
+    with playwright.sync_playwright() as play:
+        patience_ms = 1000 * hang_s / 2  # before the test is stopped: the browser's message says more
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=patience_ms)
+        opened = browser.new_page(viewport={"width": 1280, "height": 800})
+        opened.set_default_timeout(patience_ms)
+        opened.foreign = []
+        opened.on("request", lambda r: opened.foreign.append(r.url) if "127.0.0.1" not in r.url else None)
+        opened.goto(f"http://127.0.0.1:{served[1]}")
+        yield opened
+        browser.close()
+
+
+@pytest.mark.slow  # a server of its own
+def test_the_page_refuses_other_hosts_and_origins_and_leaves_no_upload(
+    served: tuple[Terminal, int], picture: Path, tmp_path: Path
+) -> None:
+    server, port = served
+
+    def asked(path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("GET" if body is None else "POST", path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+    assert asked("/config")[0] == asked("/config", Host=f"localhost:{port}")[0] == 200
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost@evil.example", ""):
+        assert asked("/config", Host=host)[0] == 400, host
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%b\r\n--x--\r\n'
+    upload = {"path": "/gradio_api/upload", "body": form % picture.read_bytes()}
+    sent = {"Content-Type": "multipart/form-data; boundary=x"}
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{port + 1}", f"https://127.0.0.1:{port}"):
+        assert asked(**upload, **sent, Origin=origin)[0] == 403, origin
+    assert not list(tmp_path.rglob("*.png"))
+    status, answered = asked(**upload, **sent, Origin=f"http://127.0.0.1:{port}")
+    assert status == 200
+    (kept,) = json.loads(answered)
+    assert Path(kept).read_bytes() == picture.read_bytes()
+    assert asked(f"/gradio_api/file={kept}")[0] == 200
+    assert asked(f"/gradio_api/file={ROOT / 'README.md'}")[0] == 403
+    server.process.terminate()
+    assert server.process.wait() == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 def letters(text: str) -> str:

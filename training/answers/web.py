@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,38 +19,69 @@ INTRODUCTION = """\
 Choose an image and ask about it. Every model gets the same image and the same question, one after the other, so that
 none slows the others down."""
 Known = tuple[str, list[Talk]]  # an image's path, and each model's conversation about it
+_HOUR, _DAY = 3600, 86400  # s: how often uploads are looked through, and how old the oldest becomes
 CSS = ".facts p {font-variant-numeric: tabular-nums; opacity: .75} footer {display: none !important}"
 
 
 def serve(load: Callable[[], list[Speaker]], port: int) -> None:
-    """Serve the page on this machine until Ctrl-C; the models are loaded once gradio is known to be there.
+    """Serve the page on this machine until Ctrl-C or a signal to end; what was uploaded goes with it.
+
+    The models are loaded once gradio is known to be there.
 
     Raises:
         ValueError: if gradio is not installed. OSError: if the port is taken.
     """
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # before gradio is imported: nothing is sent anywhere
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise ValueError(f"--web needs gradio: pip install 'compact-vision-tokens[web]' ({error})") from error
-    # Fonts of the machine itself: gradio's own come from another server.
-    page(load()).launch(
-        server_name="127.0.0.1",
-        server_port=port,
-        share=False,
-        theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
-        css=CSS,
-        footer_links=[],
-        max_file_size="64mb",
-        run_history=False,
-    )
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the folder below is removed
+    with tempfile.TemporaryDirectory(prefix="compact-vision-uploads-", ignore_cleanup_errors=True) as uploads:
+        # Read when gradio is imported: nothing is sent anywhere, and uploads have a folder of their own.
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
+        try:
+            import gradio as gr
+            from starlette.middleware import Middleware
+            from starlette.middleware.trustedhost import TrustedHostMiddleware
+        except ImportError as error:
+            raise ValueError(f"--web needs gradio: pip install 'compact-vision-tokens[web]' ({error})") from error
+        # A page of another site must not ask this one, neither by a name that it let point here nor in its own name.
+        guards = [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]), Middleware(OwnOrigin)]
+        # Fonts of the machine itself: gradio's own come from another server.
+        page(load()).launch(
+            server_name="127.0.0.1",
+            server_port=port,
+            share=False,
+            theme=gr.themes.Soft(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+            css=CSS,
+            footer_links=[],
+            max_file_size="64mb",
+            run_history=False,
+            app_kwargs={"middleware": guards},
+        )
+
+
+class OwnOrigin:
+    """ASGI middleware that refuses what a page of another origin than this server's sends (status 403)."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Hand a request on, or refuse it; a browser names the origin of every request of a page that can change."""
+        from starlette.datastructures import Headers
+        from starlette.responses import PlainTextResponse
+
+        headers = Headers(raw=scope.get("headers", []))
+        origin = headers.get("origin")
+        handler = self.app
+        if origin is not None and origin != f"http://{headers.get('host')}":
+            handler = PlainTextResponse(f"a page of {origin[:200]} may not ask this server\n", status_code=403)
+        await handler(scope, receive, send)
 
 
 def page(speakers: list[Speaker]) -> Any:
     """The page as Gradio Blocks."""
     import gradio as gr
 
-    with gr.Blocks(title="Compact vision tokens", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="Compact vision tokens", analytics_enabled=False, delete_cache=(_HOUR, _DAY)) as blocks:
         gr.Markdown(INTRODUCTION)
         known = gr.State(("", []))
         with gr.Row():

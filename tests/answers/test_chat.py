@@ -1,10 +1,13 @@
 """Chat: answers that stream, in a real terminal and in a real browser."""
 
+import http.client
 import itertools
+import json
 import os
 import pty
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -113,7 +116,7 @@ def test_on_the_page_answers_grow_one_model_after_the_other(talk: Talk, picture:
 
     talk.speaker.max_new_tokens = 20
     speakers = [talk.speaker, talk.speaker]
-    shown = list(answers(speakers, str(picture), "What is this?", []))
+    shown = list(answers(speakers, str(picture), "What is this?", ("", [])))
     expected = "".join(talk.ask("What is this?")).strip()
     first, second = ([state[2 + side][-1:] for state in shown] for side in (0, 1))
     grown = [state[0]["content"] for state in first if state]
@@ -126,7 +129,38 @@ def test_on_the_page_answers_grow_one_model_after_the_other(talk: Talk, picture:
     assert second[-1][0]["content"] == expected
     for path, question, said in ((None, "What?", "Choose an image"), (str(picture), "<image>", "some text without")):
         with pytest.raises(gr.Error, match=said):
-            list(answers(speakers, path, question, []))
+            list(answers(speakers, path, question, ("", [])))
+
+
+def test_on_the_page_another_image_begins_another_talk_and_the_question_is_emptied_once(
+    talk: Talk, picture: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install 'compact-vision-tokens[web]'")
+    from training.answers.web import answers
+
+    first = list(answers([talk.speaker], str(picture), "What is this?", ("", [])))
+    assert first[0][0] == ""
+    assert "" not in [state[0] for state in first[1:]]
+    (again,) = list(answers([talk.speaker], str(picture), "Why?", first[-1][1]))[-1][1][1]
+    assert len(again.history) == 2
+    other = tmp_path / "other.png"
+    Image.new("RGB", (9, 9)).save(other)
+    ends = list(answers([talk.speaker], str(other), "And this?", first[-1][1]))[-1]
+    assert [question for question, _ in ends[1][1][0].history] == ["<image>\nAnd this?"]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK"])
+def test_the_image_that_was_chosen_on_the_page_reaches_the_model_as_it_is(
+    mode: str, talk: Talk, tmp_path: Path
+) -> None:
+    gr = pytest.importorskip("gradio", reason="the page needs gradio: pip install 'compact-vision-tokens[web]'")
+    from training.answers.web import page as page_of
+
+    path = tmp_path / ("photo.jpg" if mode in ("L", "CMYK") else "photo.png")
+    Image.new(mode, (20, 10), 77).save(path)
+    (chosen,) = [block for block in page_of([talk.speaker]).blocks.values() if isinstance(block, gr.Image)]
+    handed_on = chosen.preprocess(chosen.data_model(path=str(path), orig_name=path.name))
+    assert handed_on == str(path)
 
 
 class Terminal:
@@ -183,32 +217,71 @@ def test_a_conversation_in_a_terminal(exported: Path, picture: Path, talk: Talk)
 
 
 @pytest.fixture
-def page(exported: Path, hang_s: int) -> Iterator[object]:
-    """The page with the model against itself, in Chromium; nothing outside this machine is asked for anything."""
-    pytest.importorskip("gradio", reason="the browser test needs gradio: pip install 'compact-vision-tokens[web]'")
-    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("the browser test needs chromium (apt-get install chromium)")
+def served(exported: Path, tmp_path: Path) -> Iterator[tuple[Terminal, int]]:
+    """The page with the model against itself, and its port; temporary files go to `tmp_path`."""
+    pytest.importorskip("gradio", reason="the page needs gradio: pip install 'compact-vision-tokens[web]'")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = ["training/chat.py", str(exported), "--web", "--against", str(exported), "--port", str(port)]
-    server = Terminal(sys.executable, *command, "--max-new-tokens", "8", "--device", "cpu")
+    options = ["--max-new-tokens", "8", "--device", "cpu"]
+    server = Terminal("env", f"TMPDIR={tmp_path}", sys.executable, *command, *options)
     try:
         server.until(f"127.0.0.1:{port}")
-        with playwright.sync_playwright() as play:
-            patience_ms = 1000 * hang_s / 2  # before the test is stopped: the browser's message says more
-            browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=patience_ms)
-            opened = browser.new_page(viewport={"width": 1280, "height": 800})
-            opened.set_default_timeout(patience_ms)
-            opened.foreign = []
-            opened.on("request", lambda r: opened.foreign.append(r.url) if "127.0.0.1" not in r.url else None)
-            opened.goto(f"http://127.0.0.1:{port}")
-            yield opened
-            browser.close()
+        yield server, port
     finally:
         server.close()
+
+
+@pytest.fixture
+def page(served: tuple[Terminal, int], hang_s: int) -> Iterator[object]:
+    """The page in Chromium; nothing outside this machine is asked for anything."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="the browser test needs playwright")
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("the browser test needs chromium (apt-get install chromium)")
+    with playwright.sync_playwright() as play:
+        patience_ms = 1000 * hang_s / 2  # before the test is stopped: the browser's message says more
+        browser = play.chromium.launch(executable_path=chromium, args=["--no-sandbox"], timeout=patience_ms)
+        opened = browser.new_page(viewport={"width": 1280, "height": 800})
+        opened.set_default_timeout(patience_ms)
+        opened.foreign = []
+        opened.on("request", lambda r: opened.foreign.append(r.url) if "127.0.0.1" not in r.url else None)
+        opened.goto(f"http://127.0.0.1:{served[1]}")
+        yield opened
+        browser.close()
+
+
+@pytest.mark.slow  # a server of its own
+def test_the_page_refuses_other_hosts_and_origins_and_leaves_no_upload(
+    served: tuple[Terminal, int], picture: Path, tmp_path: Path
+) -> None:
+    server, port = served
+
+    def asked(path: str, body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+        connection = http.client.HTTPConnection("127.0.0.1", port)
+        connection.request("GET" if body is None else "POST", path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+
+    assert asked("/config")[0] == asked("/config", Host=f"localhost:{port}")[0] == 200
+    for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", "localhost@evil.example", ""):
+        assert asked("/config", Host=host)[0] == 400, host
+    form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n%b\r\n--x--\r\n'
+    upload = {"path": "/gradio_api/upload", "body": form % picture.read_bytes()}
+    sent = {"Content-Type": "multipart/form-data; boundary=x"}
+    for origin in ("http://evil.example", "null", f"http://127.0.0.1:{port + 1}", f"https://127.0.0.1:{port}"):
+        assert asked(**upload, **sent, Origin=origin)[0] == 403, origin
+    assert not list(tmp_path.rglob("*.png"))
+    status, answered = asked(**upload, **sent, Origin=f"http://127.0.0.1:{port}")
+    assert status == 200
+    (kept,) = json.loads(answered)
+    assert Path(kept).read_bytes() == picture.read_bytes()
+    assert asked(f"/gradio_api/file={kept}")[0] == 200
+    assert asked(f"/gradio_api/file={ROOT / 'README.md'}")[0] == 403
+    server.process.terminate()
+    assert server.process.wait() == 128 + signal.SIGTERM
+    assert not list(tmp_path.iterdir())
 
 
 def letters(text: str) -> str:
@@ -219,22 +292,30 @@ def letters(text: str) -> str:
 def test_a_conversation_in_a_browser(page, picture: Path, talk: Talk, tmp_path: Path) -> None:
     talk.speaker.max_new_tokens = 8
     page.get_by_text("4 vision tokens of 16").first.wait_for()
+    question = page.locator("#question textarea")
+    question.fill("What is this?")
     page.locator("#ask").click()
     page.get_by_text("Choose an image first.").wait_for()
+    page.get_by_test_id("toast-close").click()
     page.locator("input[type=file]").first.set_input_files(str(picture))
     page.locator("img[src*='red']").first.wait_for()
+    assert question.input_value() == "What is this?"  # typed before the image was chosen
     said = ""
-    for question in ("What is this?", "Why?"):
-        page.locator("#question textarea").fill(question)
+    for text in ("What is this?", "Why?"):
+        question.fill(text)
         page.locator("#ask").click()
-        said += letters(question) + letters("".join(talk.ask(question)))
+        said += letters(text) + letters("".join(talk.ask(text)))
         for side in (0, 1):
             page.wait_for_function(
-                "([side, said]) => document.querySelector(`#chat${side}`).innerText.replace(/\\W/g, '').includes(said)",
+                "([side, said]) => document.querySelector('[data-testid=toast-body]') ||"
+                "document.querySelector(`#chat${side}`).innerText.replace(/\\W/g, '').includes(said)",
                 arg=[side, said],
             )
+            assert said in letters(page.locator(f"#chat{side}").inner_text()), page.locator("body").inner_text()
             page.locator(f"#facts{side}").get_by_text("first token after").wait_for()
     page.screenshot(path=os.environ.get("CHAT_SCREENSHOT", str(tmp_path / "chat.png")))
+    question.fill("Forgotten")
     page.locator("#new").click()
     page.get_by_text("Why?").first.wait_for(state="detached")
+    page.wait_for_function("document.querySelector('#question textarea').value === ''")
     assert not page.foreign

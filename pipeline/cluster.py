@@ -77,7 +77,7 @@ def no_answer(gcs_address: str) -> str:
             return f"no answer within {ANSWERS_IN} s"
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             return "it asks for a token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
-        return _first_line(error.details() or error.code().name)
+        return _first_line(error.details() or error.code().name).rpartition("last error: ")[2]
     return ""
 
 

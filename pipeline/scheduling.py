@@ -9,6 +9,7 @@ import logging
 import os
 import queue
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -34,9 +35,11 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 4  # of a shard whose worker dies
 HANGS = 2  # of one shard, then the build ends
-BEATS = 10  # signs of a worker, and looks at them, while it could hang
+BEATS = 10  # signs of a worker, and looks at them, while it could hang; at least one every
+BEAT_S = 10  # s
 BOARD = "compact-vision-build"  # the namespace of Ray's key-value store in which workers leave their signs
-ENDS_IN = 60  # s, a process that is told to; and Ray's control process may be away so long
+ENDS_IN = 60  # s, a process that is told to
+RESTARTS_IN = 30  # s, Ray's control process; after 60 s without it Ray ends the build's process with a line of its own
 AGAIN = "The shards that are done stay. Mend this, then run the same command again"
 READER = "build-outcomes"
 
@@ -166,7 +169,7 @@ class _RayWorker:
         started = psutil.Process().create_time()
         self._sign = Sign(socket.gethostname(), context.get_node_id(), os.getpid(), started, beat=0)
         name = f"{board}/{context.get_actor_id()}"
-        threading.Thread(target=self._send_signs, args=(name, config.hang_s / BEATS), daemon=True).start()
+        threading.Thread(target=self._send_signs, args=(name, _period(config.hang_s)), daemon=True).start()
 
     @cached_property
     def _worker(self) -> ShardWorker:
@@ -207,6 +210,11 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error} ({place.filename}, line {place.lineno})"
 
 
+def _period(hang_s: float) -> float:
+    """Seconds between two signs of a worker, and between two looks at them."""
+    return min(hang_s / BEATS, BEAT_S)
+
+
 class _Guard:
     """In the driver: looks at the workers' signs, and ends those that hang.
 
@@ -215,12 +223,12 @@ class _Guard:
     """
 
     def __init__(self, board: str, hang_s: float, say: Callable[[str], None]) -> None:
-        self.period = hang_s / BEATS
+        self.period = _period(hang_s)
         self._board, self._say = board, say
         self._watch = Watch(hang_s)
         self._hangs: Counter[int] = Counter()
-        self._looked = time.monotonic()
-        self._answered = time.monotonic()
+        self._watch.moved = self._looked = self._answered = time.monotonic()
+        self._said = False  # that nothing moves
         client = ray.util.client.ray.is_connected()  # it does not speak to the control process itself
         self._gcs = None if client else ray.get_runtime_context().gcs_address
 
@@ -228,7 +236,7 @@ class _Guard:
         """Take note of the workers' signs, if it is time to.
 
         Raises:
-            ValueError: if a shard has hung twice, a worker cannot be ended, or Ray's control process is gone.
+            ValueError: if a shard has hung twice, or no worker moves for twice hang_s.
         """
         now = time.monotonic()
         if now - self._looked < self.period:
@@ -239,19 +247,32 @@ class _Guard:
         signs = self._signs()
         for name, (sign, seconds) in self._watch.hung(signs, now).items():
             self._end(name, sign, seconds)
+        self._anyone_moves(now - self._watch.moved)
         for line in self._watch.slow(now):
             self._say(line)
 
+    def _anyone_moves(self, idle: float) -> None:
+        """Workers that Ray cannot start, or that stop before their first sign, are known by nothing else."""
+        cause = f"no worker has moved for {idle:.0f} s and Ray has started no other: the cluster is busy or hangs"
+        if idle >= 2 * self._watch.hang_s:
+            raise ValueError(f"{cause} (`ray status`). {AGAIN}")
+        if (stands := idle >= self._watch.hang_s) and not self._said:
+            self._say(f"{cause}; the build waits as long again")
+        self._said = stands
+
     def _answers(self, now: float) -> bool:
-        """Whether Ray's control process does; it may start again within a minute."""
+        """Whether Ray's control process does; without it the process ends here, as Ray cannot be left in order."""
         fault = "" if self._gcs is None else no_answer(self._gcs)
         if not fault:
             self._answered = now
-        elif now - self._answered > ENDS_IN / 2:
-            raise LostClusterError(
-                f"Ray's control process (GCS) at {self._gcs} does not answer: {fault}; it was ended, perhaps for want "
-                f"of memory. The shards that are done stay; run the same command again"
+        elif now - self._answered > RESTARTS_IN:
+            print(
+                f"\nerror: Ray's control process (GCS) at {self._gcs} does not answer: {fault}; it has ended, perhaps "
+                "for want of memory. The shards that are done stay; run the same command again",
+                file=sys.stderr,
+                flush=True,
             )
+            os._exit(1)
         return not fault
 
     def _signs(self) -> dict[str, Sign]:
@@ -278,6 +299,7 @@ class _Guard:
             self._watch.forget(name)
             _internal_kv_del(name, namespace=BOARD)
             return
+        self._watch.moved = time.monotonic()  # from here on Ray starts another one
         said = f"{sign}, had not moved for {seconds:.0f} s and was ended"
         if sign.shard is not None:
             self._hangs[sign.shard] += 1
@@ -287,10 +309,6 @@ class _Guard:
                     f"only slow. {AGAIN}"
                 )
         self._say(f"{said}; its work is tried again")
-
-
-class LostClusterError(ValueError):
-    """Ray's control process is gone: nothing of Ray can be asked or ended any more."""
 
 
 def _kill(pid: int, started: float) -> bool:

@@ -47,6 +47,7 @@ class Watch:
 
     def __init__(self, hang_s: float) -> None:
         self.hang_s = hang_s
+        self.moved = 0.0  # when the work of any worker last went on
         self._seen: dict[str, _Seen] = {}
         self._window = 0.0  # start of the present window of time, over which workers are compared
         self._named: set[tuple[str, int]] = set()  # slow processes are named once
@@ -61,9 +62,11 @@ class Watch:
             seen = self._seen.get(name)
             if seen is None or (seen.sign.pid, seen.sign.started) != (sign.pid, sign.started):
                 self._seen[name] = _Seen(sign, moved=now, since=now, steps=sign.steps)
+                self.moved = now
                 continue
-            moved = (sign.shard, sign.steps) != (seen.sign.shard, seen.sign.steps)
-            if moved or (sign.shard is None and sign.beat != seen.sign.beat):
+            if (sign.shard, sign.steps) != (seen.sign.shard, seen.sign.steps):
+                seen.moved = self.moved = now
+            elif sign.shard is None and sign.beat != seen.sign.beat:
                 seen.moved = now
             if sign.shard is None:
                 seen.since, seen.steps = now, sign.steps

@@ -23,8 +23,9 @@ import torch
 from pipeline.codec import to_payload
 from pipeline.config import BuildConfig
 from pipeline.dataset import ImageSource
-from pipeline.encoder import Encoder, family_of, load_image
+from pipeline.encoder import Encoder, family_of
 from pipeline.encoders.base import VisionEncoder
+from pipeline.encoders.decode import load_image
 from pipeline.encoders.pixels import Pixels
 from pipeline.manifest import claim, read_commit, write_commit
 from pipeline.schema import (

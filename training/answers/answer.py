@@ -98,7 +98,7 @@ def _answered(question: Asked, text: str) -> AnswerLine:
 
 def _picture(question: Asked, questions: Questions) -> Image | None:
     """The question's image, decoded; None if it has none."""
-    from pipeline.encoder import load_image
+    from pipeline.encoders.decode import load_image
 
     if question.image is None:
         return None

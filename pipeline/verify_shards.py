@@ -235,7 +235,8 @@ def compare_with_live_clip(
 
     from pipeline.codec import from_payload
     from pipeline.dataset import ImageSource, index_zips
-    from pipeline.encoder import Encoder, describe_encoder, load_image
+    from pipeline.encoder import Encoder, describe_encoder
+    from pipeline.encoders.decode import load_image
 
     weights = describe_encoder(encoder, spec.encoder.revision).revision
     if weights != spec.encoder.revision:

@@ -160,7 +160,7 @@ class _Pictures:
     """The source images: from the image folders or, if the store keeps them, from behind the records."""
 
     def __init__(self, storage: Storage, spec: StoreSpec, images: tuple[str, ...]) -> None:
-        from pipeline.dataset import ImageSource, index_zips
+        from pipeline.images import ImageSource, index_zips
 
         self.storage, self.spec = storage, spec
         self.source = ImageSource(images) if images else None

@@ -28,6 +28,7 @@ SAMPLES = "samples"  # the name of the tar that holds the records, beside the fe
 Aspect = Literal["pad", "square"]
 Codec = Literal["bf16", "fp16", "fp8", "int8"]
 Compute = Literal["float32", "bfloat16", "float16"]
+FailureKind = Literal["record", "missing image", "image", "features"]  # always a fact of the data
 
 
 class _Record(BaseModel):
@@ -129,11 +130,15 @@ class ColumnFile(_Record):
 
 
 class Failure(_Record):
-    """A sample that could not be stored: where it came from and why. `key` is empty for a record without a sample."""
+    """A sample that could not be stored: where it came from and why. `key` is empty for a record without a sample.
+
+    `kind` is None in stores made before failures had one.
+    """
 
     key: str
     source: str
     reason: str
+    kind: FailureKind | None = None
 
 
 class Commit(_Record):

@@ -25,6 +25,7 @@ LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 LARGEST = 2**30  # bytes of an image file; each decoding thread holds one
 SHOWN = 3  # names of each side in a message about names
 _ENCRYPTED, _UTF8 = 0x1, 0x800  # flag bits of a zip member
+_PACKINGS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "ppmd", 99: "AES"}  # not read
 _UNICODE_PATH = 0x7075  # the extra field that holds a member's name in UTF-8
 
 
@@ -170,7 +171,7 @@ def _index_zip(root: str) -> dict[str, ZipMember]:
         if info.flag_bits & _ENCRYPTED:
             raise ValueError(f"images: {root} is encrypted ({info.filename}); unpack it with its password")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            packing = zipfile.compressor_names.get(info.compress_type, f"method {info.compress_type}")
+            packing = _PACKINGS.get(info.compress_type, f"method {info.compress_type}")
             raise ValueError(
                 f"images: {root} is packed with {packing} ({info.filename}), which cannot be read in place; unpack it, "
                 "or pack it again with `zip -r` (stored or deflated)"

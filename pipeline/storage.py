@@ -102,14 +102,6 @@ class Storage:
             return False
         return True
 
-    def list(self, prefix: str = "") -> dict[str, int]:
-        """Names (relative to the root) and lengths of all files below `prefix`, sorted by name."""
-        if self._local is not None:
-            return _list_local(self._local, prefix)
-        found = self._retried(lambda fs, key: fs.find(key, detail=True), prefix)
-        skip = len(self.root) - len("s3://") + 1  # s3fs names files bucket/prefix/name: cut off up to the last slash
-        return {key[skip:]: int(entry["size"]) for key, entry in sorted(found.items()) if entry["type"] == "file"}
-
     def first(self, count: int) -> list[str]:
         """Names of at most `count` files below the root: whichever are found first."""
         if self._local is not None:
@@ -119,6 +111,14 @@ class Storage:
         asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": count}
         found = self._retried(lambda fs, _: fs.call_s3("list_objects_v2", **asked), "")
         return [entry["Key"].removeprefix(prefix) for entry in found.get("Contents", [])]
+
+    def list(self, prefix: str = "") -> dict[str, int]:
+        """Names (relative to the root) and lengths of all files below `prefix`, sorted by name."""
+        if self._local is not None:
+            return _list_local(self._local, prefix)
+        found = self._retried(lambda fs, key: fs.find(key, detail=True), prefix)
+        skip = len(self.root) - len("s3://") + 1  # s3fs names files bucket/prefix/name: cut off up to the last slash
+        return {key[skip:]: int(entry["size"]) for key, entry in sorted(found.items()) if entry["type"] == "file"}
 
     def download(self, name: str, target: Path) -> None:
         """Copy a file to the local path `target`, replacing it."""

@@ -311,6 +311,7 @@ class _ShardInTheMaking:
             words=tuple(words),
             files={name: writer.finish() for name, writer in self.writers.items()},
             failures=tuple(self.failures),
+            store=self.spec.digest,
         )
 
 

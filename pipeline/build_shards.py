@@ -116,8 +116,9 @@ def read_sources(config: BuildConfig) -> tuple[Dataset, StoreSpec]:
     Raises:
         ValueError: if files are missing, are not LLaVA data, or the encoder does not have the blocks.
     """
-    from pipeline.dataset import check_roots, read_dataset
+    from pipeline.dataset import read_dataset
     from pipeline.encoder import columns_of, describe_encoder
+    from pipeline.images import check_roots
     from pipeline.plan import count_shards
     from pipeline.schema import StoreSpec
 
@@ -157,7 +158,7 @@ def plan(config: BuildConfig, dataset: Dataset, spec: StoreSpec, arguments: argp
     Raises:
         ValueError: if the store belongs to another build.
     """
-    from pipeline.dataset import list_images
+    from pipeline.images import absent_images
     from pipeline.manifest import SPEC, check
     from pipeline.plan import report, todo
     from pipeline.storage import Storage
@@ -165,10 +166,10 @@ def plan(config: BuildConfig, dataset: Dataset, spec: StoreSpec, arguments: argp
     storage = Storage(config.store)
     known = check(storage, spec) if storage.exists(SPEC) else None
     left = todo(storage, known or spec, spec.columns)
-    there = list_images(config.image_roots)
-    missing = sum(record.image is not None and record.image not in there for record in dataset.records)
+    names = [record.image for record in dataset.records if record.image is not None]
+    absent = absent_images(config.image_roots, names)
     prices = {name: getattr(arguments, name) for name in ("rate", "price", "step_time", "batch")}
-    return report(config, spec, dataset, left, missing, prices)
+    return report(config, spec, dataset, left, absent, prices)
 
 
 def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
@@ -177,8 +178,8 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
     Raises:
         ValueError: if the store belongs to another build, or too many samples fail.
     """
-    from pipeline.manifest import claimed, create_or_check, write_failures, write_manifest
-    from pipeline.plan import todo
+    from pipeline.manifest import claimed, create_or_check, known_failures, write_failures, write_manifest
+    from pipeline.plan import missing_names, todo
     from pipeline.schema import claim_path
     from pipeline.storage import Storage
 
@@ -196,9 +197,9 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
         for part in ([w for w in work if w.base], [w for w in work if not w.base]):
             if part:
                 build_on_ray(config, dataset, spec, part, storage)
-    except TooManyFailuresError:
+    except TooManyFailuresError as error:
         write_failures(storage, dataset.failures)
-        raise
+        raise TooManyFailuresError(f"{error}{missing_names(config, known_failures(storage))}") from error
     samples = write_manifest(storage, spec, dataset.failures)
     for shard in claimed(storage):
         storage.delete(claim_path(shard))
@@ -219,7 +220,7 @@ class TooManyFailuresError(ValueError):
 def build_on_ray(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Work], storage: Storage) -> None:
     """Let Ray Data spread the shards over a pool of workers: one row is one shard, no feature passes through Ray."""
     from pipeline.cluster import joined
-    from pipeline.dataset import index_zips
+    from pipeline.images import index_zips
     from pipeline.manifest import claimed, known_failures
     from pipeline.plan import row_of, shard_records
 

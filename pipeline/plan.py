@@ -8,9 +8,10 @@ from typing import Any
 
 from pipeline.codec import payload_bytes
 from pipeline.config import BuildConfig
-from pipeline.dataset import Dataset, Record, ZipMember
+from pipeline.dataset import Dataset, Record
+from pipeline.images import ZipMember, compare_names
 from pipeline.manifest import added_columns, committed
-from pipeline.schema import Codec, Column, StoreSpec
+from pipeline.schema import Codec, Column, Failure, StoreSpec
 from pipeline.storage import Storage
 
 CODECS: tuple[Codec, ...] = ("bf16", "fp16", "fp8", "int8")
@@ -89,9 +90,14 @@ def break_even(batch: float, image_bytes: float, step_s: float, encode_rate: flo
 
 
 def report(
-    config: BuildConfig, spec: StoreSpec, dataset: Dataset, left: list[Work], missing: int, prices: dict[str, float]
+    config: BuildConfig,
+    spec: StoreSpec,
+    dataset: Dataset,
+    left: list[Work],
+    absent: list[str],
+    prices: dict[str, float],
 ) -> str:
-    """What a build would do and cost, for a person: printed by `--plan`."""
+    """What a build would do and cost, for a person: printed by `--plan`. `absent`: images that no root has."""
     images = sum(record.image is not None for record in dataset.records)
     conversations = sum(len(record.conversations) for record in dataset.records)
     per_image = {codec: sum(payload_bytes(column, codec) for column in spec.columns) for codec in CODECS}
@@ -102,7 +108,8 @@ def report(
     images_left, bytes_left = _left(spec, dataset, left)
     lines = [
         f"store          {config.store}",
-        f"images         {images:,} (not found: {missing:,}), text-only records {len(dataset.records) - images:,}",
+        f"images         {images:,} (not found: {len(absent):,}), text-only records {len(dataset.records) - images:,}",
+        *([f"               {compare_names(config.image_roots, absent)}"] if 2 * len(absent) > images else []),
         f"conversations  {conversations:,}; {dataset.merged:,} joined an image already seen, "
         f"{dataset.duplicates:,} duplicates left out, {len(dataset.failures):,} records unusable",
         f"shards         {spec.shards:,} of {spec.shard_size} samples; "
@@ -127,6 +134,14 @@ def report(
         f"images/s (--rate); reading is faster above {even / 1e9:,.3f} GB/s per GPU",
     ]
     return "\n".join(lines)
+
+
+def missing_names(config: BuildConfig, failures: list[Failure]) -> str:
+    """If most failures are missing images: the names that are asked for beside names that are there."""
+    absent = [failure.source for failure in failures if failure.kind == "missing image"]
+    if 2 * len(absent) <= len(failures):
+        return ""
+    return f". Most images are missing: {compare_names(config.image_roots, absent)}"
 
 
 def _left(spec: StoreSpec, dataset: Dataset, left: list[Work]) -> tuple[int, int]:

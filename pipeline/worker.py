@@ -23,11 +23,11 @@ import torch
 
 from pipeline.codec import to_payload
 from pipeline.config import BuildConfig
-from pipeline.dataset import ImageSource
 from pipeline.encoder import Encoder, family_of
 from pipeline.encoders.base import VisionEncoder
 from pipeline.encoders.decode import load_image
 from pipeline.encoders.pixels import Pixels
+from pipeline.images import ImageSource, MissingImageError
 from pipeline.manifest import claim, read_commit, write_commit
 from pipeline.schema import (
     SAMPLES,
@@ -36,6 +36,7 @@ from pipeline.schema import (
     Commit,
     Conversation,
     Failure,
+    FailureKind,
     Sample,
     StoreSpec,
     claim_path,
@@ -51,7 +52,7 @@ BATCHES_AHEAD = 2  # decoded ahead of CLIP; one more is being written
 
 @dataclass
 class _Item:
-    """A sample on its way; `fault` says why it does not arrive."""
+    """A sample on its way; `fault` says why it does not arrive, `kind` what kind of failure that is."""
 
     key: str
     image: str | None
@@ -60,6 +61,7 @@ class _Item:
     data: bytes | None = None  # of the source image, if it is to be stored
     size: tuple[int, int] | None = None  # width and height of the upright image, in pixels
     fault: str | None = None
+    kind: FailureKind = "image"
 
 
 @dataclass
@@ -173,7 +175,10 @@ class ShardWorker:
         return items
 
     def _decode(self, key: str, image: str | None, conversations: list[dict[str, Any]], places: Any) -> _Item:
-        """Fetch, decode and preprocess one image, in a thread; what is wrong with it becomes its fault."""
+        """Fetch, decode and preprocess one image, in a thread; what is wrong with it becomes its fault.
+
+        An OSError is no fault of the image (permission, network, disk, file handles): it ends the build.
+        """
         item = _Item(key, image, conversations)
         if image is None:
             return item
@@ -185,6 +190,7 @@ class ShardWorker:
             item.data = data if self.spec.stores_images else None
         except ValueError as error:
             item.fault = str(error)
+            item.kind = "missing image" if isinstance(error, MissingImageError) else "image"
         return item
 
     def _payloads(self, items: list[_Item], columns: tuple[Column, ...]) -> dict[str, torch.Tensor]:
@@ -211,6 +217,7 @@ class ShardWorker:
             item.pixels = None
             if not is_fine:
                 item.fault = f"features hold NaN or infinity (compute={self.spec.compute})"
+                item.kind = "features"
         try:
             payloads = {name: to_payload(value, self.spec.codec) for name, value in features.items()}
         except ValueError as error:
@@ -290,7 +297,8 @@ class _ShardInTheMaking:
         row = 0  # of the payloads, which have one for each image without a fault
         for item in batch.items:
             if item.fault is not None:
-                self.failures.append(Failure(key=item.key, source=item.image or "", reason=item.fault))
+                failure = Failure(key=item.key, source=item.image or "", reason=item.fault, kind=item.kind)
+                self.failures.append(failure)
                 continue
             width, height = item.size or (None, None)
             conversations = tuple(Conversation.model_validate(c) for c in item.conversations)
@@ -317,6 +325,7 @@ class _ShardInTheMaking:
             words=tuple(words),
             files={name: writer.finish() for name, writer in self.writers.items()},
             failures=tuple(self.failures),
+            store=self.spec.digest,
         )
 
 

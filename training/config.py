@@ -109,6 +109,9 @@ class ExampleSettings(Settings):
     store: str = Field(description="feature store of pipeline/build_shards.py, local or s3://")
     template: str = Field(description="plain for captions (stage 1), v1 for conversations (stage 2)")
     max_length: int = Field(default=2048, gt=8, description="tokens per example, image tokens included")
+    max_skipped: float = Field(
+        default=0.05, ge=0, le=1, description="share of examples that may teach nothing before the run stops"
+    )
 
     @field_validator("template")
     @classmethod

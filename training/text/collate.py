@@ -53,7 +53,7 @@ class Collator:
     image_token_id: int
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """B examples -> `input_ids`, `labels`, `attention_mask` (B, L); `shows_image`, bool (B,); `skipped`, a list of B.
+        """B examples -> `input_ids`, `labels`, `attention_mask` (B, L); `shows_image` (B,), bool; `skipped`, B long.
 
         An example that teaches nothing keeps its row: BOS, which is not learned, and no image. Its place in `skipped`
         says why; that of the others is None.

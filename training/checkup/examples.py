@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from training.checkup.finding import Finding
+from training.checkup.finding import Finding, Level
 from training.config import TrainConfig
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def examples(config: TrainConfig, model: CompactVisionForConditionalGeneration) 
     if not reasons:
         yield Finding("ok", "examples", f"all {total:,} have something to learn")
         return
-    level = "fail" if too_many(len(reasons), total, total, config.data.max_skipped) else "warn"
+    level: Level = "fail" if too_many(len(reasons), total, total, config.data.max_skipped) else "warn"
     hint = f"data.max_skipped is {config.data.max_skipped:g}; mend them in the data, or raise it"
     first = next(iter(reasons))
     text = f"{len(reasons):,} of {total:,} would be skipped, {first} first ({hint}):\n{by_kind(reasons.values())}"

@@ -5,22 +5,37 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.encoders.columns import PAPER_BLOCKS
 from pipeline.schema import Aspect, Codec, Compute
+from pipeline.typed import Typed, as_annotated, as_typed, read_yaml
 
 
 class Settings(BaseModel):
-    """A closed, immutable group of settings."""
+    """A closed, immutable group of settings. A text among them is what was typed, with `~` for the home folder."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_typed(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        known = cls.model_fields
+        read = dict(given)
+        for name in given.keys() & known.keys():
+            try:
+                read[name] = as_annotated(given[name], known[name].annotation)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from error
+        return read
 
 
 S = TypeVar("S", bound=Settings)
@@ -30,28 +45,40 @@ class ConfigError(ValueError):
     """Everything that is wrong with a configuration, one problem a line."""
 
 
-def load_config(kind: type[S], path: str | Path | None, overrides: Sequence[str | Mapping[str, Any]]) -> S:
+class Given(NamedTuple):
+    """Settings nested as in a file, and where they come from, for messages."""
+
+    origin: str
+    settings: Mapping[str, Any]
+
+
+def load_config(kind: type[S], path: str | Path | None, overrides: Sequence[str | Given]) -> S:
     """Read `path` (YAML, may be None), apply the overrides in turn, and validate all of it.
 
-    An override is a text `a.b=value`, or settings nested as in the file.
+    An override is a text `a.b=value` of the command line, or `Given`.
     A top-level key that starts with an underscore is left to other readers of the file.
 
     Raises:
-        ConfigError: with every problem found, each with its place, the value found and what was expected.
+        ConfigError: with every problem found, each with its place, the value found, where it comes from and what was
+            expected.
     """
-    tree: dict[str, Any] = {}
-    if path is not None:
-        tree = _read_yaml(Path(path))
+    file = {} if path is None else _read_yaml(Path(path))
+    tree, sources = copy.deepcopy(file), [Given(str(path), file)]  # the later sources win
     problems = []
     for override in overrides:
-        if isinstance(override, Mapping):
-            tree = _overlaid(tree, override)
-        elif problem := _override(tree, override):
+        if isinstance(override, Given):
+            tree = _overlaid(tree, override.settings)
+            sources.append(override)
+            continue
+        if problem := _override(tree, override):
             problems.append(problem)
+        argument: dict[str, Any] = {}
+        _override(argument, override)
+        sources.append(Given("the command line", argument))
     try:
         config = kind.model_validate(tree)
     except ValidationError as error:
-        problems += [_explain(kind, dict(item)) for item in error.errors()]
+        problems += [_explain(kind, dict(item), sources) for item in error.errors()]
     if problems:
         where = "the command line" if path is None else str(path)
         raise ConfigError(
@@ -79,31 +106,31 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             f"configuration file {str(path)!r} does not exist (current folder: {Path.cwd()}); give a YAML file"
         )
     try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML in UTF-8: {error}; correct it there") from error
+        tree = read_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # UnicodeDecodeError among them
+        raise ConfigError(f"{path} is not valid YAML in UTF-8: {_cut(str(error))}; correct it there") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {str(tree)[:80]!r}; expected settings, each as `name: value`")
-    return {key: value for key, value in tree.items() if not str(key).startswith("_")}
+        raise ConfigError(f"{path} holds {_cut(repr(tree))}; expected settings, each as `name: value`")
+    return {key: value for key, value in tree.items() if not key.startswith("_")}
 
 
 def _override(tree: dict[str, Any], text: str) -> str | None:
     """Apply one `a.b=value` in place; the value is read as YAML. Returns a problem, or None."""
     dotted, sign, value = text.partition("=")
     if not sign or not dotted:
-        return f"argument {text!r} is not of the form key=value; write for example seed=1"
+        return f"argument {_cut(repr(text))} is not of the form key=value; write for example seed=1"
     *parents, last = dotted.split(".")
     for parent in parents:
         child = tree.setdefault(parent, {})
+        if isinstance(child, Typed) and isinstance(child.value, dict):
+            child = tree[parent] = child.value  # a group of settings that another argument gave
         if not isinstance(child, dict):
             return (
-                f"argument {text!r}: {parent} holds {child!r}, which has no settings below it; set {parent}=... itself"
+                f"argument {_cut(repr(text))}: {parent} holds {_cut(repr(child))}, which has no settings below it; set "
+                f"{parent}=... itself"
             )
         tree = child
-    try:
-        tree[last] = yaml.safe_load(value)
-    except yaml.YAMLError:  # a text that is no YAML, e.g. with a colon in it, is meant as it stands
-        tree[last] = value
+    tree[last] = as_typed(value)
     return None
 
 
@@ -119,16 +146,40 @@ def _overlaid(tree: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str,
     return result
 
 
-def _explain(kind: type[BaseModel], error: dict[str, Any]) -> str:
-    """One of pydantic's errors as a line: the setting, what is wrong, and the value found or a hint."""
-    place = ".".join(str(part) for part in error["loc"]) or "(whole file)"
+def _explain(kind: type[BaseModel], error: dict[str, Any], sources: Sequence[Given]) -> str:
+    """One of pydantic's errors as a line: the setting, what is wrong, the value found or a hint, and its origin."""
+    place = _cut(".".join(str(part) for part in error["loc"]) or "(whole file)")
     if error["type"] == "missing":
         return f"{place}: required, but not given; add {place}=..."
+    origin = _origin(error["loc"], sources)
+    source = "" if origin is None else f", from {origin}"
     if error["type"] == "extra_forbidden":
         known = _fields_at(kind, error["loc"][:-1])
-        return f"{place}: unknown setting; {meant(str(error['loc'][-1]), sorted(known))}"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    return f"{place}: {message} (found {error['input']!r})"
+        return f"{place}: unknown setting{source}; {meant(str(error['loc'][-1]), sorted(known))}"
+    message = _cut(str(error["msg"]).removeprefix("Value error, "), 1000)
+    return f"{place}: {message} (found {_cut(repr(error['input']))}{source})"
+
+
+def _origin(place: tuple[Any, ...], sources: Sequence[Given]) -> str | None:
+    """Where the value at `place` was given last; None for a default, and for a group that several gave a part of."""
+    holding = [(source.origin, below) for source in sources if (below := _below(source.settings, place)) is not None]
+    if not holding or (len(holding) > 1 and isinstance(holding[-1][1], Mapping)):
+        return None
+    return holding[-1][0]
+
+
+def _below(tree: Any, place: tuple[Any, ...]) -> Any:
+    """What stands at `place`, or the value that it lies within; None if there is neither."""
+    for part in place:
+        if not isinstance(tree, Mapping):
+            break
+        tree = tree.get(part)
+    return tree
+
+
+def _cut(text: str, most: int = 200) -> str:
+    """The text, or its beginning and how long it is."""
+    return text if len(text) <= most else f"{text[:most]}... ({len(text):,} characters)"
 
 
 def meant(name: str, known: Iterable[str]) -> str:

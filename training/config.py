@@ -11,7 +11,8 @@ from typing import Annotated, Any, Literal, Self, get_type_hints
 from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, field_validator, model_validator
 
 from pipeline.config import Settings, meant
-from training.model.reducers import DEFAULT, SHAPE, config_class
+from pipeline.typed import Typed
+from training.model.reducers import DEFAULT, FAMILIES, SHAPE, config_class
 from training.text.templates import TEMPLATES
 
 log = logging.getLogger(__name__)
@@ -57,6 +58,9 @@ def _of_its_family(given: Any) -> Any:
     if not isinstance(given, dict):
         return given
     arm = given.get("arm", DEFAULT)
+    arm = arm.text if isinstance(arm, Typed) else arm
+    if arm not in FAMILIES:
+        raise ValueError(f"arm: no such connector; {meant(str(arm), FAMILIES)}")
     # Drop a setting only if the default family has it and the chosen one does not: anything else unknown is a mistake.
     family, usual = (_settings_of(config_class(name)) for name in (arm, DEFAULT))
     without_effect = [name for name in given if name not in family.model_fields and name in usual.model_fields]
@@ -109,12 +113,15 @@ class ExampleSettings(Settings):
     store: str = Field(description="feature store of pipeline/build_shards.py, local or s3://")
     template: str = Field(description="plain for captions (stage 1), v1 for conversations (stage 2)")
     max_length: int = Field(default=2048, gt=8, description="tokens per example, image tokens included")
+    max_skipped: float = Field(
+        default=0.05, ge=0, le=1, description="share of examples that may teach nothing before the run stops"
+    )
 
     @field_validator("template")
     @classmethod
     def _known_template(cls, name: str) -> str:
         if name not in TEMPLATES:
-            raise ValueError(f"expected one of {', '.join(TEMPLATES)}")
+            raise ValueError(f"no such template; {meant(name, TEMPLATES)}")
         return name
 
 
@@ -223,7 +230,7 @@ class TrainConfig(Settings):
     @classmethod
     def _known_engine(cls, value: str) -> str:
         if value not in ENGINES:
-            raise ValueError(f"no such engine; choose one of {', '.join(map(repr, ENGINES))}")
+            raise ValueError(f"no such engine; {meant(value, ENGINES)}")
         return value
 
     @model_validator(mode="after")

@@ -3,6 +3,7 @@
 
     python training/doctor.py training/finetune.yaml data.store=...           # only this process
     composer -n 8 training/doctor.py training/finetune.yaml data.store=...    # every rank, and the links between them
+    python training/doctor.py training/finetune.yaml data.store=... --examples        # and every example of the store
 
 Nothing is trained or kept; files that are written as a trial are removed. Without a CONFIG only the machine is looked
 at. Exit code 1 if anything fails.
@@ -31,6 +32,9 @@ def main() -> int:
     parser.add_argument("config", nargs="?", help="YAML file of the run, e.g. training/finetune.yaml")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. data.store=s3://bucket/store")
     parser.add_argument("--ranks", type=int, metavar="N", help="reckon with N ranks (default: those that run)")
+    parser.add_argument(
+        "--examples", action="store_true", help="look at every example: how many teach nothing, and why"
+    )
     arguments = parser.parse_intermixed_args()
     if arguments.config is not None and "=" in arguments.config:
         parser.error(f"settings such as {arguments.config} need a CONFIG before them; give training/finetune.yaml, say")
@@ -40,7 +44,7 @@ def main() -> int:
         print(f"fail  {'configuration':14} {error}")
         return 1
     rank = ThisRank.of_environment(arguments.ranks)
-    findings = examine(config, rank)
+    findings = examine(config, rank, arguments.examples)
     if rank.rank == 0:
         for finding in findings:
             print(f"{finding.level:4}  {finding.check:14} {finding.text}")

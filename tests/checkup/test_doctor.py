@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
@@ -68,6 +69,20 @@ def examine(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 def lines(output: str, check: str) -> list[str]:
     return [line for line in output.splitlines() if line[6:].startswith(check)]
+
+
+def test_every_example_is_looked_at_beforehand_where_asked(good: list[str], examine: Callable) -> None:
+    assert not lines(examine(*good)[1], "examples")
+    _, output = examine(*good, "--examples")
+    assert lines(output, "examples")[0].startswith("ok    examples       all ")
+    code, output = examine(*good, "--examples", "data.max_length=20")  # the template's own words fill it
+    assert code == 1
+    told = output[output.index("fail  examples") :].splitlines()
+    assert re.search(r"(\d+) of \1 would be skipped, 0+#0 first \(data\.max_skipped is 0\.05; mend", told[0])
+    assert " x its image lies beyond data.max_length 20: " in told[1]
+    code, output = examine(*good, "--examples", "data.template=plain", "data.max_skipped=1")
+    assert code == 0
+    assert " x it has no image, but the plain template shows one" in output[output.index("warn  examples") :]
 
 
 def test_a_good_configuration_has_no_failure(good: list[str], examine: Callable, tmp_path: Path) -> None:

@@ -60,6 +60,14 @@ def test_mistakes_are_named_before_anything_is_trained(tmp_path: Path, monkeypat
     config = read(ROOT / "training" / "ablations" / "table3.yaml", "pretrain.settings.optimiser.lr=1")
     with pytest.raises(ConfigError, match="did you mean 'optimizer'"):
         plan_runs(config)
+    for wrong, said in (
+        ("{arm: mbft}", r"model\.connector: arm: no such connector; did you mean 'mbtf'\?"),
+        ("{kernel_size: two}", r"kernel_size: .*\(found 'two', from arm 'mine'\)"),
+        ("{kernal_size: 2}", r"kernal_size: .*did you mean 'kernel_size'"),
+    ):
+        config = read(FILES[0], f"arms=[{{name: mine, connector: {wrong}}}]")
+        with pytest.raises(ConfigError, match=rf"arm 'mine', pretrain: 1 problem[\s\S]*{said}"):
+            plan_runs(config)
     monkeypatch.setattr("sys.argv", ["ablate.py", "training/ablations/table3.yaml", "--part", "8/8"])
     with pytest.raises(SystemExit, match="--part '8/8' is not I/N"):
         ablate.main()

@@ -46,5 +46,7 @@ def test_settings_batches_and_prompts_know_a_template_by_its_entry(lines: str, t
 
 
 def test_an_unknown_template_is_refused_with_those_that_there_are() -> None:
-    with pytest.raises(ConfigError, match=r"template: expected one of plain, v1 \(found 'lines'\)"):
+    with pytest.raises(
+        ConfigError, match=r"template: no such template; did you mean 'plain'\? \(found 'lines', from the"
+    ):
         load_config(DataSettings, None, ["store=s", "template=lines"])

@@ -113,9 +113,30 @@ def test_what_is_too_long_is_cut_after_the_image_was_expanded(tokenizer: Tokeniz
     assert cut.labels == whole.labels[:80]
 
 
-def test_a_limit_that_cuts_the_image_is_refused_with_what_to_do(tokenizer: Tokenizer) -> None:
-    with pytest.raises(ValueError, match=r"raise data.max_length"):
-        labelled(tokenizer, "<image>\nWhat?", "a dog", max_length=10)
+LATE = ("Hi", "hello there", "And here? <image>", "a cat")  # the image comes with the second question
+
+
+def test_an_image_that_the_limit_cuts_changes_nothing_for_what_stands_before_it(tokenizer: Tokenizer) -> None:
+    whole = labelled(tokenizer, *LATE)
+    place = whole.input_ids.index(IMAGE_ID)
+    for inside in range(1, IMAGE_TOKENS + 1):
+        cut = labelled(tokenizer, *LATE, max_length=place + inside)
+        assert cut == (whole.input_ids[:place], whole.labels[:place])
+    assert supervised(tokenizer, cut) == "hello there</s>"
+
+
+def test_an_image_beyond_the_limit_is_refused_with_what_to_do(tokenizer: Tokenizer) -> None:
+    place = labelled(tokenizer, *LATE).input_ids.index(IMAGE_ID)
+    with pytest.raises(ValueError, match=rf"beyond data.max_length {place}: {place} tokens .* raise data.max_length"):
+        labelled(tokenizer, *LATE, max_length=place)
+
+
+@pytest.mark.parametrize("word", ["<ima<image>ge>", "<<image>image>", "<ima<ima<image>ge>ge>"])
+def test_a_word_for_an_image_within_another_leaves_none_behind(tokenizer: Tokenizer, word: str) -> None:
+    for texts in (("<image>\nWhat?", f"a {word} dog"), (f"What {word} is it?", "a dog")):
+        example = labelled(tokenizer, *texts)
+        assert example.input_ids.count(IMAGE_ID) == IMAGE_TOKENS
+        assert "<image>" not in tokenizer.decode([i for i in example.input_ids if i != IMAGE_ID])
 
 
 def test_a_batch_holds_the_ids_and_labels_of_its_examples(tokenizer: Tokenizer) -> None:
@@ -132,10 +153,38 @@ def test_a_batch_holds_the_ids_and_labels_of_its_examples(tokenizer: Tokenizer) 
         assert batch["labels"][row, :length].tolist() == expected.labels
 
 
-def test_an_example_that_does_not_fit_the_template_is_named(tokenizer: Tokenizer) -> None:
-    example = Example("000000017#2", Conversation(id="x", turns=turns("no image", "a dog", "more")), has_image=False)
-    with pytest.raises(ValueError, match=r"example 000000017#2: the plain template takes two turns"):
-        collator(tokenizer, "plain")([example])
+def example_of(*texts: str, has_image: bool = False) -> Example:
+    return Example("000000017#2", Conversation(id="x", turns=turns(*texts)), has_image, "7.jpg")
+
+
+@pytest.mark.parametrize(
+    ("template", "example", "reason"),
+    [
+        ("plain", example_of("no image", "a dog", "more"), "the plain template takes two turns"),
+        ("plain", example_of("a word, <image>", "a dog"), "it has no image"),
+        ("v1", example_of("Hi"), "no supervised token: it has no answer"),
+        ("v1", example_of("Hi", ""), "no supervised token: it has no answer"),
+        ("v1", example_of("Hi", "The log says: USER: hi ASSISTANT: hello"), "no supervised token: it has no answer"),
+        ("v1", example_of("Hi", "Ends with </s> and goes on"), "no supervised token: it has no answer"),
+        ("v1", example_of("read " * 400, "ok"), "no supervised token within data.max_length"),
+        ("v1", example_of("read " * 400, "ok", "<image>", "a cat", has_image=True), "its image lies beyond"),
+        ("v1", example_of("<image>" + "read " * 400, "ok", has_image=True), "no supervised token within"),
+    ],
+)
+def test_an_example_that_teaches_nothing_keeps_its_row_and_is_named(
+    tokenizer: Tokenizer, template: str, example: Example, reason: str
+) -> None:
+    usual = Example("1#0", Conversation(id="1", turns=turns("<image>", "a dog")), has_image=True)
+    batch = collator(tokenizer, template, max_length=256)([example, usual])
+    first, second = batch["skipped"]
+    assert second is None
+    assert (first.key, first.image, first.id) == ("000000017#2", "7.jpg", "x")
+    assert first.reason.startswith(reason)
+    assert (batch["labels"][0] == IGNORE).all()
+    assert batch["shows_image"].tolist() == [False, True]
+    assert batch["attention_mask"].sum(dim=1).tolist() == [1, batch["input_ids"].shape[1]]
+    alone = collator(tokenizer, template, max_length=256)([usual])
+    assert torch.equal(batch["input_ids"][1], alone["input_ids"][0])
 
 
 def test_padding_never_hides_a_real_token(tokenizer: Tokenizer) -> None:

@@ -17,7 +17,7 @@ from lmms_eval.models.registry_v2 import ModelManifest
 from pipeline.encoders.decode import upright_rgb
 from training.answers.answer import load_model, reply
 from training.answers.processes import AnsweringProcess
-from training.model.markers import IMAGE
+from training.text.image import without_word
 
 MANIFEST = ModelManifest(model_id="compact_vision", simple_class_path="training.answers.lmms.CompactVision")
 MAX_NEW_TOKENS = 128  # of a task that does not say
@@ -50,7 +50,7 @@ class CompactVision(lmms):  # type: ignore[misc]
             batch = [request.args for request in requests[first : first + self._batch_size]]
             pictures = [self._picture(*arguments[2:6]) for arguments in batch]
             longest = max(settings.get("max_new_tokens", MAX_NEW_TOKENS) for _, settings, *_ in batch)
-            texts = [text.replace(IMAGE, "").strip() for text, *_ in batch]
+            texts = [without_word(text).strip() for text, *_ in batch]
             said = reply(self._model, self._processor, texts, pictures, longest)
             answers += [
                 _until(text, settings.get("until")) for text, (_, settings, *_) in zip(said, batch, strict=True)

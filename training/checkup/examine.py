@@ -16,12 +16,13 @@ if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 
-def examine(config: TrainConfig | None, rank: ThisRank) -> list[Finding]:
+def examine(config: TrainConfig | None, rank: ThisRank, every_example: bool = False) -> list[Finding]:
     """Every finding: on rank 0 those of all ranks that differ, on the others their own.
 
     Args:
         config: of the run; None looks at the machine only.
         rank: who we are.
+        every_example: whether to look at all examples of the store too; the first rank does.
     """
     found = run_check("versions", versions) + run_check("gpus", lambda: gpus(config, rank))
     store: TCPStore | None = None
@@ -37,7 +38,7 @@ def examine(config: TrainConfig | None, rank: ThisRank) -> list[Finding]:
         found += run_check("links", lambda: links(config, rank, meeting))
     found += run_check("shared memory", shared_memory)
     if config is not None:
-        found += of_run(config, rank)
+        found += of_run(config, rank, every_example and rank.rank == 0)
     return found if store is None else _gather(found, rank, store)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.checkup.examples import examples
 from training.checkup.finding import Finding, Level, ThisRank, run_check
 from training.config import TrainConfig
 from training.cost.memory import CHECKPOINT, ModelShape, activations
@@ -19,8 +20,8 @@ if TYPE_CHECKING:
     from training.model.model import CompactVisionForConditionalGeneration
 
 
-def of_run(config: TrainConfig, ranks: ThisRank) -> list[Finding]:
-    """Whether store, model, memory and disk fit what the configuration asks for."""
+def of_run(config: TrainConfig, ranks: ThisRank, every_example: bool = False) -> list[Finding]:
+    """Whether store, model, memory and disk fit what the configuration asks for; and every example, if wanted."""
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
 
@@ -38,6 +39,8 @@ def of_run(config: TrainConfig, ranks: ThisRank) -> list[Finding]:
     found = run_check("model", lambda: model_fits(config, model, shape))
     found += run_check("batch", lambda: batch(config, model, ranks))
     found += run_check("store", lambda: columns(config, store, model))
+    if every_example:
+        found += run_check("examples", lambda: examples(config, model))
     found += run_check("memory", lambda: memory(config, shape, model, ranks))
     found += run_check("disk", lambda: disk(config, shape))
     found += run_check("bucket", lambda: bucket(config))

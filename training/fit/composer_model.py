@@ -60,6 +60,9 @@ def supervised_tokens(batch: Batch) -> int:
 def token_counts(batch: Batch) -> dict[str, int | float]:
     """What Composer weights microbatches by: `loss_generating`; `total` is for the token clock.
 
-    Composer divides by the global batch's sum: a tiny number keeps a batch without any supervised token at loss 0.
+    An example that teaches nothing counts 0 tokens in both. Composer divides by the global batch's sum: a tiny number
+    keeps a batch without any supervised token at loss 0.
     """
-    return {"total": int(batch["attention_mask"].sum()), "loss_generating": max(float(supervised_tokens(batch)), 1e-6)}
+    learned = (batch["labels"][:, 1:] != IGNORE).any(dim=1)  # (B,)
+    total = int((batch["attention_mask"].sum(dim=1) * learned).sum())
+    return {"total": total, "loss_generating": max(float(supervised_tokens(batch)), 1e-6)}

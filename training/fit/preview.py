@@ -56,12 +56,20 @@ def parameter_groups(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 def example(parts: Parts, coloured: bool) -> str:
-    """The first example that the run will see, decoded: what is supervised is green, or in ⟦ ⟧ without colours."""
+    """The first example that the run will learn from, decoded: what is supervised is green, or in ⟦ ⟧ without colours.
+
+    Where the first batch has none, why the first of them teaches nothing.
+    """
     batches = iter(parts.stream)
     batch = next(batches)
     batches.close()
-    length = int(batch["attention_mask"][0].sum())
-    ids, labels = (batch[name][0, :length].tolist() for name in ("input_ids", "labels"))
+    row = next((number for number, skip in enumerate(batch["skipped"]) if skip is None), None)
+    if row is None:
+        return (
+            f"{batch['keys'][0]}: teaches nothing, nor does any other of the first batch: {batch['skipped'][0].reason}"
+        )
+    length = int(batch["attention_mask"][row].sum())
+    ids, labels = (batch[name][row, :length].tolist() for name in ("input_ids", "labels"))
     text = ""
     # Runs of vision tokens and of text; within text, runs that are supervised and runs that are not.
     for is_image, places in groupby(range(length), lambda i: ids[i] == parts.model.config.image_token_id):
@@ -73,7 +81,7 @@ def example(parts: Parts, coloured: bool) -> str:
             words = parts.tokenizer.decode([ids[i] for i in part], skip_special_tokens=False)
             text += _marked(words, SUPERVISED, coloured, "⟦", "⟧") if is_supervised else words
     supervised = sum(label != IGNORE for label in labels)
-    return f"{batch['keys'][0]}: {length} tokens, {supervised} supervised\n{text}"
+    return f"{batch['keys'][row]}: {length} tokens, {supervised} supervised\n{text}"
 
 
 def _marked(text: str, colour: str, coloured: bool, before: str, after: str) -> str:

@@ -18,6 +18,7 @@ from training.fit.composer_model import TrainableModel, token_counts
 from training.fit.optimizer import build_optimizer, build_schedule
 from training.fit.pace import SlowRanks
 from training.fit.parts import Parts
+from training.fit.skipped import SkippedExamples
 from training.fit.watch import Watch
 from training.stream.batch import split
 from training.stream.stream import Stream
@@ -48,7 +49,13 @@ def build_trainer(
         "max_duration": f"{steps}ba",
         "device_train_microbatch_size": engine.microbatch_size(),
         "accumulate_train_batch_on_tokens": config.loss == "global",
-        "callbacks": [StopOnBadLoss(config.stop_on_spike), SlowRanks(parts.stream), watch, checkpoints],
+        "callbacks": [
+            SkippedExamples(run, parts.stream, steps, config.data.max_skipped),
+            StopOnBadLoss(config.stop_on_spike),
+            SlowRanks(parts.stream),
+            watch,
+            checkpoints,
+        ],
         "loggers": [*boards(config.boards, run, config.project), log],
         "device": None if config.device == "auto" else config.device,
         "seed": config.seed,

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 LOG = "log.jsonl"
 LAST = 20  # steps that the final loss is a mean of: one batch says little
 
 
-def read_log(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's log, in the order of steps; none if the run has not begun.
+def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
+    """The lines of a run's log `name`, in the order of steps; none if the run has not begun.
 
     A line that a killed process left unfinished is skipped.
     """
-    path = run / LOG
+    path = run / name
     if not path.is_file():
         return []
     lines = []

@@ -28,7 +28,9 @@ from training.stream.order import Examples, Ints
 from training.stream.tars import Tars
 from training.text.collate import Example
 
-Collate = Callable[[list[Example]], dict[str, torch.Tensor]]
+# B examples -> the text side of a batch. A bool tensor `shows_image` (B,) in it says whose features are needed after
+# all; without one, those of every example that has an image are.
+Collate = Callable[[list[Example]], dict[str, Any]]
 
 
 class Reading(ReadSettings):
@@ -189,7 +191,8 @@ class _Job:
         has_image = record.image is not None
         for row in rows:
             number = int(reader.examples.conversation[self.rows[row]])
-            self._examples[row] = Example(f"{record.key}#{number}", record.conversations[number], has_image)
+            conversation = record.conversations[number]
+            self._examples[row] = Example(f"{record.key}#{number}", conversation, has_image, record.image)
         if has_image:
             # Rows that share an image have a place each in the buffers: read into the first, copy to the others.
             first, *others = (self._slot[row] for row in rows)
@@ -223,8 +226,12 @@ class _Job:
         assert len(examples) == len(self.rows)
         with self.reader.collate_lock:
             batch = Batch(self.reader.collate(examples))
-        images = len(self._image_rows)
-        batch["columns"] = {name: tensor[:images] for name, tensor in self.buffers.columns.items()}
-        batch["image_rows"] = torch.from_numpy(self._image_rows.astype(np.int64))
+        image_rows = torch.from_numpy(self._image_rows.astype(np.int64))  # (I,)
+        columns = {name: tensor[: len(image_rows)] for name, tensor in self.buffers.columns.items()}
+        shown = batch.pop("shows_image", None)  # bool (B,)
+        if shown is not None and not shown[image_rows].all():  # rare: an example lost its image, so its features go
+            columns = {name: tensor[shown[image_rows]] for name, tensor in columns.items()}
+            image_rows = image_rows[shown[image_rows]]
+        batch["columns"], batch["image_rows"] = columns, image_rows
         batch["keys"] = [example.key for example in examples]
         return batch

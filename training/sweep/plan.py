@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
-from pipeline.config import Settings, load_config
+from pipeline.config import ConfigError, Given, Settings, load_config
 from training.benchmarks import Source
 from training.benchmarks.questions import Benchmark
 from training.config import TrainConfig
@@ -129,7 +129,11 @@ def _stage(config: AblationConfig, arm: Arm, folder: Path, seed: int, stage: Sta
     if stage == "finetune":
         model["connector_from"] = str(folder / "pretrain" / "connector")
     own = {"run": str(folder / stage), "seed": seed, "data": {"seed": seed}, "model": model}
-    return load_config(TrainConfig, base.config, [base.settings, own])
+    parts = [Given(f"the ablation's {stage}.settings", base.settings), Given(f"arm {arm.name!r}", own)]
+    try:
+        return load_config(TrainConfig, base.config, parts)
+    except ConfigError as error:
+        raise ConfigError(f"arm {arm.name!r}, {stage}: {error}") from error
 
 
 def part_of(plan: Sequence[Run], text: str | None) -> list[Run]:

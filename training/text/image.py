@@ -29,7 +29,7 @@ def show_once(turns: Turns) -> Turns:
     first = (shown or questions or [0])[0]  # the turn that shows the image
     changed = []
     for number, turn in enumerate(turns):
-        text = turn.value.replace(IMAGE, "").strip()
+        text = without_word(turn.value).strip()
         changed.append(_with_text(turn, f"{IMAGE}\n{text}" if number == first else text))
     return changed
 
@@ -37,9 +37,16 @@ def show_once(turns: Turns) -> Turns:
 def image_first(turns: Turns) -> Turns:
     """The same turns with the word of each at its beginning, on its own line; several in one turn become one."""
     return [
-        _with_text(turn, f"{IMAGE}\n{turn.value.replace(IMAGE, '').strip()}".strip()) if IMAGE in turn.value else turn
+        _with_text(turn, f"{IMAGE}\n{without_word(turn.value).strip()}".strip()) if IMAGE in turn.value else turn
         for turn in turns
     ]
+
+
+def without_word(text: str) -> str:
+    """The text without `<image>`, also where one word stood within another: `<ima<image>ge>`."""
+    while IMAGE in text:
+        text = text.replace(IMAGE, "")
+    return text
 
 
 def tokenize_with_image(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -39,20 +39,24 @@ def ids_and_labels(
 
 
 def with_vision_tokens(example: Labelled, image_tokens: int, image_token_id: int, max_length: int) -> Labelled:
-    """The placeholder becomes `image_tokens` ids `image_token_id`, which are not learned.
+    """The placeholder becomes `image_tokens` ids `image_token_id`, which are not learned; then all is cut.
+
+    An image that `max_length` cuts is left out whole. LLaVA-1.5 keeps its first vision tokens, but they would be the
+    last of the example: no token after them learns from them, and those before do not see them.
 
     Raises:
-        ValueError: if the image does not end before `max_length`.
+        ValueError: if the image lies beyond `max_length`.
     """
     ids, labels = example
     place = ids.index(PLACEHOLDER)
-    # The image is never cut: each of its vision tokens needs a place.
-    if place + image_tokens >= max_length:
+    if place >= max_length:
         raise ValueError(
-            f"data.max_length {max_length} ends before or within the image: {place} tokens stand before it, and it "
-            f"has {image_tokens}; raise data.max_length"
+            f"its image lies beyond data.max_length {max_length}: {place} tokens stand before it; raise "
+            "data.max_length, or shorten the text before the image"
         )
+    if place + image_tokens >= max_length:
+        return Labelled(ids[:place], labels[:place])
     return Labelled(
-        ids[:place] + [image_token_id] * image_tokens + ids[place + 1 :],
-        labels[:place] + [IGNORE] * image_tokens + labels[place + 1 :],
+        (ids[:place] + [image_token_id] * image_tokens + ids[place + 1 :])[:max_length],
+        (labels[:place] + [IGNORE] * image_tokens + labels[place + 1 :])[:max_length],
     )

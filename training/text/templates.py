@@ -64,8 +64,8 @@ class Caption(Template):
         """
         if len(turns) != 2 or IMAGE not in turns[0].value:
             raise ValueError(
-                f"the plain template takes two turns, the first with {IMAGE}; found {len(turns)} turn(s), the first "
-                f"{turns[0].value[:60]!r}: use data.template=v1, or caption data such as CC-595K"
+                f"the plain template takes two turns, the first with {IMAGE}: found {len(turns)} turn(s), the first "
+                f"{turns[0].value[:60]!r}; use data.template=v1, or caption data such as CC-595K"
             )
         return f"{IMAGE}{turns[1].value}\n"
 
@@ -98,8 +98,8 @@ class Vicuna(Template):
             expected = ("human", "gpt")[number % 2]
             if turn.speaker != expected:
                 raise ValueError(
-                    f"turn {number} is of {turn.speaker!r}, {expected!r} was expected: speakers alternate; take the "
-                    f"record out, or join its turns (this one begins {turn.value[:60]!r})"
+                    f"speakers do not alternate: turn {number} is of {turn.speaker!r}, {expected!r} was expected; take "
+                    f"the record out, or join its turns (this one begins {turn.value[:60]!r})"
                 )
             role, separator = ((self.user, " "), (self.assistant, self.end))[number % 2]
             text += f"{role}: {turn.value}{separator}" if turn.value else f"{role}:"

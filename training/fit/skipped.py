@@ -1,0 +1,109 @@
+"""Examples that teach nothing: a run goes on without them, says which they are, and ends if they are too many."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from composer.core import Callback, State
+from composer.loggers import Logger
+from composer.utils import dist
+
+from training.release.records import read_log
+from training.stream.stream import Stream
+from training.text.collate import Skip
+
+SKIPPED = "skipped.jsonl"  # in a run's folder
+ALLOWED = 10  # at any rate: one bad record of twenty must not stop a trial run
+SHOWN = 5  # on screen; the file has all
+
+
+class SkippedExamples(Callback):  # type: ignore[misc]
+    """Lists each example that teaches nothing once in the run's `skipped.jsonl`: key, image, id, reason, step.
+
+    Args:
+        run: folder of the run.
+        steps: of the whole run.
+        max_skipped: share of the examples that the run sees which may be skipped.
+    """
+
+    def __init__(self, run: Path, stream: Stream, steps: int, max_skipped: float) -> None:
+        self.run = run
+        self.batch_size = stream.global_batch_size
+        self.examples = min(steps * self.batch_size, len(stream.examples))  # different ones that the run sees
+        self.max_skipped = max_skipped
+        self._reasons: dict[str, str] = {}  # of each key that is listed; equal on all ranks
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """Take up the list of a resumed run, without the steps that it is about to repeat."""
+        lines: list[dict[str, Any]] = []
+        if dist.get_global_rank() == 0 and (self.run / SKIPPED).exists():
+            lines = [line for line in read_log(self.run, SKIPPED) if line["step"] <= state.timestamp.batch.value]
+            aside = self.run / f"{SKIPPED}.partial"
+            aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+            aside.replace(self.run / SKIPPED)
+        listed = [{line["key"]: line["reason"] for line in lines}]
+        dist.broadcast_object_list(listed)
+        self._reasons = listed[0]
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """List what is new in the global batch of the step that begins.
+
+        Raises:
+            SystemExit: with a message on every rank, if too many are skipped.
+        """
+        mine: list[Skip] = [skip for skip in state.batch["skipped"] if skip is not None]
+        count = state.device.tensor_to_device(torch.tensor(len(mine)))
+        dist.all_reduce(count)
+        if not count:  # as in nearly every step
+            return
+        step = state.timestamp.batch.value + 1
+        everyone = [skip for part in dist.all_gather_object(mine) for skip in part]
+        new = {skip.key: skip for skip in everyone if skip.key not in self._reasons}
+        if dist.get_global_rank() == 0:
+            self._write(list(new.values()), step)
+        self._reasons |= {key: skip.reason for key, skip in new.items()}
+        seen = min(step * self.batch_size, self.examples)
+        if too_many(len(self._reasons), seen, self.examples, self.max_skipped):
+            sys.exit(
+                f"error: {len(self._reasons)} of the first {seen} examples teach nothing, more than data.max_skipped "
+                f"{self.max_skipped:g} of {self.examples} allows:\n{by_kind(self._reasons.values())}\n"
+                f"They are listed in {self.run / SKIPPED}; mend them in the data, or raise data.max_skipped"
+            )
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """Say how many there were."""
+        if self._reasons and dist.get_global_rank() == 0:
+            print(
+                f"skipped   {len(self._reasons)} of {self.examples} examples, listed in {self.run / SKIPPED}",
+                flush=True,
+            )
+
+    def _write(self, new: list[Skip], step: int) -> None:
+        """Add lines to the file, and the first few to the screen."""
+        with (self.run / SKIPPED).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({**asdict(skip), "step": step}) + "\n" for skip in new)
+        for skip in new[: max(0, SHOWN - len(self._reasons))]:
+            of = "" if skip.image is None else f" of {skip.image}"
+            print(f"skipped   {skip.key} (record {skip.id}{of}): {skip.reason}", flush=True)
+        if len(self._reasons) <= SHOWN < len(self._reasons) + len(new):
+            print(f"skipped   more are listed in {self.run / SKIPPED}", flush=True)
+
+
+def too_many(skipped: int, seen: int, examples: int, rate: float) -> bool:
+    """Whether a run should end: more than `rate` of all its examples are skipped, or all that it has seen so far."""
+    nothing_else = skipped == seen >= min(ALLOWED + 1, examples)
+    return nothing_else or skipped > max(ALLOWED, rate * examples)
+
+
+def by_kind(reasons: Iterable[str]) -> str:
+    """How many examples have each kind of reason, the commonest first, one a line with the first reason whole."""
+    kinds: dict[str, list[str]] = {}
+    for reason in reasons:
+        kinds.setdefault(reason.partition(":")[0], []).append(reason)
+    return "\n".join(f"  {len(group)} x {group[0]}" for group in sorted(kinds.values(), key=len, reverse=True))

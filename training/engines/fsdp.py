@@ -52,7 +52,7 @@ class Fsdp(Engine):
                 load_ignore_keys=left_out or None,  # a sharded load asks for every key that it is not told of
                 **settings,
             )
-        if next(model.parameters()).device.type == "cpu" and not self._gloo_averages():
+        if trainer.state.device.name == "cpu" and not self._gloo_averages():
             self._average_on_gloo(model)
         return trainer
 

@@ -53,6 +53,11 @@ class Engine(ABC):
             ValueError: with the reason and what to say instead.
         """
 
+    @classmethod
+    def saved_types(cls) -> list[type]:
+        """The classes that its checkpoints name beside arrays and plain values: nothing else is unpickled."""
+        return []
+
     @abstractmethod
     def trainer(self, left_out: list[str], settings: dict[str, Any]) -> Trainer:
         """Composer's Trainer with the model spread over the ranks, resumed from `load_path` if that is set.

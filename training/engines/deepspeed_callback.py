@@ -27,13 +27,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, by the import
 
 import deepspeed
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
 
 if os.environ.get("DS_ACCELERATOR") == "cpu":
     # Between CPUs gloo will do; DeepSpeed would first compile an operator for shared memory, and has no setting for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 TAG = "zero"  # of DeepSpeed's folder within a checkpoint
+SAVED_TYPES = [LossScaler, ZeroStageEnum, fragment_address]  # what its shards name beside tensors
 
 
 class DeepSpeedCallback(Callback):  # type: ignore[misc]

@@ -26,6 +26,13 @@ class Zero(Engine):
     any_ranks = False
     bf16_on_cpu = True
 
+    @classmethod
+    def saved_types(cls) -> list[type]:
+        """DeepSpeed's own, in the shards of the optimizer's state."""
+        from training.engines.deepspeed_callback import SAVED_TYPES
+
+        return SAVED_TYPES
+
     def trainer(self, left_out: list[str], settings: dict[str, Any]) -> Trainer:
         """Composer's Trainer with a callback that hands the model to DeepSpeed.
 

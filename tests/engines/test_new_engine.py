@@ -93,7 +93,7 @@ def test_a_new_engine_trains_saves_stops_and_resumes(tmp_path: Path, settings: C
     found = newest_on_disk(tmp_path / "toy" / "checkpoints")
     assert found is not None
     folder, mark = found
-    assert (mark.step, mark.engine, mark.whole_file) == (3, "toy", False)
+    assert (mark.step, mark.engine) == (3, "toy")
     assert json.loads((folder / "toy.json").read_text()) == {"steps": 3}
     assert "toy.json" in mark.files
     train(config("toy"))

@@ -32,7 +32,6 @@ from pipeline.storage import sync
 from training.checkpoints.remote import Remote
 from training.config import CheckpointSettings
 from training.cost.memory import CHECKPOINT
-from training.engines import engine_class
 from training.engines.base import Engine
 
 log = logging.getLogger(__name__)
@@ -51,15 +50,6 @@ class Mark:
     ranks: int
     load: str
     files: dict[str, int]
-
-    @property
-    def whole_file(self) -> bool:
-        """Whether composer.pt holds whole weights, not the shards of one rank.
-
-        Raises:
-            ValueError: if the engine is not known here.
-        """
-        return engine_class(self.engine).whole_file
 
 
 class StopRequest:

@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +147,17 @@ class _EngineOptimizer:
 def save_shards(engine: Any, folder: Path) -> None:
     """Write every rank's shards of weights that learn and of optimizer state into `folder`. A collective."""
     engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+
+
+def merged_shards(folder: Path) -> dict[str, Tensor]:
+    """The weights that learn, whole and in fp32, of the shards in `folder`, whatever number of ranks wrote them."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with redirect_stdout(StringIO()):  # it reports each of its steps
+        found: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+            str(folder), tag=TAG, exclude_frozen_parameters=True
+        )
+    return found
 
 
 def gather(engine: Any, keep: Callable[[str], bool]) -> dict[str, Tensor]:

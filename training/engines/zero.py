@@ -88,6 +88,13 @@ class Zero(Engine):
         found = gather(state.model.engine, lambda key: keep(key.removeprefix(INNER)))
         return {key.removeprefix(INNER): weight for key, weight in found.items()}
 
+    @classmethod
+    def saved_weights(cls, checkpoint: Path, load: str) -> dict[str, Tensor]:
+        """The fp32 weights of all ranks' shards, by DeepSpeed's own way to put them together."""
+        from training.engines.deepspeed_callback import merged_shards
+
+        return {key.removeprefix(INNER): weight for key, weight in merged_shards(checkpoint).items()}
+
     def save(self, state: State, folder: Path) -> None:
         """Every rank's shards of the weights that learn and of the optimizer's state. A collective."""
         from training.engines.deepspeed_callback import save_shards

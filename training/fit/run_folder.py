@@ -40,6 +40,20 @@ def claim(config: TrainConfig, write: bool) -> None:
         path.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
+def what_it_holds(config: TrainConfig) -> str | None:
+    """Of a complete run what its folder holds, for a person; None if anything of its end is missing. A collective."""
+    found = None
+    run = Path(config.run)
+    parts = ["connector", "model"] if "llm" in config.train else ["connector"]
+    if dist.get_global_rank() == 0 and (run / "summary.json").is_file() and all((run / p).is_dir() for p in parts):
+        summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+        found = (
+            f"complete  {run} holds {' and '.join(f'{part}/' for part in parts)} of {summary['steps']} steps, loss "
+            f"{summary['loss_first']:.4f} -> {summary['loss_last']:.4f}; nothing is left to do"
+        )
+    return dist.all_gather_object(found)[0]  # type: ignore[no-any-return]
+
+
 def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: int) -> None:
     """Write what the next stage needs, then `summary.json`: its presence says that the stage is complete.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from training.release.card import CardFiles
 from training.release.connector import load_connector
@@ -56,7 +56,7 @@ def trained_model(
     from training.model.model import CompactVisionForConditionalGeneration
 
     finished = (run / "summary.json").is_file() and checkpoint is None
-    if finished and "llm" in config.train:
+    if finished and "llm" in config.train and (run / "model").is_dir():
         model: CompactVisionForConditionalGeneration = CompactVisionForConditionalGeneration.from_pretrained(
             run / "model"
         )
@@ -64,13 +64,12 @@ def trained_model(
         return model
     anew = config.model.model_copy(update={"connector_from": None})  # its weights are about to be replaced
     model = build_model(config.model_copy(update={"model": anew}), store)
-    if finished:
+    if finished and "llm" not in config.train and (run / "connector").is_dir():
         load_connector(model.connector, run / "connector")
         return model
     path = checkpoint or _newest_checkpoint(run)
-    state = _weights_of(path / "composer.pt" if path.is_dir() else path)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing, unused = model.load_state_dict(state, strict=False)
+    missing, unused = model.load_state_dict(_weights_of(path), strict=False)
     lost = sorted(learning.intersection(missing))
     if lost or unused:
         raise ValueError(
@@ -83,41 +82,46 @@ def trained_model(
 
 
 def _newest_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint of a run, if its one file has all weights that learn."""
+    """The newest whole checkpoint of a run."""
     from training.checkpoints.checkpoint import newest_on_disk
 
     found = newest_on_disk(run / "checkpoints")
     if found is None:
-        raise ValueError(f"{run} has neither finished nor saved a checkpoint yet; let it train on to one of them")
-    folder, mark = found
-    if not mark.whole_file:
         raise ValueError(
-            f"{folder} holds the shards of {mark.ranks} {mark.engine} ranks; let the run go on to its end: it exports"
+            f"{run} has neither finished nor saved a checkpoint yet; let it train on to one of them (or fetch one from "
+            f"its bucket into {run}/checkpoints)"
         )
-    return folder
+    return found[0]
 
 
 def _weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's weights in a Composer checkpoint, unpickled without running anything that it names.
+    """The weights that learn in a checkpoint of any engine, of one process; nothing that it names is run.
+
+    Args:
+        checkpoint: its folder, or a composer.pt that holds whole weights.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if it is none. OSError: if it cannot be read.
     """
-    import datetime
     import pickle
 
-    import numpy as np
-    import torch
-    from torch.torch_version import TorchVersion
+    from training.checkpoints.checkpoint import MARK, read_mark
+    from training.checkpoints.safe import only_data, refuse_code
+    from training.engines import engine_class
 
-    # What Composer keeps beside the weights: random states, durations, a version.
-    plain: list[Any] = [np.ndarray, np.dtype, np.dtypes.UInt32DType, np.empty(0).__reduce__()[0], TorchVersion]
+    folder, name, engine = checkpoint.parent, checkpoint.name, "ddp"
+    if checkpoint.is_dir():
+        mark = read_mark(checkpoint)
+        if mark is None:
+            raise ValueError(f"{checkpoint} is no whole checkpoint; name another folder of RUN/checkpoints")
+        folder, name, engine = checkpoint, mark.load, mark.engine
+        refuse_code(folder, engine, ignored=(MARK,))
     try:
-        with torch.serialization.safe_globals([*plain, datetime.timedelta]):
-            state = torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")["state"]["model"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+        with only_data(engine):
+            return engine_class(engine).saved_weights(folder, name)
+    except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, AttributeError, EOFError) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(
-            f"{checkpoint} is no checkpoint of training/train.py: {first}; name a folder of RUN/checkpoints"
+            f"{checkpoint} holds no weights that the exporter can put together ({engine}: {first}); name another "
+            "folder of RUN/checkpoints, or start the run's own command again: at its end it exports"
         ) from error
-    return {name.removeprefix("model."): weight for name, weight in state.items()}

@@ -84,7 +84,7 @@ def trained_model(
 
 def _newest_checkpoint(run: Path) -> Path:
     """The newest whole checkpoint of a run, if its one file has all weights that learn."""
-    from training.checkpoints.checkpoint import newest_on_disk
+    from training.checkpoints.resume import newest_on_disk
 
     found = newest_on_disk(run / "checkpoints")
     if found is None:

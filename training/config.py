@@ -178,6 +178,10 @@ class CheckpointSettings(Settings):
     interval: str = Field(default="500ba", pattern=r"^\d+(ba|ep)$", description="e.g. 500ba (steps) or 1ep (epochs)")
     keep: int = Field(default=2, description="newest checkpoints to keep, here and in the bucket; -1 keeps all")
     autoresume: bool = True
+    verify: bool = Field(
+        default=True,
+        description="hash each file after saving and before loading, about 1 GB/s a file; false compares sizes only",
+    )
     remote: str | None = Field(
         default=None, pattern=r"^s3://[^/]+/.", description="s3://bucket/prefix that checkpoints are copied to"
     )

@@ -30,7 +30,7 @@ from torch.torch_version import TorchVersion
 from training.engines import engine_class
 
 # What Composer keeps beside the weights: random states, durations, a version.
-_PLAIN = [np.ndarray, np.dtype, np.dtypes.UInt32DType, np.empty(0).__reduce__()[0], timedelta, TorchVersion]
+_PLAIN: list[Any] = [np.ndarray, np.dtype, np.dtypes.UInt32DType, np.empty(0).__reduce__()[0], timedelta, TorchVersion]
 _SHARDED = {
     (kind.__module__, kind.__name__): kind
     for kind in (
@@ -40,6 +40,7 @@ _SHARDED = {
     )
 }  # fmt: skip
 _FORCE, _FORCE_NOT = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD"  # PyTorch asks at each load
+_DATA = (".json", ".part", ".safetensors")  # formats that can hold nothing else; .part is a mark that was not finished
 _SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")  # DeepSpeed put them there up to now; nothing here runs them
 
 
@@ -65,20 +66,19 @@ def only_data(engine: str) -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
-def refuse_code(folder: Path, engine: str, ignored: tuple[str, ...] = ()) -> None:
+def refuse_code(folder: Path, engine: str) -> None:
     """Look at every file of a checkpoint, and at every pickle in it, without running anything.
 
     Args:
         folder: of one checkpoint; files that its mark does not name are looked at too, since libraries list folders.
         engine: that saved it, which says what may be named beside arrays and plain values.
-        ignored: names of files that no library opens.
 
     Raises:
         ValueError: with the file's name and what it names, if that is more than data; or if its kind is not known.
     """
     with only_data(engine):
         for path in sorted(folder.rglob("*")):
-            if path.name in (*ignored, *_SCRIPTS) or (path.is_dir() and not path.is_symlink()):
+            if path.name in _SCRIPTS or path.suffix in _DATA or (path.is_dir() and not path.is_symlink()):
                 continue
             try:
                 _look_at(path)

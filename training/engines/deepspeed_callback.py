@@ -147,6 +147,9 @@ class _EngineOptimizer:
 def save_shards(engine: Any, folder: Path) -> None:
     """Write every rank's shards of weights that learn and of optimizer state into `folder`. A collective."""
     engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+    if dist.get_global_rank() == 0:
+        for script in folder.glob("zero_to_*.py"):  # DeepSpeed's own, copied: checkpoints hold no code
+            script.unlink()
 
 
 def merged_shards(folder: Path) -> dict[str, Tensor]:

@@ -67,61 +67,66 @@ def trained_model(
     if finished and "llm" not in config.train and (run / "connector").is_dir():
         load_connector(model.connector, run / "connector")
         return model
-    path = checkpoint or _newest_checkpoint(run)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing, unused = model.load_state_dict(_weights_of(path), strict=False)
+    missing, unused = model.load_state_dict(_weights_of(run, checkpoint), strict=False)
     lost = sorted(learning.intersection(missing))
     if lost or unused:
         raise ValueError(
-            f"{path} is of another model: missing {lost or 'nothing'}, not used {unused or 'nothing'}; name a "
-            f"checkpoint of {run}"
+            f"{checkpoint or run} is of another model: missing {lost or 'nothing'}, not used {unused or 'nothing'}; "
+            f"name a checkpoint of {run}"
         )
     if config.model.lora is not None:
         merge_lora(model.llm)
     return model
 
 
-def _newest_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint of a run."""
-    from training.checkpoints.checkpoint import newest_on_disk
-
-    found = newest_on_disk(run / "checkpoints")
-    if found is None:
-        raise ValueError(
-            f"{run} has neither finished nor saved a checkpoint yet; let it train on to one of them (or fetch one from "
-            f"its bucket into {run}/checkpoints)"
-        )
-    return found[0]
-
-
-def _weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The weights that learn in a checkpoint of any engine, of one process; nothing that it names is run.
+def _weights_of(run: Path, checkpoint: Path | None) -> dict[str, torch.Tensor]:
+    """The weights that learn in a checkpoint of any engine, read by one process; nothing that it names is run.
 
     Args:
-        checkpoint: its folder, or a composer.pt that holds whole weights.
+        run: whose newest sound checkpoint is read, if none is named.
+        checkpoint: a folder, or a composer.pt that holds whole weights.
 
     Raises:
-        ValueError: if it is none. OSError: if it cannot be read.
+        ValueError: if there is none, or it holds no weights. OSError: if it cannot be read.
     """
     import pickle
 
-    from training.checkpoints.checkpoint import MARK, read_mark
     from training.checkpoints.safe import only_data, refuse_code
     from training.engines import engine_class
 
-    folder, name, engine = checkpoint.parent, checkpoint.name, "ddp"
-    if checkpoint.is_dir():
-        mark = read_mark(checkpoint)
-        if mark is None:
-            raise ValueError(f"{checkpoint} is no whole checkpoint; name another folder of RUN/checkpoints")
-        folder, name, engine = checkpoint, mark.load, mark.engine
-        refuse_code(folder, engine, ignored=(MARK,))
+    folder, load, engine = _chosen(run, checkpoint)
+    if checkpoint is None or checkpoint.is_dir():
+        refuse_code(folder, engine)
     try:
         with only_data(engine):
-            return engine_class(engine).saved_weights(folder, name)
+            return engine_class(engine).saved_weights(folder, load)
     except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, AttributeError, EOFError) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(
-            f"{checkpoint} holds no weights that the exporter can put together ({engine}: {first}); name another "
-            "folder of RUN/checkpoints, or start the run's own command again: at its end it exports"
+            f"{folder / load} is no checkpoint of training/train.py from which {engine} can put the weights together: "
+            f"{first}; name another folder of {run}/checkpoints, or start the run's own command again: its end exports"
         ) from error
+
+
+def _chosen(run: Path, checkpoint: Path | None) -> tuple[Path, str, str]:
+    """Folder, what is loaded of it, and engine, of the checkpoint that is named, or of the newest sound one."""
+    from training.checkpoints.mark import flaws, read_mark
+    from training.checkpoints.resume import newest_on_disk
+
+    if checkpoint is None:
+        found = newest_on_disk(run / "checkpoints")
+        if found is None:
+            raise ValueError(
+                f"{run} has neither finished nor saved a checkpoint yet; let it train on to one of them, or fetch one "
+                f"from its bucket into {run}/checkpoints"
+            )
+        return found[0], found[1].load, found[1].engine
+    if checkpoint.is_file():
+        return checkpoint.parent, checkpoint.name, "ddp"
+    mark = read_mark(checkpoint)
+    bad = {"complete.json": "is missing or damaged"} if mark is None else flaws(checkpoint, mark)
+    if mark is None or bad:
+        name, what = next(iter(bad.items()))
+        raise ValueError(f"{checkpoint} is no sound checkpoint: {name} {what}; name another of {run}/checkpoints")
+    return checkpoint, mark.load, mark.engine

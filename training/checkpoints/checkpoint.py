@@ -76,9 +76,7 @@ class StopRequest:
         self._interrupted = False
 
     def __enter__(self) -> StopRequest:
-        # A job in the background of a script ignores Ctrl-C, and goes on to do so.
-        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
-        self._before = {number: signal.signal(number, self._note) for number in heard}
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def __exit__(self, *_: object) -> None:

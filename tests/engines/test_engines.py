@@ -1,4 +1,4 @@
-"""Two ranks on gloo: every engine has the same losses, weights and resumption, in both stages."""
+"""Two ranks on gloo: every engine has the same losses, weights, resumption and end, in both stages."""
 
 from __future__ import annotations
 
@@ -13,12 +13,17 @@ import torch
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
+from pipeline.manifest import read_store
+from pipeline.storage import Storage
+from training.config import TrainConfig
 from training.fit.optimizer import cosine_with_warmup
+from training.fit.trained import trained_model
 
 pytestmark = pytest.mark.minutes(3)
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 # fp32 sums in another order, over 20 steps of Adam; measured: below 2e-6 (losses) and 1e-4 of the largest weight.
 LOSS, WEIGHT = 1e-5, 1e-3
+LAST_FILE = {1: "connector.json", 2: "README.md"}  # of what a stage exports: all before it is written already
 
 
 def of_every_engine(stage: int) -> pytest.MarkDecorator:
@@ -45,16 +50,22 @@ def runs(
     run_jobs: Callable[..., Any],
     needed: list[str],
 ) -> Path:
-    """Folders <engine>-<stage>, and <engine>-<stage>-killed: killed at step 6 with SIGKILL, and started again."""
+    """Folders <engine>-<stage>, and <engine>-<stage>-killed: killed with SIGKILL, and started again, over and over.
+
+    First at step 6; then in its last export, when all steps are done; then it ends; then there is nothing left to do.
+    """
     folder = tmp_path_factory.mktemp("engines")
     jobs = []
     for name in needed:
         engine, stage, *end = name.split("-")
         job = {"config": settings(folder / name, int(stage), {"parallelism": engine}), "ranks": 2}
-        jobs += [{**job, "signal": signal.SIGKILL, "at": 6}, job] if end else [job]
+        export = {"killed_writing": LAST_FILE[int(stage)]}
+        jobs += [{**job, "signal": signal.SIGKILL, "at": 6}, {**job, **export}, job, job] if end else [job]
     codes = run_jobs(folder, jobs)
     for job, code in zip(jobs, codes, strict=True):
-        expected = [-signal.SIGKILL] * 2 if "signal" in job else [0, 0]
+        # Rank 0 alone writes; the other one is killed too, unless it first fails of the silence.
+        dead = {"signal": [-signal.SIGKILL] * 2, "killed_writing": [-signal.SIGKILL, code[1] or 1]}
+        expected = next((codes for end, codes in dead.items() if end in job), [0, 0])
         assert code == expected, Path(job["config"]["run"], "output").read_text()[-4000:]
     return folder
 
@@ -86,6 +97,19 @@ def test_a_killed_run_has_the_losses_of_an_undisturbed_one(
     assert killed == whole  # to the last bit
 
 
+@pytest.mark.parametrize(("engine", "stage"), [killed(engine, stage) for engine in ENGINES for stage in (1, 2)])
+def test_a_run_that_is_killed_while_it_exports_ends_with_the_same_command(runs: Path, engine: str, stage: int) -> None:
+    whole, run = (runs / f"{engine}-{stage}{end}" for end in ("", "-killed"))
+    said = (run / "output").read_text()
+    trained, ended = said.split("trained   all 20 steps are done")  # said once: the last start found all done
+    assert "step 20/20" in trained
+    assert "step " not in ended
+    assert ended.index("done      loss") < ended.index(f"complete  {run} holds connector/")
+    assert {path.name for path in run.iterdir()} - {"signal-sent"} == {path.name for path in whole.iterdir()}  # no half
+    for path in [*whole.glob("connector/*"), *whole.glob("model/*.safetensors")]:
+        assert (run / path.relative_to(whole)).read_bytes() == path.read_bytes()
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_every_engine_exports_the_weights_of_ddp(runs: Path, stage: int) -> None:
     name = "connector/connector.safetensors" if stage == 1 else "model/model.safetensors"
@@ -95,6 +119,20 @@ def test_every_engine_exports_the_weights_of_ddp(runs: Path, stage: int) -> None
         assert found.keys() == usual.keys()
         for key, weight in usual.items():
             torch.testing.assert_close(found[key], weight, rtol=0, atol=WEIGHT * float(weight.abs().max()), msg=key)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_weights_come_out_of_every_engines_checkpoint_without_its_ranks(
+    runs: Path, settings: Callable[..., Any], stage: int
+) -> None:
+    for engine in ENGINES:
+        run = runs / f"{engine}-{stage}"
+        config = TrainConfig.model_validate(settings(run, stage, {"parallelism": engine}))
+        newest = max((run / "checkpoints").glob("ba*"))
+        state = trained_model(config, read_store(Storage(config.data.store)), run, newest).state_dict()
+        exported = load_file(run / "all.safetensors")
+        assert state.keys() == exported.keys()
+        assert all(torch.equal(state[name], weight) for name, weight in exported.items()), engine
 
 
 @of_every_engine(1)

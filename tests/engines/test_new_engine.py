@@ -79,7 +79,7 @@ def signals() -> Iterator[None]:
 
 @pytest.mark.usefixtures("toy", "signals")
 def test_a_new_engine_trains_saves_stops_and_resumes(tmp_path: Path, settings: Callable[..., Any]) -> None:
-    from training.checkpoints.checkpoint import newest_on_disk
+    from training.checkpoints.resume import newest_on_disk
     from training.fit.stage import train
     from training.release.records import read_log
 
@@ -93,7 +93,7 @@ def test_a_new_engine_trains_saves_stops_and_resumes(tmp_path: Path, settings: C
     found = newest_on_disk(tmp_path / "toy" / "checkpoints")
     assert found is not None
     folder, mark = found
-    assert (mark.step, mark.engine, mark.whole_file) == (3, "toy", False)
+    assert (mark.step, mark.engine) == (3, "toy")
     assert json.loads((folder / "toy.json").read_text()) == {"steps": 3}
     assert "toy.json" in mark.files
     train(config("toy"))
@@ -108,7 +108,8 @@ def test_a_new_engine_trains_saves_stops_and_resumes(tmp_path: Path, settings: C
 
 @pytest.mark.usefixtures("toy")
 def test_a_new_engine_is_known_by_its_name_and_its_refusals(tmp_path: Path, settings: Callable[..., Any]) -> None:
-    from training.checkpoints.checkpoint import Mark, check_engine
+    from training.checkpoints.mark import Mark
+    from training.checkpoints.resume import check_engine
 
     config = TrainConfig.model_validate(settings(tmp_path, 1, {"parallelism": "toy"}))
     with pytest.raises(ConfigError, match="a toy has no microbatches"):

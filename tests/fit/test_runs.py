@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ from safetensors.torch import load_file
 
 from pipeline.config import ConfigError, load_config
 from training.config import TrainConfig
+from training.fit.trained import export_run
+from training.model.model import CompactVisionForConditionalGeneration
 
 pytestmark = pytest.mark.minutes(2)
 LORA = {"model.lora": {"rank": 8, "alpha": 16, "dropout": 0.0}, "optimizer.llm_lr": 4e-3}
 MEMORY = {"model.loss_chunks": 3, "model.activation_checkpointing": True}
+TIED = {"model.llm": "tied", "steps": 3}
 BF16 = {"precision": "amp_bf16", "model.frozen_dtype": "bfloat16"}
 
 # name: (stage, ranks, settings)
@@ -35,8 +39,27 @@ RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "fp32": (1, 2, {}),
     "bf16-zero2": (1, 2, {**BF16, "parallelism": "zero2"}),
     "bf16-zero3": (1, 2, {**BF16, "parallelism": "zero3"}),
+    "tied-ddp": (2, 2, TIED),
+    "tied-fsdp": (2, 2, {**TIED, "parallelism": "fsdp"}),
+    "tied-zero2": (2, 2, {**TIED, "parallelism": "zero2"}),
+    "tied-zero3": (2, 2, {**TIED, "parallelism": "zero3"}),
+    "tied-lora-ddp": (2, 1, {**TIED, **LORA}),
+    "tied-lora-zero3": (2, 1, {**TIED, **LORA, "parallelism": "zero3"}),
+    "tied-frozen": (1, 1, {**TIED, "parallelism": "zero1"}),
     "spike": (2, 2, {"stop_on_spike": 1.002, "optimizer.lr": 1e-9}),
 }
+
+
+@pytest.fixture(scope="module")
+def tied(tmp_path_factory: pytest.TempPathFactory, parts: Path) -> Path:
+    """The language model of the other runs, its head being its embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tied")
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig.from_pretrained(parts / "llm", tie_word_embeddings=True)).save_pretrained(folder)
+    shutil.copy(parts / "llm" / "tokenizer.model", folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +68,15 @@ def runs(
     settings: Callable[..., Any],
     run_jobs: Callable[..., Any],
     needed: list[str],
+    tied: Path,
 ) -> Path:
     """A folder for each of RUNS that is needed, 16 steps long."""
     folder = tmp_path_factory.mktemp("runs")
     jobs = []
     for name in needed:
         stage, ranks, changes = RUNS[name]
+        if changes.get("model.llm") == "tied":
+            changes = {**changes, "model.llm": str(tied)}
         config = settings(folder / name, stage, {"steps": 16, "checkpoint.interval": "100ba", **changes})
         jobs.append({"config": config, "ranks": ranks})
     boards = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
@@ -115,6 +141,33 @@ def test_lora_learns_alike_on_every_engine_and_is_merged_at_the_end(
     assert torch.equal(trained[f"llm.{layer}.base_layer.weight"], base[f"{layer}.weight"])  # frozen
     assert torch.equal(exported["lora-ddp"]["llm.lm_head.weight"], base["lm_head.weight"])
     assert not any("lora" in name for name in exported["lora-ddp"])
+
+
+@pytest.mark.slow
+@pytest.mark.needs(*(name for name in RUNS if name.startswith("tied")))
+def test_a_head_that_is_the_embeddings_learns_ends_and_comes_out_alike_on_every_engine(
+    runs: Path, losses: Callable[[str], list[float]]
+) -> None:
+    for usual, others in (
+        ("tied-ddp", ("tied-fsdp", "tied-zero2", "tied-zero3")),
+        ("tied-lora-ddp", ("tied-lora-zero3",)),
+    ):
+        expected = load_file(runs / usual / "model" / "model.safetensors")
+        for name in others:
+            assert losses(name) == pytest.approx(losses(usual), rel=1e-5)
+            found = load_file(runs / name / "model" / "model.safetensors")
+            assert found.keys() == expected.keys()
+            for key, weight in expected.items():
+                torch.testing.assert_close(found[key], weight, rtol=0, atol=1e-4, msg=f"{name} {key}")
+    for name in (name for name in RUNS if name.startswith("tied-") and name != "tied-frozen"):
+        model = CompactVisionForConditionalGeneration.from_pretrained(runs / name / "model")
+        assert model.llm.lm_head.weight is model.llm.model.embed_tokens.weight
+        for checkpoint in (None, max((runs / name / "checkpoints").glob("ba*"))):
+            export_run(runs / name, runs / name / "again", checkpoint)
+            again = load_file(runs / name / "again" / "model.safetensors")
+            assert all(torch.equal(again[key], weight) for key, weight in model.state_dict().items() if key in again)
+    assert (runs / "tied-frozen" / "connector").is_dir()
+    export_run(runs / "tied-frozen", runs / "tied-frozen" / "model")
 
 
 @pytest.mark.needs("lora-ddp", "plain")

@@ -65,6 +65,62 @@ def test_ways_to_decode_that_change_no_answer(
     assert answer(model, **one, **how) == answer(model, **one)
 
 
+def test_what_is_looked_up_in_the_prompt_is_never_the_placeholder(
+    model: CompactVisionForConditionalGeneration,
+) -> None:
+    for row in ([1, 8, 9, *[IMAGE] * 4, 8, 9], [*[IMAGE] * 4, 8]):  # what ends the prompt is before the image too
+        asked = {"input_ids": torch.tensor([row]), "pixel_values": PIXELS[:1]}
+        assert answer(model, **asked, prompt_lookup_num_tokens=3) == answer(model, **asked)
+
+
+def test_embeddings_with_the_vision_tokens_in_them_answer_as_ids_and_pixels_do(
+    model: CompactVisionForConditionalGeneration,
+) -> None:
+    ids = torch.tensor([ROWS[0]])
+    places = (ids == IMAGE)[..., None]
+    embeds = model.get_input_embeddings()(ids.masked_fill(ids == IMAGE, 0))
+    embeds = embeds.masked_scatter(places, model.get_image_features(PIXELS[:1]))
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    for how in ({}, {"use_cache": False}):
+        said = model.generate(inputs_embeds=embeds, **settings, **how)
+        assert said.tolist() == answer(model, input_ids=ids, pixel_values=PIXELS[:1])
+    for image in ({"pixel_values": PIXELS[:1]}, {"columns": model.encode_images(PIXELS[:1])}):
+        with pytest.raises(ValueError, match="inputs_embeds came with an image"):
+            model.generate(inputs_embeds=embeds, **settings, **image)
+
+
+class Packed(torch.nn.Module):
+    """A linear layer as quantisers leave it: its weight in bytes, a floating bias, its input in the bias's dtype."""
+
+    def __init__(self, layer: torch.nn.Linear) -> None:
+        super().__init__()
+        self.scale = float(layer.weight.detach().abs().max()) / 127
+        self.weight = torch.nn.Parameter((layer.weight / self.scale).round().to(torch.int8), requires_grad=False)
+        self.bias = layer.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("kind", ["int8 of torch", "bytes with a bias", "adapters in another dtype"])
+def test_a_connector_computes_in_the_dtype_of_its_whole_weights_however_they_are_kept(
+    model: CompactVisionForConditionalGeneration, kind: str
+) -> None:
+    plain = model(torch.tensor([ROWS[0]]), pixel_values=PIXELS[:1]).logits
+    if kind == "int8 of torch":  # which leaves no parameter at all
+        model = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    elif kind == "bytes with a bias":
+        for name, layer in list(model.connector.named_modules()):
+            if isinstance(layer, torch.nn.Linear):
+                model.connector.set_submodule(name, Packed(layer))
+    else:
+        model.connector.bfloat16()
+        model.connector.register_module("adapter", torch.nn.Linear(2, 2))  # in float32
+        model.connector._modules = dict(reversed(model.connector._modules.items()))  # and first
+    found = model(torch.tensor([ROWS[0]]), pixel_values=PIXELS[:1]).logits
+    assert (found - plain).norm() < 0.2 * plain.norm()  # 8 bits everywhere
+
+
 @pytest.mark.parametrize(
     "how",
     [

@@ -2,23 +2,21 @@
 
     <run>/checkpoints/ba00000500/               one checkpoint, for any engine
         composer.pt  zero/...  ep0-ba500/...    what Composer and the engine wrote
-        complete.json                           written last: step, engine, ranks, and the size of every file
+        complete.json                           written last: step, engine, ranks, size and SHA-256 of every file
 
-A folder without `complete.json`, or with a file of another size, is not a checkpoint: that of a process which was
-killed while it wrote is passed over, and swept by the next one. On a bucket the same names hold, `complete.json` is
-uploaded when everything else is there. With several nodes and no common disk, each node keeps what its ranks wrote
-and fetches the rest from the bucket. Checkpoints are pickles: go on only from folders and buckets that you trust.
+A folder without `complete.json` is not a checkpoint: that of a process which was killed while it wrote is passed over,
+and swept by the next one. On a bucket the same names hold, `complete.json` is uploaded when everything else is there.
+With several nodes and no common disk, each node keeps what its ranks wrote and fetches the rest from the bucket.
+A run goes on from the newest one whose files are as they were written (resume.py beside this), and runs nothing that
+they hold (safe.py).
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import re
 import shutil
 import signal
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 
@@ -29,41 +27,32 @@ from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import create_interval_scheduler, dist
 
 from pipeline.storage import sync
+from training.checkpoints.mark import (
+    FOLDER,
+    MARK,
+    Mark,
+    checkpoint_folders,
+    digest,
+    file_sizes,
+    in_threads,
+    read_mark,
+    remove_checkpoint,
+    write_mark,
+)
 from training.checkpoints.remote import Remote
 from training.config import CheckpointSettings
 from training.cost.memory import CHECKPOINT
-from training.engines import engine_class
 from training.engines.base import Engine
 
 log = logging.getLogger(__name__)
 
-MARK = "complete.json"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send ahead of taking a node away
-_FOLDER = re.compile(r"ba(\d{8,})")
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What `complete.json` says: `load` is the file or folder that Composer loads, `files` maps names to bytes."""
-
-    step: int
-    engine: str
-    ranks: int
-    load: str
-    files: dict[str, int]
-
-    @property
-    def whole_file(self) -> bool:
-        """Whether composer.pt holds whole weights, not the shards of one rank.
-
-        Raises:
-            ValueError: if the engine is not known here.
-        """
-        return engine_class(self.engine).whole_file
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # schedulers' before they take a node away; Ctrl-C
 
 
 class StopRequest:
-    """Remembers the first of `SIGNALS` that this process got, instead of dying of it.
+    """Remembers the first of `SIGNALS` that this process got within the context, instead of dying of it.
+
+    A second Ctrl-C ends the process at once.
 
     A signal may come at any moment, also within a collective. So its handler only takes a note; `Checkpoints` looks at
     the notes of all ranks after each step, when all are at the same place and the weights are whole.
@@ -71,10 +60,23 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        self._interrupted = False
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)  # as if it had never been caught
+            self._interrupted = True
+            os.write(2, b"\nstopping  after the step under way, with a checkpoint; Ctrl-C again ends it at once\n")
         self.signal = self.signal or number  # the first one stays
 
 
@@ -166,23 +168,31 @@ class Checkpoints(Callback):  # type: ignore[misc]
         """Mark the checkpoint as whole, drop old ones, send it to the bucket. A collective.
 
         The first rank of each node lists the files that it sees: all of them on a common disk, those of its node
-        otherwise. The mark names every file that anyone sees. A file is uploaded by its owner, the lowest rank that
-        sees it. Files are flushed to the disk before the mark: a crash leaves no mark over files that are not there.
+        otherwise. The mark names every file that anyone sees. A file is uploaded by the lowest rank that sees it; those
+        who see it share the hashing. Files are flushed to the disk before the mark: a crash leaves no mark over files
+        that are not there.
         """
-        mine = _sizes(target) if _is_local_leader() else {}
+        me = dist.get_global_rank()
+        mine = file_sizes(target) if _is_local_leader() else {}
         seen: list[dict[str, int]] = dist.all_gather_object(mine)
-        owner = {name: rank for rank, files in reversed(list(enumerate(seen))) for name in files}  # the lowest stays
+        holders = {
+            name: [rank for rank, files in enumerate(seen) if name in files] for name in sorted(set().union(*seen))
+        }
         load = dist.all_gather_object(load)[0]
-        files = {name: seen[rank][name] for name, rank in sorted(owner.items())}
-        mark = Mark(step, self.engine.name, self.engine.ranks, load, files)
+        sha256: dict[str, str] | None = None
+        if self.settings.verify:
+            share = [name for turn, (name, ranks) in enumerate(holders.items()) if ranks[turn % len(ranks)] == me]
+            shares = dist.all_gather_object(in_threads(lambda name: digest(target / name), share))
+            hashed = {name: text for part in shares for name, text in part.items()}
+            sha256 = {name: hashed[name] for name in holders}
+        files = {name: seen[ranks[0]][name] for name, ranks in holders.items()}
         if _is_local_leader():
             for name in mine:
                 sync(target / name)
-            _replace(target / MARK, json.dumps(asdict(mark), indent=1))
+            write_mark(target, Mark(step, self.engine.name, self.engine.ranks, load, files, sha256))
             self._rotate()
             if self._remote is not None:
-                own = [name for name, rank in owner.items() if rank == dist.get_global_rank()]
-                self._remote.upload(target, own)
+                self._remote.upload(target, [name for name, ranks in holders.items() if ranks[0] == me])
         if self._remote is not None:
             self._unmarked.append(target)
         dist.barrier()
@@ -203,22 +213,22 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     def _sweep(self, step: int) -> None:
         """Remove what is no whole checkpoint, and what a run that went back to an older one had written beyond it."""
-        for folder in _folders(self.folder):
+        for folder in checkpoint_folders(self.folder):
             if read_mark(folder) is None or int(folder.name[2:]) >= step:
-                _remove(folder)
+                remove_checkpoint(folder)
 
     def _rotate(self) -> None:
         """Remove the oldest whole checkpoints beyond `settings.keep`, but for one that is being uploaded."""
         if self.settings.keep < 0:
             return
-        whole = [folder for folder in _folders(self.folder) if read_mark(folder) is not None]
+        whole = [folder for folder in checkpoint_folders(self.folder) if read_mark(folder) is not None]
         for folder in whole[: max(0, len(whole) - max(1, self.settings.keep))]:
             if self._remote is None or not self._remote.needs(folder):
-                _remove(folder)
+                remove_checkpoint(folder)
 
     def _rotate_remote(self) -> None:
-        if self._remote is not None and self.settings.keep >= 0:
-            self._remote.drop_old(_FOLDER, MARK, max(1, self.settings.keep))
+        if self._remote is not None:
+            self._remote.drop_old(FOLDER, MARK, self.settings.keep)
 
     def _too_little_room(self, state: State) -> bool:
         """Whether a node's disk cannot hold another checkpoint; says so."""
@@ -234,144 +244,6 @@ class Checkpoints(Callback):  # type: ignore[misc]
                 state.timestamp.batch.value, need / 1e9, self.folder, free / 1e9,
             )  # fmt: skip
         return bool(short)
-
-
-def find(folder: Path, settings: CheckpointSettings, engine: Engine) -> Path | None:
-    """What Composer has to load to go on: the newest whole checkpoint on disk or in the bucket; None to start anew.
-
-    A collective. What this node lacks of it is fetched from the bucket.
-
-    Raises:
-        ValueError: if it was saved by another engine, or by a number of ranks that this one cannot take up.
-        OSError: if it is not whole on some node, or the bucket cannot be read.
-    """
-    if not settings.autoresume:
-        return None
-    remote = None if settings.remote is None else Remote(settings.remote)
-    found: tuple[str, Mark] | None = None
-    if dist.get_global_rank() == 0:
-        found = _newest(folder, remote)
-    found = dist.all_gather_object(found)[0]
-    if found is None:
-        return None
-    name, mark = found
-    check_engine(folder / name, mark, engine)
-    if _is_local_leader():
-        _complete(folder / name, mark, remote)
-    missing = sum(dist.all_gather_object(len(_missing(folder / name, mark)) if _is_local_leader() else 0))
-    if missing:
-        raise OSError(
-            f"{folder}/{name} lacks {missing} file(s) on some node: let run be on a disk that all nodes share, or set "
-            "checkpoint.remote"
-        )
-    return folder / name / mark.load  # here on every node, whole
-
-
-def check_engine(checkpoint: Path, mark: Mark, engine: Engine) -> None:
-    """Refuse what another engine, or another number of ranks, has saved and this one cannot take up.
-
-    Raises:
-        ValueError: with both, and what to do.
-    """
-    if mark.engine != engine.name:
-        hint = f"say parallelism={mark.engine}"
-    elif not engine.any_ranks and mark.ranks != engine.ranks:
-        hint = f"its shards fit only the number of ranks that wrote them: start {mark.ranks}"
-    else:
-        return
-    raise ValueError(
-        f"{checkpoint} was saved by {mark.engine} on {mark.ranks} ranks, this run is {engine.name} on {engine.ranks}; "
-        f"{hint}, or begin another run from the exported weights"
-    )
-
-
-def _newest(folder: Path, remote: Remote | None) -> tuple[str, Mark] | None:
-    """Name and mark of the newest whole checkpoint that this node or the bucket has; the local one if both have it."""
-    whole = newest_on_disk(folder)
-    here = {} if whole is None else {whole[0].name: whole[1]}
-    there = [] if remote is None else _marked(remote, bool(here))
-    names = sorted(name for name in {*here, *there} if _FOLDER.fullmatch(name))
-    if not names:
-        return None
-    name = names[-1]
-    if name in here:
-        return name, here[name]
-    assert remote is not None
-    remote.download(name, [MARK], folder / name)
-    mark = read_mark(folder / name)
-    (folder / name / MARK).unlink()  # it comes again when the rest is there
-    if mark is None:
-        raise OSError(f"{remote.url}/{name}/{MARK} is damaged; remove it to go on from an older checkpoint")
-    return name, mark
-
-
-def newest_on_disk(folder: Path) -> tuple[Path, Mark] | None:
-    """The newest whole checkpoint of a folder of checkpoints, and what its mark says."""
-    for path in reversed(_folders(folder)):
-        mark = read_mark(path)
-        if mark is not None and not _missing(path, mark):
-            return path, mark
-    return None
-
-
-def _marked(remote: Remote, can_do_without: bool) -> list[str]:
-    """Names of the whole checkpoints in the bucket; none, with a warning, if it cannot be read and need not be."""
-    try:
-        return remote.marked(MARK)
-    except OSError as error:
-        if not can_do_without:
-            raise
-        log.warning("going on from the newest checkpoint on disk, the bucket cannot be read: %s", error)
-        return []
-
-
-def _complete(folder: Path, mark: Mark, remote: Remote | None) -> None:
-    """Fetch what this node lacks of a checkpoint; its mark is written when the rest is there."""
-    missing = _missing(folder, mark)
-    if missing and remote is not None:
-        remote.download(folder.name, missing, folder)
-        _replace(folder / MARK, json.dumps(asdict(mark), indent=1))
-
-
-def read_mark(folder: Path) -> Mark | None:
-    """What is said of the checkpoint in `folder`, None if it is not whole or its files were damaged."""
-    try:
-        mark = Mark(**json.loads((folder / MARK).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # no error: what was killed while it wrote is passed over
-        return None
-    # The bucket is another's: no name may lead out of the folder.
-    safe = all(not Path(name).is_absolute() and ".." not in Path(name).parts for name in (*mark.files, mark.load))
-    return mark if safe else None
-
-
-def _missing(folder: Path, mark: Mark) -> list[str]:
-    """Files of the mark that are not there with their size."""
-    sizes = _sizes(folder)
-    return [name for name, size in mark.files.items() if sizes.get(name) != size]
-
-
-def _sizes(folder: Path) -> dict[str, int]:
-    """Every file below a checkpoint's folder and its bytes, but for the mark."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != MARK)
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
-
-
-def _folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("ba*") if _FOLDER.fullmatch(path.name))
-
-
-def _remove(folder: Path) -> None:
-    (folder / MARK).unlink(missing_ok=True)  # first: half a checkpoint must not look whole
-    shutil.rmtree(folder, ignore_errors=True)  # what stays is no checkpoint, and is swept again
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a file whole: beside its place, to the disk, then renamed. Each node has another name beside it."""
-    part = path.with_name(f"{path.name}.{os.uname().nodename}.part")
-    part.write_text(text, encoding="utf-8")
-    sync(part)
-    part.replace(path)
-    sync(path.parent)
 
 
 def _is_local_leader() -> bool:

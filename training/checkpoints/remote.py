@@ -5,6 +5,7 @@ The copying is done by Composer's object store.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 import threading
@@ -105,16 +106,21 @@ class Remote:
         return True
 
     def drop_old(self, folders: re.Pattern[str], mark: str, keep: int) -> None:
-        """Remove every folder of such a name that is older than the `keep` newest ones with the file `mark`.
+        """Remove every folder of such a name but for the `keep` newest with the file `mark`, and newer ones than those.
 
-        Names sort by age. Marks go first: a folder that is half removed must not look whole. What the bucket refuses
-        to remove stays, with a warning: it is in nobody's way.
+        Names sort by age. A folder without a mark that is older than one with it was overtaken, and never gets one: it
+        goes whatever `keep` is, which -1 lets all others stay. Marks go first: a folder that is half removed must not
+        look whole. What the bucket refuses to remove stays, with a warning: it is in nobody's way.
         """
         try:
             names = [name for name in self._files.list() if folders.fullmatch(PurePosixPath(name).parts[0])]
-            # Folders with a mark, oldest first. What is older than the oldest one kept goes, marked or not.
             whole = sorted(PurePosixPath(name).parts[0] for name in names if PurePosixPath(name).name == mark)
-            old = [name for name in names if whole and PurePosixPath(name).parts[0] < whole[-keep:][0]]
+            kept = whole if keep < 0 else whole[-max(1, keep) :]
+            old = [
+                name
+                for name in names
+                if whole and (top := PurePosixPath(name).parts[0]) <= whole[-1] and top not in kept
+            ]
             marks_first = sorted(old, key=lambda name: PurePosixPath(name).name != mark)
             for name in marks_first:
                 self._files.delete(name)
@@ -136,18 +142,30 @@ class Remote:
         paths = [PurePosixPath(key).relative_to(self._prefix) for key in keys]
         return [path.parts[0] for path in paths if len(path.parts) == 2 and path.name == mark]
 
-    def download(self, name: str, files: list[str], target: Path) -> None:
-        """Fetch files of the folder `name`.
+    def read(self, name: str) -> bytes:
+        """A small file.
 
         Raises:
-            OSError: if one cannot be fetched.
+            OSError: if it cannot be read.
+        """
+        data: bytes = self._tried(self._files.read, name)
+        return data
+
+    def download(self, name: str, files: list[str], target: Path) -> None:
+        """Fetch files of the folder `name`; what the bucket does not have stays away.
+
+        Raises:
+            OSError: if the bucket cannot be read.
         """
         for file in files:
-            self._tried(self._store.download_object, f"{name}/{file}", str(target / file), overwrite=True)
+            with contextlib.suppress(FileNotFoundError):
+                self._tried(self._store.download_object, f"{name}/{file}", str(target / file), overwrite=True)
 
     def _tried(self, call: Any, *arguments: Any, **options: Any) -> Any:
-        """The result of `call`; whatever it raises becomes an OSError with the bucket's address."""
+        """The result of `call`; what it raises becomes an OSError with the bucket's address, but for a missing file."""
         try:
             return call(*arguments, **options)
+        except FileNotFoundError:
+            raise
         except Exception as error:
             raise OSError(f"{self.url}: {error}; look at the address, the keys and AWS_ENDPOINT_URL") from error

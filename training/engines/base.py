@@ -35,7 +35,6 @@ class Engine(ABC):
 
     on_one_rank: ClassVar[str | None] = None  # the engine that takes its place on one rank; None: it works there too
     any_ranks: ClassVar[bool] = True  # whether another number of ranks can resume its checkpoints
-    whole_file: ClassVar[bool] = False  # whether composer.pt holds the weights whole, for the exporter
     bf16_on_cpu: ClassVar[bool] = False  # whether precision amp_bf16 works without a GPU
     finds_microbatch: ClassVar[bool] = False  # whether microbatch_size auto works on a GPU
 
@@ -52,6 +51,11 @@ class Engine(ABC):
         Raises:
             ValueError: with the reason and what to say instead.
         """
+
+    @classmethod
+    def saved_types(cls) -> list[type]:
+        """The classes that its checkpoints name beside arrays and plain values: nothing else is unpickled."""
+        return []
 
     @abstractmethod
     def trainer(self, left_out: list[str], settings: dict[str, Any]) -> Trainer:
@@ -122,6 +126,22 @@ class Engine(ABC):
                 if dist.get_global_rank() == 0:
                     weights[name] = whole.detach().cpu()
         return weights
+
+    @classmethod
+    def saved_weights(cls, checkpoint: Path, load: str) -> dict[str, Tensor]:
+        """The weights that learn, by their names in the multimodal model, whole and on the CPU, without any rank.
+
+        Args:
+            checkpoint: folder of one.
+            load: what Composer loads of it.
+
+        Raises:
+            ValueError, OSError, RuntimeError: if it holds something else.
+        """
+        import torch
+
+        state = torch.load(checkpoint / load, weights_only=True, mmap=True, map_location="cpu")["state"]["model"]
+        return {name.removeprefix(INNER): weight for name, weight in state.items()}
 
     def unwrapped(self, state: State) -> nn.Module:
         """Composer's model without what was put around it to spread it."""

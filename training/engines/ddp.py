@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 class Ddp(Engine):
     """PyTorch's DistributedDataParallel, which Composer puts around the model by itself."""
 
-    whole_file = True
     finds_microbatch = True
 
     def trainer(self, left_out: list[str], settings: dict[str, Any]) -> Trainer:

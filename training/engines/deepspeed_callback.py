@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +29,17 @@ if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read once, by the import
 
 import deepspeed
+from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils import safe_get_full_fp32_param
+from deepspeed.utils.tensor_fragment import fragment_address
 
 if os.environ.get("DS_ACCELERATOR") == "cpu":
     # Between CPUs gloo will do; DeepSpeed would first compile an operator for shared memory, and has no setting for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 TAG = "zero"  # of DeepSpeed's folder within a checkpoint
+SAVED_TYPES = [LossScaler, ZeroStageEnum, fragment_address]  # what its shards name beside tensors
 
 
 class DeepSpeedCallback(Callback):  # type: ignore[misc]
@@ -141,6 +147,20 @@ class _EngineOptimizer:
 def save_shards(engine: Any, folder: Path) -> None:
     """Write every rank's shards of weights that learn and of optimizer state into `folder`. A collective."""
     engine.save_checkpoint(str(folder), tag=TAG, save_latest=False, exclude_frozen_parameters=True)
+    if dist.get_global_rank() == 0:
+        for script in folder.glob("zero_to_*.py"):  # DeepSpeed's own, copied: checkpoints hold no code
+            script.unlink()
+
+
+def merged_shards(folder: Path) -> dict[str, Tensor]:
+    """The weights that learn, whole and in fp32, of the shards in `folder`, whatever number of ranks wrote them."""
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    with redirect_stdout(StringIO()):  # it reports each of its steps
+        found: dict[str, Tensor] = get_fp32_state_dict_from_zero_checkpoint(
+            str(folder), tag=TAG, exclude_frozen_parameters=True
+        )
+    return found
 
 
 def gather(engine: Any, keep: Callable[[str], bool]) -> dict[str, Tensor]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.config import TrainConfig
 from training.cost.memory import GRADIENT, MOMENTS, WEIGHT, Held, ModelShape, gathered, stored
-from training.engines.base import Engine
+from training.engines.base import INNER, Engine
 
 if TYPE_CHECKING:
     from composer import Trainer
@@ -52,7 +53,7 @@ class Fsdp(Engine):
                 load_ignore_keys=left_out or None,  # a sharded load asks for every key that it is not told of
                 **settings,
             )
-        if next(model.parameters()).device.type == "cpu" and not self._gloo_averages():
+        if trainer.state.device.name == "cpu" and not self._gloo_averages():
             self._average_on_gloo(model)
         return trainer
 
@@ -71,6 +72,26 @@ class Fsdp(Engine):
         from torch.distributed.tensor import DTensor
 
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    @classmethod
+    def saved_weights(cls, checkpoint: Path, load: str) -> dict[str, Tensor]:
+        """The weights of all ranks' shards: PyTorch's reader finds the parts of each in the files."""
+        import torch
+        from torch.distributed import checkpoint as sharded
+
+        reader, before = sharded.FileSystemReader(checkpoint / load), f"state.model.{INNER}"
+        weights = {
+            key: torch.empty(known.size, dtype=known.properties.dtype)
+            for key, known in reader.read_metadata().state_dict_metadata.items()
+            if key.startswith(before) and isinstance(known, sharded.TensorStorageMetadata)
+        }
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is")  # one process is what is wanted
+            try:
+                sharded.load(weights, storage_reader=reader)
+            except sharded.CheckpointException as error:  # no Exception to Python
+                raise OSError(f"{checkpoint / load} cannot be read: {error}; name an older checkpoint") from error
+        return {key.removeprefix(before): weight for key, weight in weights.items()}
 
     def _gloo_averages(self) -> bool:
         """Whether a mean over the ranks is one: gloo silently gives the sum up to PyTorch 2.10. A collective."""

@@ -26,6 +26,13 @@ class Zero(Engine):
     any_ranks = False
     bf16_on_cpu = True
 
+    @classmethod
+    def saved_types(cls) -> list[type]:
+        """DeepSpeed's own, in the shards of the optimizer's state."""
+        from training.engines.deepspeed_callback import SAVED_TYPES
+
+        return SAVED_TYPES
+
     def trainer(self, left_out: list[str], settings: dict[str, Any]) -> Trainer:
         """Composer's Trainer with a callback that hands the model to DeepSpeed.
 
@@ -80,6 +87,13 @@ class Zero(Engine):
         # DeepSpeed wraps Composer's model, so that its names begin with `model.`.
         found = gather(state.model.engine, lambda key: keep(key.removeprefix(INNER)))
         return {key.removeprefix(INNER): weight for key, weight in found.items()}
+
+    @classmethod
+    def saved_weights(cls, checkpoint: Path, load: str) -> dict[str, Tensor]:
+        """The fp32 weights of all ranks' shards, by DeepSpeed's own way to put them together."""
+        from training.engines.deepspeed_callback import merged_shards
+
+        return {key.removeprefix(INNER): weight for key, weight in merged_shards(checkpoint).items()}
 
     def save(self, state: State, folder: Path) -> None:
         """Every rank's shards of the weights that learn and of the optimizer's state. A collective."""

@@ -90,8 +90,9 @@ def whole_model(
         )
     llm.name_or_path, llm.generation_config = model.llm.name_or_path, model.llm.generation_config
     # `assign` puts the weights in place of meta tensors; what stage 1 leaves out stays without contents.
-    missing, unknown = whole.load_state_dict(weights, strict=False, assign=True)
-    missing = [name for name in missing if is_exported(config, name)]
+    _, unknown = whole.load_state_dict(weights, strict=False, assign=True)
+    llm.tie_weights()  # one weight under two names comes under one or both
+    missing = [name for name, weight in whole.named_parameters() if weight.is_meta and is_exported(config, name)]
     assert not missing and not unknown, f"missing {missing}, unknown {unknown}"
     if config.model.lora is not None:
         merge_lora(llm)

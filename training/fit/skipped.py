@@ -14,7 +14,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from training.release.records import read_log
+from training.release.records import read_log, write_whole
 from training.stream.stream import Stream
 from training.text.collate import Skip
 
@@ -43,10 +43,10 @@ class SkippedExamples(Callback):  # type: ignore[misc]
         """Take up the list of a resumed run, without the steps that it is about to repeat."""
         lines: list[dict[str, Any]] = []
         if dist.get_global_rank() == 0 and (self.run / SKIPPED).exists():
-            lines = [line for line in read_log(self.run, SKIPPED) if line["step"] <= state.timestamp.batch.value]
-            aside = self.run / f"{SKIPPED}.partial"
-            aside.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-            aside.replace(self.run / SKIPPED)
+            lines = [
+                line for line in read_log(self.run, SKIPPED, ["step"]) if line["step"] <= state.timestamp.batch.value
+            ]
+            write_whole(self.run / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines))
         listed = [{line["key"]: line["reason"] for line in lines}]
         dist.broadcast_object_list(listed)
         self._reasons = listed[0]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 
 import torch
+from composer.core import State
 from composer.utils import dist, get_device
 
 from training.checkpoints.checkpoint import StopRequest
 from training.config import TrainConfig
 from training.engines import engine_of
+from training.engines.base import Engine
 from training.fit.optimizer import build_optimizer
 from training.fit.parts import Parts, open_parts
 from training.fit.preview import preview
-from training.fit.run_folder import claim, finish
+from training.fit.run_folder import claim, finish, held, what_it_holds
 from training.fit.trainer import WAIT_S, build_trainer
 from training.fit.watch import Watch
 
@@ -22,39 +25,72 @@ def train(config: TrainConfig, check_only: bool = False) -> None:
     """One stage: store -> stream -> model -> Composer -> exported weights and `summary.json` in `config.run`.
 
     Raises:
-        SystemExit: with a message if store, model and configuration do not fit each other, before anything is trained;
-            with 128 + the signal's number if a scheduler stopped it: after the step under way and a checkpoint.
+        SystemExit: with a message if store, model and configuration do not fit each other, before anything is trained,
+            or if the end cannot be written, which the same command then does again; with 128 + the signal's number if
+            a scheduler stopped it: after the step under way and a checkpoint.
     """
-    stop = StopRequest()  # first of all: a signal that comes while the model loads is not lost
+    with ExitStack() as until_the_end:
+        # First of all: a signal that comes while the model loads is not lost. One that only looks dies of it.
+        stop = None if check_only else until_the_end.enter_context(StopRequest())
+        _train(config, stop, until_the_end)
+
+
+def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitStack) -> None:
+    """The stage, or without `stop` only a look at it; `until_the_end` keeps the run's folder."""
     dist.initialize_dist(get_device(None if config.device == "auto" else config.device), timeout=WAIT_S)
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
-    watch = Watch(config.hang_s)
-    watch.start()
+    watch = until_the_end.enter_context(Watch(config.hang_s))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # All that a user can have got wrong is found in here, before the first step.
     try:
-        claim(config, write=not check_only)
+        until_the_end.enter_context(held(config, stop))
+        if stop is not None and (complete := what_it_holds(config)):
+            if rank == 0:
+                print(complete, flush=True)
+            return
         parts = open_parts(config, rank, ranks)
         steps = config.steps or config.epochs * len(parts.stream)
         if rank == 0:
             print(describe(config, parts, steps, ranks), flush=True)
-        if check_only:
+        if stop is None:
             if rank == 0:
                 print(preview(config, parts, build_optimizer(parts.model, config.optimizer)), flush=True)
             return
         engine = engine_of(config, ranks)
         trainer, checkpoints = build_trainer(config, parts, engine, steps, stop, watch)
+        claim(config, parts)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    trainer.fit()
+    if trainer.state.timestamp.batch.value < steps:
+        try:
+            trainer.fit()
+        except OSError as error:
+            sys.exit(f"error: {error}; mend that and run the same command again: it goes on from its last checkpoint")
+    elif rank == 0:
+        print(f"trained   all {steps} steps are done; what is left is to export their weights", flush=True)
     if not checkpoints.stopped:
-        finish(config, parts, engine, trainer.state, steps)
+        end(config, parts, engine, trainer.state, steps)
     dist.barrier()
-    watch.close()
     trainer.close()
     if checkpoints.stopped:
         print(f"stopped   by signal {checkpoints.stopped} after a checkpoint; the same command goes on", flush=True)
         sys.exit(128 + checkpoints.stopped)
+
+
+def end(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: int) -> None:
+    """Do what is left after the last step. A collective.
+
+    Raises:
+        SystemExit: on every rank, with a message, if rank 0 could not write it; the same command then tries again.
+    """
+    wrong = ""
+    try:
+        finish(config, parts, engine, state, steps)
+    except (ValueError, OSError) as error:
+        wrong = str(error)
+    wrong = dist.all_gather_object(wrong)[0]  # the others wait here for what rank 0 writes
+    if wrong:
+        sys.exit(f"error: {wrong}\nall steps are done: mend that and run the same command again, it only exports")
 
 
 def describe(config: TrainConfig, parts: Parts, steps: int, ranks: int) -> str:

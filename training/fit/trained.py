@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from training.release.card import CardFiles
 from training.release.connector import load_connector
 from training.release.folder import export_model
+from training.release.records import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +31,9 @@ def export_run(
 
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
-    from training.config import TrainConfig
     from training.fit.build import load_tokenizer
 
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{run} is no training run: it has no config.json; name the folder given as run=...")
-    config = TrainConfig.model_validate_json((run / "config.json").read_text(encoding="utf-8"))
+    config = read_config(run)
     store = read_store(Storage(config.data.store))
     model = trained_model(config, store, run, checkpoint)
     target = None if dtype is None else getattr(torch, dtype)
@@ -56,7 +54,7 @@ def trained_model(
     from training.model.model import CompactVisionForConditionalGeneration
 
     finished = (run / "summary.json").is_file() and checkpoint is None
-    if finished and "llm" in config.train:
+    if finished and "llm" in config.train and (run / "model").is_dir():
         model: CompactVisionForConditionalGeneration = CompactVisionForConditionalGeneration.from_pretrained(
             run / "model"
         )
@@ -64,60 +62,69 @@ def trained_model(
         return model
     anew = config.model.model_copy(update={"connector_from": None})  # its weights are about to be replaced
     model = build_model(config.model_copy(update={"model": anew}), store)
-    if finished:
+    if finished and "llm" not in config.train and (run / "connector").is_dir():
         load_connector(model.connector, run / "connector")
         return model
-    path = checkpoint or _newest_checkpoint(run)
-    state = _weights_of(path / "composer.pt" if path.is_dir() else path)
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing, unused = model.load_state_dict(state, strict=False)
+    missing, unused = model.load_state_dict(_weights_of(run, checkpoint), strict=False)
     lost = sorted(learning.intersection(missing))
     if lost or unused:
         raise ValueError(
-            f"{path} is of another model: missing {lost or 'nothing'}, not used {unused or 'nothing'}; name a "
-            f"checkpoint of {run}"
+            f"{checkpoint or run} is of another model: missing {lost or 'nothing'}, not used {unused or 'nothing'}; "
+            f"name a checkpoint of {run}"
         )
     if config.model.lora is not None:
         merge_lora(model.llm)
     return model
 
 
-def _newest_checkpoint(run: Path) -> Path:
-    """The newest whole checkpoint of a run, if its one file has all weights that learn."""
-    from training.checkpoints.checkpoint import newest_on_disk
+def _weights_of(run: Path, checkpoint: Path | None) -> dict[str, torch.Tensor]:
+    """The weights that learn in a checkpoint of any engine, read by one process; nothing that it names is run.
 
-    found = newest_on_disk(run / "checkpoints")
-    if found is None:
-        raise ValueError(f"{run} has neither finished nor saved a checkpoint yet; let it train on to one of them")
-    folder, mark = found
-    if not mark.whole_file:
-        raise ValueError(
-            f"{folder} holds the shards of {mark.ranks} {mark.engine} ranks; let the run go on to its end: it exports"
-        )
-    return folder
-
-
-def _weights_of(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """The model's weights in a Composer checkpoint, unpickled without running anything that it names.
+    Args:
+        run: whose newest sound checkpoint is read, if none is named.
+        checkpoint: a folder, or a composer.pt that holds whole weights.
 
     Raises:
-        ValueError: if it is none.
+        ValueError: if there is none, or it holds no weights. OSError: if it cannot be read.
     """
-    import datetime
     import pickle
 
-    import numpy as np
-    import torch
-    from torch.torch_version import TorchVersion
+    from training.checkpoints.safe import only_data, refuse_code
+    from training.engines import engine_class
 
-    # What Composer keeps beside the weights: random states, durations, a version.
-    plain: list[Any] = [np.ndarray, np.dtype, np.dtypes.UInt32DType, np.empty(0).__reduce__()[0], TorchVersion]
+    folder, load, engine = _chosen(run, checkpoint)
+    if checkpoint is None or checkpoint.is_dir():
+        refuse_code(folder, engine)
     try:
-        with torch.serialization.safe_globals([*plain, datetime.timedelta]):
-            state = torch.load(checkpoint, weights_only=True, mmap=True, map_location="cpu")["state"]["model"]
-    except (pickle.UnpicklingError, RuntimeError, KeyError, TypeError) as error:
+        with only_data(engine):
+            return engine_class(engine).saved_weights(folder, load)
+    except (pickle.UnpicklingError, RuntimeError, LookupError, TypeError, AttributeError, EOFError) as error:
         first = str(error).partition("\n")[0]
         raise ValueError(
-            f"{checkpoint} is no checkpoint of training/train.py: {first}; name a folder of RUN/checkpoints"
+            f"{folder / load} is no checkpoint of training/train.py from which {engine} can put the weights together: "
+            f"{first}; name another folder of {run}/checkpoints, or start the run's own command again: its end exports"
         ) from error
-    return {name.removeprefix("model."): weight for name, weight in state.items()}
+
+
+def _chosen(run: Path, checkpoint: Path | None) -> tuple[Path, str, str]:
+    """Folder, what is loaded of it, and engine, of the checkpoint that is named, or of the newest sound one."""
+    from training.checkpoints.mark import flaws, read_mark
+    from training.checkpoints.resume import newest_on_disk
+
+    if checkpoint is None:
+        found = newest_on_disk(run / "checkpoints")
+        if found is None:
+            raise ValueError(
+                f"{run} has neither finished nor saved a checkpoint yet; let it train on to one of them, or fetch one "
+                f"from its bucket into {run}/checkpoints"
+            )
+        return found[0], found[1].load, found[1].engine
+    if checkpoint.is_file():
+        return checkpoint.parent, checkpoint.name, "ddp"
+    mark = read_mark(checkpoint)
+    bad = {"complete.json": "is missing or damaged"} if mark is None else flaws(checkpoint, mark)
+    if mark is None or bad:
+        name, what = next(iter(bad.items()))
+        raise ValueError(f"{checkpoint} is no sound checkpoint: {name} {what}; name another of {run}/checkpoints")
+    return checkpoint, mark.load, mark.engine

@@ -9,7 +9,9 @@ from composer import Trainer
 from composer.core import DataSpec
 from torch.utils.data import DataLoader
 
-from training.checkpoints.checkpoint import Checkpoints, StopRequest, find
+from training.checkpoints.checkpoint import Checkpoints, StopRequest
+from training.checkpoints.resume import find
+from training.checkpoints.safe import only_data
 from training.config import TrainConfig
 from training.cost.mfu import StepFlops
 from training.engines.base import Engine
@@ -65,7 +67,8 @@ def build_trainer(
         "progress_bar": False,
         "dist_timeout": WAIT_S,
     }
-    return engine.trainer(left_out, settings), checkpoints
+    with only_data(engine.name):
+        return engine.trainer(left_out, settings), checkpoints
 
 
 def _trainable(config: TrainConfig, parts: Parts) -> TrainableModel:

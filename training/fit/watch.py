@@ -52,15 +52,16 @@ class Watch(Callback):  # type: ignore[misc]
             threading.Thread(target=run, name=f"watch-{run.__name__}", daemon=True) for run in (self._tell, self._judge)
         ]
 
-    def start(self) -> None:
+    def __enter__(self) -> Watch:
         """Begin to watch. A collective."""
         self._store = _store() if self._ranks > 1 else None
         self._say(0)
         dist.barrier()  # now everyone has said something: no read has to wait for its writer
         for thread in self._threads:
             thread.start()
+        return self
 
-    def close(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Stop watching: from here on ranks end one by one."""
         self._closed.set()
 

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.generation.candidate_generator import PromptLookupCandidateGenerator
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
@@ -30,6 +31,7 @@ from pipeline.encoders import encoder_of
 from pipeline.encoders.columns import block_of, grid_of
 
 from .markers import IGNORE
+from .placeholders import ProposedText, VocabularyOnly, within_vocabulary
 from .reducers import build_connector, connector_config
 from .reducers.connector import Connector, Text
 
@@ -274,6 +276,11 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
                 f"give exactly one of input_ids and inputs_embeds, not {'none' if input_ids is None else 'both'}"
             )
         if inputs_embeds is not None:
+            if columns is not None or pixel_values is not None:
+                raise ValueError(
+                    "inputs_embeds came with an image, which has no place in them: put the vision tokens of "
+                    "get_image_features there, and give no pixel_values; or give input_ids"
+                )
             return inputs_embeds, None
         assert input_ids is not None
         if columns is None and pixel_values is not None:
@@ -329,16 +336,27 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
     def _get_logits_processor(self, *args: Any, encoder_input_ids: Any = None, **kwargs: Any) -> LogitsProcessorList:
         """transformers' list, which never sees an id beyond the vocabulary."""
         if encoder_input_ids is not None:
-            encoder_input_ids = _within(encoder_input_ids, self.config.image_token_id)
+            encoder_input_ids = within_vocabulary(encoder_input_ids, self.config.image_token_id)
         made = super()._get_logits_processor(*args, encoder_input_ids=encoder_input_ids, **kwargs)
-        return _VocabularyOnly(made, self.config.image_token_id)
+        return VocabularyOnly(made, self.config.image_token_id)
+
+    def _get_candidate_generator(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' proposer of tokens to try, which never proposes a placeholder of the prompt."""
+        made = super()._get_candidate_generator(*args, **kwargs)
+        if not isinstance(made, PromptLookupCandidateGenerator):
+            return made  # models that propose may see images themselves
+        return ProposedText(made, self.config.image_token_id)
 
     def prepare_inputs_for_generation(
-        self, *args: Any, is_first_iteration: bool | None = False, **kwargs: Any
+        self,
+        *args: Any,
+        inputs_embeds: Tensor | None = None,  # `generate` takes them only where they are named here
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
     ) -> dict[str, Any]:
         """As transformers', which sends pixels with the prompt only; the same for cached columns."""
         inputs: dict[str, Any] = super().prepare_inputs_for_generation(
-            *args, is_first_iteration=is_first_iteration, **kwargs
+            *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if not is_first_iteration and kwargs.get("use_cache", True):
             inputs.pop("columns", None)
@@ -361,25 +379,6 @@ class CompactVisionModel(CompactVisionForConditionalGeneration):
         text = self._text(input_ids, kwargs.get("attention_mask"), None)
         embeds, _ = self._inputs(input_ids, inputs_embeds, columns, pixel_values, text)
         return self.llm.get_decoder()(inputs_embeds=embeds, **kwargs)
-
-
-class _VocabularyOnly(LogitsProcessorList):  # type: ignore[misc]
-    """Logits processors that look up the scores of ids in the prompt, such as the repetition penalty's."""
-
-    def __init__(self, processors: LogitsProcessorList, image_token_id: int) -> None:
-        super().__init__(processors)
-        self.image_token_id = image_token_id
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
-        """(rows, length) and (rows, vocabulary) -> (rows, vocabulary)."""
-        result: Tensor = super().__call__(_within(input_ids, self.image_token_id), scores, **kwargs)
-        return result
-
-
-def _within(input_ids: Tensor, image_token_id: int) -> Tensor:
-    """(rows, length), each placeholder replaced by its row's first id: the row holds it anyway, so none is punished."""
-    first = input_ids[:, :1].clamp(max=image_token_id - 1)
-    return torch.where(input_ids == image_token_id, first, input_ids)
 
 
 def _check_tower(vision: PreTrainedConfig, connector: Connector) -> None:

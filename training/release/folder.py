@@ -5,6 +5,7 @@ Every folder is written beside its final place and renamed, so one that exists i
 
 from __future__ import annotations
 
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -95,8 +96,15 @@ def write_model(
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """A new folder to write to, which becomes `folder` at the end, or nothing at all if writing fails."""
+    """A new folder to write to, which becomes `folder` at the end, or nothing at all if writing fails.
+
+    Raises:
+        OSError: if something cannot be written.
+    """
+    from safetensors import SafetensorError
+
     folder.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(folder)
     fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     fresh.mkdir()
     try:
@@ -108,8 +116,22 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(old)
         else:
             fresh.rename(folder)
+    except SafetensorError as error:  # its writer's word for a full disk, among others
+        raise OSError(f"{folder} is not written: {error}; make room, or choose another folder") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes left beside `folder`; what one of them had just moved away comes back."""
+    ours = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}(\.old)?(\.gone)?")
+    for left in sorted(path for path in folder.parent.iterdir() if ours.fullmatch(path.name)):
+        if left.suffix == ".old" and not folder.exists():
+            left.rename(folder)
+            continue
+        # Under another name first: a process that still writes there fails, and never renames half a folder.
+        gone = left if left.suffix == ".gone" else left.rename(left.with_name(f"{left.name}.gone"))
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:

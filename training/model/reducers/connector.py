@@ -6,6 +6,7 @@ Shapes: n images; grid*grid patch tokens of width C1 in a column; vision tokens 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -85,4 +86,15 @@ class Connector(nn.Module, ABC):
         knows_autocast = torch.amp.autocast_mode.is_autocast_available(device)  # the meta device does not
         if knows_autocast and torch.is_autocast_enabled(device):
             return column  # autocast brings both sides to its own dtype; casting up first would cost memory
-        return column.to(next(self.parameters()).dtype)
+        return column.to(self._computed_in(column.dtype))
+
+    def _computed_in(self, otherwise: torch.dtype) -> torch.dtype:
+        """The floating dtype of most weights; `otherwise` if there is none: what is quantised takes what comes.
+
+        Packed weights are bytes or no parameters at all. Their biases, and what was left whole, say it then.
+        """
+        found: Counter[torch.dtype] = Counter()
+        for weight in self.parameters():
+            if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
+                found[weight.dtype] += 1 + weight.numel()  # 1: a sharded weight may have no numbers here
+        return max(found, key=found.__getitem__, default=otherwise)

@@ -183,6 +183,7 @@ def test_what_may_change_are_settings(settings: Settings, tmp_path: Path) -> Non
         (SUMMARY, '{"steps": "many"}', "summary.json is damaged, or of another version of this program: steps: "),
         (LOG, '{"step": 1}\n{"step": 2}\n', "log.jsonl:1 is damaged"),
         (LOG, "\0\0\0\n{}\n", "log.jsonl:1 is damaged"),
+        (STORE, "0123", "store.sha256 is damaged"),
     ],
 )
 def test_a_damaged_file_is_named_with_what_to_do(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from training.checkup.finding import Finding, Level
+from training.fit.finding import Finding, Level
 from training.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -13,6 +13,8 @@ from training.checkpoints.checkpoint import StopRequest
 from training.config import TrainConfig
 from training.engines import engine_of
 from training.engines.base import Engine
+from training.fit.finding import ThisRank
+from training.fit.needs import refuse_unready
 from training.fit.optimizer import build_optimizer
 from training.fit.parts import Parts, open_parts
 from training.fit.preview import preview
@@ -52,9 +54,11 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         steps = config.steps or config.epochs * len(parts.stream)
         if rank == 0:
             print(describe(config, parts, steps, ranks), flush=True)
+        if stop is None and rank == 0:
+            here = ThisRank(rank, ranks, dist.get_local_rank(), dist.get_local_world_size(), planned=ranks)
+            print(preview(config, parts, build_optimizer(parts.model, config.optimizer), here), flush=True)
+        refuse_unready(config, parts.store, parts.model)
         if stop is None:
-            if rank == 0:
-                print(preview(config, parts, build_optimizer(parts.model, config.optimizer)), flush=True)
             return
         engine = engine_of(config, ranks)
         trainer, checkpoints = build_trainer(config, parts, engine, steps, stop, watch)

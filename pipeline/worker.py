@@ -112,7 +112,6 @@ class ShardWorker:
             return {**outcome, "postponed": True}
         with self.storage.scratch() as folder, torch.inference_mode():
             commit = self._build(row, folder, names)
-            self.report("the writing of its files")
             made = self._publish(commit, folder, base)
         self.storage.delete(claim_path(shard))
         outcome |= {
@@ -245,6 +244,7 @@ class ShardWorker:
         files = dict(commit.files)
         for name, file in commit.files.items():
             path = tar_path(name, commit.shard)
+            self.report(f"the publishing of {path}")
             if not self.storage.publish(path, folder / f"{name}.tar"):
                 if self._is_there(commit.shard, base, tuple(commit.files)):
                     return False  # another worker was first

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tarfile
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -41,7 +40,7 @@ from pipeline.schema import (
     claim_path,
     tar_path,
 )
-from pipeline.shard import TarWriter, members, sample_json, sha256_of
+from pipeline.shard import TarWriter, image_member, members, sample_json, sha256_of
 from pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -290,7 +289,7 @@ class _ShardInTheMaking:
                 else:
                     writer.add(f"{item.key}.{name}.{self.spec.codec}", payloads[name][row])
             if item.data is not None and SAMPLES in self.writers:
-                self.writers[SAMPLES].attach(f"{item.key}.{_suffix(item)}", item.data)
+                self.writers[SAMPLES].attach(image_member(item.key, item.image or ""), item.data)
             row += item.image is not None  # text has no row
 
     def finish(self) -> Commit:
@@ -304,13 +303,6 @@ class _ShardInTheMaking:
             files={name: writer.finish() for name, writer in self.writers.items()},
             failures=tuple(self.failures),
         )
-
-
-def _suffix(item: _Item) -> str:
-    """What a stored image's member ends in: as its file where that is plain, and fits into a tar's name."""
-    suffix = (item.image or "").rpartition(".")[2].lower()
-    fits = len(f"{item.key}.{suffix}".encode()) <= tarfile.LENGTH_NAME
-    return suffix if suffix.isalnum() and suffix != "json" and fits else "img"
 
 
 def to_host(payloads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

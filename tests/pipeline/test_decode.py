@@ -141,7 +141,6 @@ def test_a_long_image_s_pixels_are_those_of_the_whole_canvas(aspect: str, monkey
 
 BOUNDED = """
 import io, resource, sys
-from PIL import Image
 from pipeline.encoders.decode import load_image
 from pipeline.encoders.pixels import padded_and_resized, resized_and_cropped
 data = sys.stdin.buffer.read()

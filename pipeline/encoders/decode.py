@@ -120,7 +120,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         _decode(image)
     _check_bounds(image)  # an icon's header need not say how large its image is
     if expected is not None and expected != hashlib.sha256(image.tobytes()).hexdigest():
-        raise ValueError("damaged, it decodes to other pixels each time")
+        raise ValueError(
+            f"damaged {image.width}x{image.height} TIFF: it decodes to other pixels each time; copy it again"
+        )
     with _reasons():
         turn = TURNS.get(_orientation(image))
         if turn is not None:
@@ -170,7 +172,7 @@ def _check_bounds(image: Image.Image) -> None:
     if not isinstance(wide, int) or not isinstance(high, int) or wide * high > MAX_PIXELS:
         raise ValueError(f"tiles of {wide}x{high} pixels: refused as a decompression bomb; make it smaller")
     if image.format == "EPS":
-        raise ValueError("an EPS file, which only another program can draw; convert it to PNG")
+        raise ValueError(f"{size} of an EPS file, which only another program can draw; convert it to PNG")
 
 
 def _decode(image: Image.Image) -> None:
@@ -235,7 +237,7 @@ def _decoded_elsewhere(image: Image.Image) -> str | None:
     if done.returncode == -signal.SIGKILL or b"MemoryError" in done.stderr:
         raise MemoryError(f"decoding a TIFF of {image.width}x{image.height} pixels")
     if done.returncode < 0:
-        raise ValueError("damaged, its decoder crashes")
+        raise ValueError(f"damaged {image.width}x{image.height} TIFF: its decoder crashes; copy it again")
     return str(done.stdout, "ascii").strip()
 
 

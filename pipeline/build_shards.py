@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
+import os
 import sys
-import threading
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from pipeline.storage import Storage
 
 FAILURES_ALLOWED = 10  # at any rate: one bad image of twenty must not stop a trial run
-ATTEMPTS = 4  # of a shard whose worker dies
 OBJECT_STORE = 256 * 2**20  # bytes of a local Ray's object store: only rows of text go through it
 
 
@@ -45,7 +42,7 @@ def main() -> None:
     try:
         settings = [s for s in [arguments.config, *arguments.settings] if s and "=" in s]
         file = arguments.config if arguments.config and "=" not in arguments.config else None
-        config = load_config(BuildConfig, file, settings)
+        config = with_absolute_paths(load_config(BuildConfig, file, settings))
         dataset, spec = read_sources(config)
         if arguments.plan:
             print(plan(config, dataset, spec, arguments))
@@ -84,6 +81,33 @@ def _setting_lines() -> Iterator[str]:
     for name, field in BuildConfig.model_fields.items():
         default = "required" if field.is_required() else f"default {field.default!r}"
         yield f"  {name:<15} {field.description} ({default})"
+
+
+def with_absolute_paths(config: BuildConfig) -> BuildConfig:
+    """The settings with paths that mean the same in every process, whatever folder it runs in.
+
+    Raises:
+        ConfigError: for a relative path in a job that was handed to Ray: it would lead into Ray's own copy of the
+            working folder, which goes with the job.
+    """
+
+    def absolute(name: str, path: str) -> str:
+        if "://" in path or Path(path).is_absolute():
+            return path
+        if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):  # `ray job submit` sets it
+            raise ConfigError(
+                f"{name}={path} is relative: in a Ray job it would lie in Ray's temporary copy of the working folder, "
+                f"{Path.cwd()}, and be lost; give a path from the root that every node sees, or s3://"
+            )
+        return str(Path(path).absolute())
+
+    return config.model_copy(
+        update={
+            "store": absolute("store", config.store),
+            "data": tuple(absolute("data", path) for path in config.data_files),
+            "images": tuple(absolute("images", path) for path in config.image_roots),
+        }
+    )
 
 
 def read_sources(config: BuildConfig) -> tuple[Dataset, StoreSpec]:
@@ -195,6 +219,7 @@ class TooManyFailuresError(ValueError):
 
 def build_on_ray(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Work], storage: Storage) -> None:
     """Let Ray Data spread the shards over a pool of workers: one row is one shard, no feature passes through Ray."""
+    from pipeline.cluster import joined
     from pipeline.images import index_zips
     from pipeline.manifest import claimed, known_failures
     from pipeline.plan import row_of, shard_records
@@ -207,102 +232,18 @@ def build_on_ray(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: l
     ]
     known = [*dataset.failures, *known_failures(storage)]  # a rerun must not start counting anew
     progress = _Progress(rows, known, max(FAILURES_ALLOWED, config.max_failures * spec.samples))
-    with connected(config) as workers:
+    with joined(config.ray_address, None if config.num_gpus else 0, OBJECT_STORE):
+        from pipeline.scheduling import count_workers, schedule  # it imports ray, which `joined` has to do first
+
+        workers = count_workers(config)
         while rows:
-            for outcome in schedule(config, spec, rows, min(workers, len(rows))):
-                progress(outcome)
+            with contextlib.closing(schedule(config, spec, rows, min(workers, len(rows)), progress.say)) as outcomes:
+                for outcome in outcomes:
+                    progress(outcome)
             # Another job had claimed the postponed shards. What it has not finished by now is built here.
             rows = [{**row, "insist": True} for row in rows if row["shard"] in progress.postponed]
             progress.postponed.clear()
     progress.close()
-
-
-@contextlib.contextmanager
-def connected(config: BuildConfig) -> Iterator[int]:
-    """Join the cluster that `ray_address` or RAY_ADDRESS names, or start a local one; yields how many workers fit.
-
-    Raises:
-        ValueError: if not even one does.
-    """
-    import ray
-
-    from pipeline.cluster import connect
-
-    connect(config.ray_address, None if config.num_gpus else 0, OBJECT_STORE)
-    try:
-        resources = ray.cluster_resources()
-        cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-        fit = min(cpus // config.num_cpus, gpus // config.num_gpus if config.num_gpus else cpus)
-        if fit < 1:
-            raise ValueError(
-                f"no worker of {config.num_cpus:g} CPUs and {config.num_gpus:g} GPUs fits the cluster, which has "
-                f"{cpus:g} CPUs and {gpus:g} GPUs; lower num_cpus or num_gpus"
-            )
-        yield config.workers or int(fit)
-    finally:
-        _end_threads_of_ray_data()
-        ray.shutdown()
-
-
-def _end_threads_of_ray_data() -> None:
-    """Stop Ray Data's executor and wait for its threads, however long their last step takes.
-
-    A thread that calls Ray after `ray.shutdown` takes the whole process with it, exit code and all. No clock is needed:
-    an executor that was told to stop leaves its loop after the present step, and tells its metadata thread to stop.
-    """
-    threads = [t for t in threading.enumerate() if t.name.startswith(("StreamingExecutor-", "ray-data-metadata-"))]
-    for thread in threads:
-        if (stop := getattr(thread, "shutdown", None)) is not None:  # the executor; nothing happens if it was stopped
-            stop(force=True)
-    for thread in threads:
-        thread.join()
-
-
-def schedule(
-    config: BuildConfig, spec: StoreSpec, rows: list[dict[str, Any]], workers: int
-) -> Iterator[dict[str, Any]]:
-    """What each shard came to, in the order in which they end."""
-    import ray.data
-    from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
-    context.log_internal_stack_trace_to_stdout = False
-    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")  # the one way to say max_task_retries in 2.60
-    outcomes = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=len(rows)).map(
-        _RayWorker,
-        fn_constructor_args=(config, spec),
-        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
-        num_cpus=config.num_cpus,
-        num_gpus=config.num_gpus or None,
-        # Ray starts a dead worker again, as often as it takes, and tries its shard ATTEMPTS times in all.
-        ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": ATTEMPTS - 1},
-    )
-    try:
-        for outcome in outcomes.iter_rows():
-            yield json.loads(outcome["outcome"])
-    except RayTaskError as error:
-        raise ValueError(
-            f"a worker failed: {error.cause}\nThe shards that are done stay. Mend this, then run the same command again"
-        ) from error
-    except (ActorDiedError, WorkerCrashedError) as error:
-        raise ValueError(
-            f"a worker died {ATTEMPTS} times on one shard, most likely for want of memory; lower batch_size, or give "
-            f"it more with num_cpus (fewer workers), then run the same command again: {error}"
-        ) from error
-
-
-class _RayWorker:
-    """Ray Data's view of a worker: JSON text in, JSON text out, so that rows need no schema."""
-
-    def __init__(self, config: BuildConfig, spec: StoreSpec) -> None:
-        from pipeline.worker import ShardWorker
-
-        self._worker: Callable[[dict[str, Any]], dict[str, Any]] = ShardWorker(config, spec)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        return {"outcome": json.dumps(self._worker(json.loads(row["row"])))}
 
 
 class _Progress:
@@ -345,6 +286,10 @@ class _Progress:
                 f"in failures.jsonl of the store, for example {reasons[0]}. Mend the data and build a new store, or "
                 "raise max_failures and run again"
             )
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.bar.write(line)
 
     def close(self) -> None:
         """End the bar."""

@@ -16,6 +16,7 @@ import logging
 import os
 import random
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 SCRATCH = ".scratch"  # of a local store: files on their way in, on the same file system as their final place
 SCRATCH_LASTS = 2 * 86400  # s; whether a process of another machine lives cannot be asked
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # said of a write, without a name
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)  # FAT, some FUSE and network file systems
 ATTEMPTS = 6  # of a request, beside s3fs's own quick retries; pauses of 1, 2, 4, 8 and 16 s, jittered
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
@@ -189,32 +192,41 @@ class Storage:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A temporary folder from which `publish` works, removed at the end."""
-        if self._local is None:
-            import tempfile
+        """A temporary folder from which `publish` works, removed at the end.
 
-            with tempfile.TemporaryDirectory(prefix="feature-store-") as name:
+        Raises:
+            OSError: naming the folder, where the system says only that a disk is full.
+        """
+        if self._local is None:
+            with tempfile.TemporaryDirectory(prefix="feature-store-") as name, _naming(Path(name)):
                 yield Path(name)
             return
-        folder = self._local / SCRATCH / f"{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        folder = self._local / SCRATCH / f"{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         folder.mkdir(parents=True)
         try:
-            yield folder
+            with _naming(folder):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # others still work in it
                 folder.parent.rmdir()
 
     def sweep_scratch(self) -> None:
-        """Remove what killed processes left in the scratch folder of a local store; other machines' after two days."""
+        """Remove what killed processes left in the scratch folder of a local store; other machines' after two days.
+
+        Their age is counted by the clock of the file system, which stamps all folders: that of a new one tells the
+        time there. The clock of this machine may be years off.
+        """
         if self._local is None or not (self._local / SCRATCH).is_dir():
             return
-        for folder in (self._local / SCRATCH).iterdir():
-            host, _, rest = folder.name.partition(".")  # host.pid.random, as `scratch` names it
-            pid = rest.partition(".")[0]
-            here = host == os.uname().nodename.partition(".")[0] and pid.isdigit()
-            if not _alive(int(pid)) if here else folder.stat().st_mtime < time.time() - SCRATCH_LASTS:
-                shutil.rmtree(folder, ignore_errors=True)
+        with self.scratch() as new:
+            present = new.stat().st_mtime
+            for folder in (self._local / SCRATCH).iterdir():
+                host, _, pid = folder.name.rpartition(".")[0].rpartition(".")  # of host.pid.random
+                with contextlib.suppress(FileNotFoundError):  # its process has just removed it
+                    here = host == _host() and pid.isdigit()
+                    if not _alive(int(pid)) if here else folder.stat().st_mtime < present - SCRATCH_LASTS:
+                        shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: others work in it
             (self._local / SCRATCH).rmdir()
 
@@ -348,6 +360,14 @@ def _link(source: Path, target: Path) -> bool:
         os.link(source, target)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: the file system of {target} has no hard links, by which a file of a store appears "
+            "whole and only once; put the store on another file system, or on S3",
+        ) from error
     sync(target.parent)
     return True
 
@@ -359,6 +379,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Errors that name no file, as a write to a full disk, name the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in NO_ROOM:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        raise
+
+
+def _host() -> str:
+    """This machine; containers that share its name but not its process numbers are others."""
+    try:
+        return f"{os.uname().nodename}-{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:  # no /proc: macOS
+        return os.uname().nodename
 
 
 def _alive(pid: int) -> bool:

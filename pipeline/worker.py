@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -75,12 +75,16 @@ class ShardWorker:
 
     Args:
         config: the build's settings. spec: the store's identity, all its columns included.
+        report: called with the place in the shard whenever the work goes on.
     """
 
-    def __init__(self, config: BuildConfig, spec: StoreSpec) -> None:
+    def __init__(
+        self, config: BuildConfig, spec: StoreSpec, report: Callable[[str], None] = lambda place: None
+    ) -> None:
         torch.set_num_threads(max(1, int(config.num_cpus)))
         self.config = config
         self.spec = spec
+        self.report = report
         self.storage = Storage(config.store)
         self.source = ImageSource(config.image_roots)
         self.device = "cuda" if torch.cuda.is_available() and config.num_gpus > 0 else "cpu"
@@ -106,6 +110,7 @@ class ShardWorker:
             return {**outcome, "postponed": True}
         with self.storage.scratch() as folder, torch.inference_mode():
             commit = self._build(row, folder, names)
+            self.report("the writing of its files")
             made = self._publish(commit, folder, base)
         self.storage.delete(claim_path(shard))
         outcome |= {
@@ -151,13 +156,21 @@ class ShardWorker:
     def _decoded(self, row: Mapping[str, Any], stack: contextlib.ExitStack) -> Iterator[list[_Item]]:
         """The shard's samples in order, in batches, their images decoded by threads."""
         pool = stack.enter_context(ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode"))
-        waiting: deque[list[Future[_Item]]] = deque()
+        waiting: deque[dict[str, Future[_Item]]] = deque()
         for records in _batches(row["records"], self.config.batch_size):
-            waiting.append([pool.submit(self._decode, *record) for record in records])
+            waiting.append({record[0]: pool.submit(self._decode, *record) for record in records})
             if len(waiting) > BATCHES_AHEAD:
-                yield [future.result() for future in waiting.popleft()]
+                yield self._arrived(waiting.popleft())
         while waiting:
-            yield [future.result() for future in waiting.popleft()]
+            yield self._arrived(waiting.popleft())
+
+    def _arrived(self, batch: dict[str, Future[_Item]]) -> list[_Item]:
+        """The samples of a batch, when they are decoded."""
+        items = []
+        for key, future in batch.items():
+            self.report(f"sample {key}")
+            items.append(future.result())
+        return items
 
     def _decode(self, key: str, image: str | None, conversations: list[dict[str, Any]], places: Any) -> _Item:
         """Fetch, decode and preprocess one image, in a thread; what is wrong with it becomes its fault.
@@ -192,6 +205,7 @@ class ShardWorker:
         names = tuple(column.name for column in columns)
         if names not in self._encoders:  # keep the encoder of one set of columns: a worker rarely changes between them
             self._encoders = {names: self._encoder(columns)}
+        self.report(f"the features of {sound[0].key} to {sound[-1].key}")
         pixels = torch.from_numpy(np.stack([item.pixels for item in sound if item.pixels is not None]))
         features = self._encoders[names](pixels)  # {column: (images, tokens, width)}
         # (images,): whether every number of an image is finite, in every column

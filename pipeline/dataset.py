@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import posixpath
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +22,7 @@ from pipeline.schema import Conversation, Failure, Turn
 from pipeline.storage import Storage
 
 _AS_LINE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+LONGEST_REASON = 500  # characters
 
 
 @dataclass(slots=True)
@@ -62,10 +64,7 @@ def read_dataset(data: tuple[str, ...], seed: int, limit: int | None) -> Dataset
         if isinstance(checked, str):
             failures.append(Failure(key="", source=source, reason=checked, kind="record"))
             continue
-        image, conversation = checked
-        # What a record says, in one canonical line: equal records have equal hashes, and the digest is over these.
-        line = _AS_LINE([image, conversation]).encode()
-        identity = hashlib.sha256(line).digest()
+        image, conversation, identity = checked
         if identity in seen:
             counts["duplicates"] += 1
             continue
@@ -105,8 +104,10 @@ def _raw_records(files: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         if text.lstrip().startswith("["):
             try:
                 records = json.loads(text)
-            except ValueError as error:
+            except json.JSONDecodeError as error:
                 raise ValueError(f"data: {file} is not JSON: {error}; correct it there, or copy it again") from error
+            except (RecursionError, ValueError):  # nested too deeply, or a number of thousands of digits
+                records = _one_by_one(file, text)
             yield from ((f"{name}#{index}", record) for index, record in enumerate(records))
             continue
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -124,9 +125,46 @@ def _parsed(line: str) -> Any:
         return json.loads(line)
     except ValueError as error:
         return error
+    except RecursionError:
+        return ValueError("nested too deeply")
 
 
-def _checked(raw: Any) -> tuple[str | None, dict[str, Any]] | str:
+def _one_by_one(file: str, text: str) -> Iterator[Any]:
+    """The records of a JSON list, one of which is too much for the parser: cut at the commas between them.
+
+    Raises:
+        ValueError: if the list has no end.
+    """
+    depth, begin = 0, 0
+    for token in re.finditer(r'"(?:[^"\\]|\\.)*"|[][{},]', text):
+        if token[0] in ("[", "{"):
+            depth += 1
+            begin = token.end() if depth == 1 else begin
+        elif token[0] in ("]", "}"):
+            depth -= 1
+        if (token[0] == "," and depth == 1) or (token[0] == "]" and depth == 0):
+            yield _parsed(text[begin : token.start()])
+            begin = token.end()
+    if depth:
+        raise ValueError(f"data: {file} is not JSON: its list does not end; copy it again")
+
+
+def _checked(raw: Any) -> tuple[str | None, dict[str, Any], bytes] | str:
+    """(image, conversation, identity) of a source record, or the reason why it is none."""
+    try:
+        found = _read_record(raw)
+        if isinstance(found, str):
+            return found if len(found) <= LONGEST_REASON else f"{found[:LONGEST_REASON]}..."
+        # What a record says, in one canonical line: equal records have equal hashes, and the digest is over these.
+        return *found, hashlib.sha256(_AS_LINE(found).encode()).digest()
+    except RecursionError:
+        return "nested too deeply"
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        return f"{half!r} is half of a character, as of an emoji that was cut in two; correct the text"
+
+
+def _read_record(raw: Any) -> tuple[str | None, dict[str, Any]] | str:
     """(image, conversation) of a source record, or the reason why it is none."""
     if isinstance(raw, ValueError):
         return f"not JSON: {raw}"

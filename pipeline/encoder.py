@@ -1,15 +1,14 @@
-"""Image bytes -> pixels -> frozen vision encoder -> the hidden states of the chosen blocks.
+"""Images -> pixels -> frozen vision encoder -> the hidden states of the chosen blocks.
 
 What differs between encoders stands in `pipeline/encoders`. CLIP's pixels are bit-equal to what LLaVA-1.5 computes (its
-`image_aspect_ratio` "pad" or the plain centre crop, then CLIP's own processor).
+`image_aspect_ratio` "pad" or the plain centre crop, then CLIP's own processor), with two exceptions, where LLaVA-1.5
+does not see what people see: it ignores EXIF rotation, which is applied here, and clips 16-bit images to white above
+1/257 of their range, which are scaled to 8 bit here.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import re
-import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,41 +19,8 @@ from PIL import Image
 from pipeline.encoders import encoder_of
 from pipeline.encoders.base import VisionEncoder
 from pipeline.encoders.columns import cls_column, patch_column
-from pipeline.encoders.pixels import Pixels, upright_rgb
+from pipeline.encoders.pixels import Pixels
 from pipeline.schema import Aspect, Column, Compute, EncoderSpec
-
-MAX_PIXELS = 178_956_970  # Pillow's own bound for a decompression bomb
-_ADDRESS = re.compile(r" ?<?_io\.\w+ object at 0x[0-9a-f]+>?|0x[0-9a-f]{6,}")  # Pillow's texts hold object addresses
-
-
-def load_image(data: bytes) -> Image.Image:
-    """Decode an image of any format and mode that Pillow reads into upright RGB.
-
-    Palette, grey, CMYK and alpha images are converted as LLaVA-1.5 does (`convert("RGB")`), 16-bit ones scaled to 8 bit
-    first; EXIF orientation is applied, so a photo is seen as its viewer sees it.
-
-    Raises:
-        ValueError: with a reason that is the same on every machine, if there is no readable image.
-    """
-    if not data:
-        raise ValueError("empty file")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about odd EXIF, and the bomb that is refused below
-            image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(
-                    f"{image.width}x{image.height} pixels: refused as a decompression bomb; make it smaller"
-                )
-            image.load()
-            return upright_rgb(image)
-    except ValueError:
-        raise
-    except Image.DecompressionBombError as error:
-        raise ValueError(f"refused as a decompression bomb: {error}; make it smaller") from error
-    except Exception as error:  # Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ...
-        reason = _ADDRESS.sub("", str(error)).strip() or type(error).__name__
-        raise ValueError(f"unreadable image: {reason}") from error
 
 
 def family_of(name: str, revision: str | None) -> VisionEncoder:

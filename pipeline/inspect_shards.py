@@ -180,7 +180,7 @@ class _Pictures:
 
     def __call__(self, sample: Sample, shard: int) -> str | None:
         """A small copy as a data URL; None if the image cannot be read."""
-        from pipeline.encoder import load_image
+        from pipeline.encoders.decode import load_image
 
         assert sample.image is not None
         try:

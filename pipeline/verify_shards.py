@@ -272,7 +272,8 @@ def compare_with_live_clip(
     import torch
 
     from pipeline.codec import from_payload
-    from pipeline.encoder import Encoder, describe_encoder, load_image
+    from pipeline.encoder import Encoder, describe_encoder
+    from pipeline.encoders.decode import load_image
     from pipeline.images import ImageSource, index_zips
 
     weights = describe_encoder(encoder, spec.encoder.revision).revision

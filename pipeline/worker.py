@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tarfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -22,8 +23,9 @@ import torch
 
 from pipeline.codec import to_payload
 from pipeline.config import BuildConfig
-from pipeline.encoder import Encoder, family_of, load_image
+from pipeline.encoder import Encoder, family_of
 from pipeline.encoders.base import VisionEncoder
+from pipeline.encoders.decode import load_image
 from pipeline.encoders.pixels import Pixels
 from pipeline.images import ImageSource, MissingImageError
 from pipeline.manifest import claim, read_commit, write_commit
@@ -118,7 +120,7 @@ class ShardWorker:
             "samples": len(commit.keys),
             "bytes": sum(file.bytes for file in commit.files.values()),
             "failures": len(commit.failures),
-            "reasons": [f"{failure.source}: {failure.reason}" for failure in commit.failures[:3]],
+            "reasons": [f"{failure.source[:200]}: {failure.reason}" for failure in commit.failures[:3]],
             "made": made,
             "wasted": not made,
         }
@@ -310,9 +312,7 @@ class _ShardInTheMaking:
                 else:
                     writer.add(f"{item.key}.{name}.{self.spec.codec}", payloads[name][row])
             if item.data is not None and SAMPLES in self.writers:
-                suffix = (item.image or "").rpartition(".")[2].lower()
-                suffix = suffix if suffix.isalnum() and suffix != "json" else "img"
-                self.writers[SAMPLES].attach(f"{item.key}.{suffix}", item.data)
+                self.writers[SAMPLES].attach(f"{item.key}.{_suffix(item)}", item.data)
             row += item.image is not None  # text has no row
 
     def finish(self) -> Commit:
@@ -327,6 +327,13 @@ class _ShardInTheMaking:
             failures=tuple(self.failures),
             store=self.spec.digest,
         )
+
+
+def _suffix(item: _Item) -> str:
+    """What a stored image's member ends in: as its file where that is plain, and fits into a tar's name."""
+    suffix = (item.image or "").rpartition(".")[2].lower()
+    fits = len(f"{item.key}.{suffix}".encode()) <= tarfile.LENGTH_NAME
+    return suffix if suffix.isalnum() and suffix != "json" and fits else "img"
 
 
 def to_host(payloads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -49,7 +49,8 @@ def start(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: if a model, the image or the question cannot be used. OSError: if the image cannot be read.
     """
-    from training.answers.talk import Speaker, Talk, open_image
+    from pipeline.encoders.decode import open_image
+    from training.answers.talk import Speaker, Talk
 
     def load(name: str) -> Speaker:
         return Speaker.load(name, arguments.max_new_tokens, arguments.temperature, arguments.device)

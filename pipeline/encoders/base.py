@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from .columns import block_of, is_cls
-from .pixels import Colour, Pixels, normalised, padded, resized_and_cropped
+from .pixels import Colour, Pixels, normalised, padded_and_resized, resized_and_cropped
 
 
 class VisionEncoder(ABC):
@@ -93,6 +93,6 @@ class VisionEncoder(ABC):
 
     def pixels(self, image: Image.Image, aspect: str, size: int) -> Pixels:
         """RGB image -> float32 (3, size, size); `aspect` is `pad` to a square first, or `square` for the centre."""
-        if aspect == "pad":
-            image = padded(image, self.mean)
-        return normalised(resized_and_cropped(image, size), self.mean, self.std)
+        is_padded = aspect == "pad"
+        rgb = padded_and_resized(image, size, self.mean) if is_padded else resized_and_cropped(image, size)
+        return normalised(rgb, self.mean, self.std)

@@ -1,49 +1,58 @@
-"""Images to pixels, bit for bit as LLaVA-1.5, with Pillow and numpy."""
+"""Upright RGB images to pixels, bit for bit as LLaVA-1.5, with Pillow and numpy."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
+from PIL import Image
 
 Colour = tuple[float, float, float]
 Pixels = npt.NDArray[np.float32]
+BAND = 2**24  # pixels that are worked on at a time: of most images all
 
 
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """RGB as a viewer sees it: EXIF orientation applied, 16-bit grey scaled to 8 bit, other modes by `convert`."""
-    upright: Image.Image = ImageOps.exif_transpose(image)
-    return _from_deep(upright) if upright.mode.startswith(("I", "F")) else upright.convert("RGB")
+def padded_and_resized(image: Image.Image, size: int, mean: Colour) -> npt.NDArray[np.uint8]:
+    """RGB image -> uint8 (size, size, 3): LLaVA-1.5's expand2square on the encoder's mean colour, then bicubic.
 
-
-def _from_deep(image: Image.Image) -> Image.Image:
-    """16 and 32 bit grey to RGB: `convert` would clip everything above 255 to white."""
-    numbers = np.asarray(image).astype(np.float64)  # (height, width)
-    # Files do not say how many bits they use: one without a value above 255 is taken for 8 bit.
-    top = 255.0 if numbers.max(initial=0) <= 255 else 65535.0
-    grey = np.clip(numbers * (255.0 / top), 0, 255).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
-
-
-def padded(image: Image.Image, mean: Colour) -> Image.Image:
-    """A square with the image in its middle, on the encoder's mean colour: LLaVA-1.5's expand2square."""
+    Pillow resizes every row, then every column. So rows are padded and resized some at a time, and the square, which
+    for a long image is gigabytes, never exists; the result is the same to the last bit.
+    """
     width, height = image.size
     side = max(width, height)
-    if width == height:
-        return image
-    red, green, blue = (int(channel * 255) for channel in mean)
-    square = Image.new("RGB", (side, side), (red, green, blue))
-    square.paste(image, ((side - width) // 2, (side - height) // 2))
-    return square
+    left, top = (side - width) // 2, (side - height) // 2
+    colour = (int(mean[0] * 255), int(mean[1] * 255), int(mean[2] * 255))
+    narrow = Image.new("RGB", (size, side), colour)  # the square after its rows are resized
+    for first, last in bands(height, side):
+        rows = Image.new("RGB", (side, last - first), colour)
+        rows.paste(image.crop((0, first, width, last)), (left, 0))
+        narrow.paste(rows.resize((size, last - first), Image.Resampling.BICUBIC), (0, top + first))
+    return np.asarray(narrow.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def resized_and_cropped(image: Image.Image, size: int) -> npt.NDArray[np.uint8]:
-    """RGB image -> uint8 (size, size, 3): bicubic with the short side to `size`, then the centre."""
+    """RGB image -> uint8 (size, size, 3): bicubic with the short side to `size`, then the centre.
+
+    As above, rows before columns, so that what is not seen of a long image is cut before it takes memory.
+    """
     width, height = image.size
     other = int(size * max(width, height) / min(width, height))
-    resized = image.resize((size, other) if width <= height else (other, size), Image.Resampling.BICUBIC)
-    left, top = (resized.width - size) // 2, (resized.height - size) // 2
-    return np.asarray(resized.crop((left, top, left + size, top + size)))
+    wide, high = (size, other) if width <= height else (other, size)
+    left, top = (wide - size) // 2, (high - size) // 2
+    rows = image.resize((wide, height), Image.Resampling.BICUBIC).crop((left, 0, left + size, height))
+    centre = Image.new("RGB", (size, size))
+    for first, last in bands(size, high):
+        columns = rows.crop((first, 0, last, height)).resize((last - first, high), Image.Resampling.BICUBIC)
+        centre.paste(columns.crop((0, top, last - first, top + size)), (first, 0))
+    return np.asarray(centre)
+
+
+def bands(count: int, length: int) -> Iterator[tuple[int, int]]:
+    """`count` rows or columns of `length` pixels, as many at a time as BAND pixels hold: (first, behind the last)."""
+    step = max(1, BAND // length)
+    for first in range(0, count, step):
+        yield first, min(first + step, count)
 
 
 def normalised(rgb: npt.NDArray[np.uint8], mean: Colour, std: Colour) -> Pixels:

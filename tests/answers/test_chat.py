@@ -15,7 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
-from training.answers.talk import Speaker, Talk, open_image
+from pipeline.encoders.decode import open_image
+from training.answers.talk import Speaker, Talk
 from training.chat import main
 from training.text.templates import prompt_for
 

@@ -41,8 +41,9 @@ from PIL import Image  # noqa: E402
 
 from pipeline.codec import from_payload, payload_bytes, to_payload  # noqa: E402
 from pipeline.demo_data import draw  # noqa: E402
-from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image  # noqa: E402
+from pipeline.encoder import Encoder, columns_of, describe_encoder  # noqa: E402
 from pipeline.encoders.clip import Clip  # noqa: E402
+from pipeline.encoders.decode import load_image  # noqa: E402
 from pipeline.plan import CODECS  # noqa: E402
 from pipeline.schema import Column  # noqa: E402
 from pipeline.shard import TarWriter  # noqa: E402

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.encoder import load_image
 from pipeline.encoders.clip import Clip
+from pipeline.encoders.decode import load_image
 from training.model.decoders.llama import CHAT_TEMPLATE
 from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
 from training.text.templates import prompt_for

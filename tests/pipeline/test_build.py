@@ -18,7 +18,8 @@ import torch
 import webdataset as wds
 
 from pipeline.codec import from_payload
-from pipeline.encoder import Encoder, load_image
+from pipeline.encoder import Encoder
+from pipeline.encoders.decode import load_image
 from pipeline.manifest import read_manifest, read_store
 from pipeline.schema import tar_path
 from pipeline.storage import Storage

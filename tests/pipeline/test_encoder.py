@@ -14,8 +14,9 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image
+from pipeline.encoder import Encoder, columns_of, describe_encoder
 from pipeline.encoders.clip import Clip
+from pipeline.encoders.decode import load_image
 
 
 def packed(image: Image.Image, kind: str, **more: object) -> bytes:

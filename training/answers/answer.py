@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -50,6 +51,8 @@ class Questions(Protocol):
 def answer_all(model: str, questions: Questions, out: Path, batch_size: int, max_new_tokens: int | None = None) -> None:
     """Greedy answers, each appended to a file as soon as its batch is done; what the file holds is not asked again.
 
+    A question whose image is damaged is named, and left without an answer; the others are asked.
+
     Process r of n takes every n-th question from the r-th on, and writes beside `out`; when all have ended, the first
     process puts the answers together.
 
@@ -59,7 +62,7 @@ def answer_all(model: str, questions: Questions, out: Path, batch_size: int, max
         max_new_tokens: of an answer; None for the questions' own.
 
     Raises:
-        ValueError: if the model cannot be read, an image cannot be decoded, or `out` is another model's.
+        ValueError: if the model or an image file cannot be read, or `out` is another model's.
     """
     process = AnsweringProcess.of_environment()
     asked = questions.to_ask()
@@ -75,10 +78,11 @@ def answer_all(model: str, questions: Questions, out: Path, batch_size: int, max
         with file.part(process).open("a", encoding="utf-8") as part:
             for first in range(0, len(mine), batch_size):
                 batch = mine[first : first + batch_size]
-                pictures = [_picture(q, questions) for q in batch]
-                texts = reply(*loaded, [q.text for q in batch], pictures, longest)
-                part.writelines(as_line(_answered(q, text)) for q, text in zip(batch, texts, strict=True))
-                part.flush()
+                sound = _with_pictures(batch, questions)
+                if sound:
+                    texts = reply(*loaded, [q.text for q, _ in sound], [picture for _, picture in sound], longest)
+                    part.writelines(as_line(_answered(q, text)) for (q, _), text in zip(sound, texts, strict=True))
+                    part.flush()
                 process.progress(first + len(batch), len(mine), time.perf_counter() - start)
     process.wait_for_others()
     if process.is_first:
@@ -96,18 +100,27 @@ def _answered(question: Asked, text: str) -> AnswerLine:
     return cast(AnswerLine, {**question.line, "prompt": question.text, "text": text})
 
 
-def _picture(question: Asked, questions: Questions) -> Image | None:
-    """The question's image, decoded; None if it has none."""
-    from pipeline.encoder import load_image
+def _with_pictures(batch: Sequence[Asked], questions: Questions) -> list[tuple[Asked, Image | None]]:
+    """Questions with their images decoded, None for one that has none. One with a damaged image is named and left out.
 
-    if question.image is None:
-        return None
-    try:
-        return load_image(questions.image(question.image))  # upright RGB, as the features were made
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"image {question.image} of question {question.line['question_id']}: {error}; mend or replace it"
-        ) from error
+    Raises:
+        ValueError, OSError: if an image file cannot be read.
+    """
+    from pipeline.encoders.decode import load_image
+
+    sound: list[tuple[Asked, Image | None]] = []
+    for question in batch:
+        data = None if question.image is None else questions.image(question.image)
+        try:
+            sound.append((question, None if data is None else load_image(data)))  # as the features were made
+        except ValueError as error:
+            print(
+                f"question {question.line['question_id']} is not answered: image {question.image}: {error}. Mend or "
+                "replace the image and run the same command again",
+                file=sys.stderr,
+                flush=True,
+            )
+    return sound
 
 
 def load_model(name: str, device: str) -> tuple[CompactVisionForConditionalGeneration, CompactVisionProcessor]:

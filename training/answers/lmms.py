@@ -14,6 +14,7 @@ from typing import Any
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 
+from pipeline.encoders.decode import upright_rgb
 from training.answers.answer import load_model, reply
 from training.answers.processes import AnsweringProcess
 from training.model.markers import IMAGE
@@ -63,7 +64,7 @@ class CompactVision(lmms):  # type: ignore[misc]
             raise ValueError(
                 f"document {index} of {task} has {len(images)} images; the model takes one: leave that task out"
             )
-        return images[0].convert("RGB") if images else None
+        return upright_rgb(images[0]) if images else None
 
     def generate_until_multi_round(self, requests: Sequence[Any]) -> list[str]:
         """Not supported: each of the model's tasks is one question."""

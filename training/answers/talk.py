@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -16,20 +15,6 @@ if TYPE_CHECKING:
     from training.model.processor import CompactVisionProcessor
 
 Device = Literal["auto", "cpu", "cuda"]
-
-
-def open_image(path: Path) -> Image:
-    """Decode an image as the build job does.
-
-    Raises:
-        ValueError: if it is no image. OSError: if there is no such file.
-    """
-    from pipeline.encoder import load_image
-
-    try:
-        return load_image(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from training.answers.talk import Talk, open_image
+from pipeline.encoders.decode import open_image
+from training.answers.talk import Talk
 
 DIM, PLAIN = ("\033[2m", "\033[0m") if sys.stdout.isatty() else ("", "")
 

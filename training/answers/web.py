@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from training.answers.talk import Speaker, Talk, open_image
+from pipeline.encoders.decode import open_image
+from training.answers.talk import Speaker, Talk
 from training.model.markers import IMAGE
 
 INTRODUCTION = """\

@@ -17,7 +17,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.image_utils import make_flat_list_of_images
 
 from pipeline.encoders import encoder_of
-from pipeline.encoders.pixels import Pixels, upright_rgb
+from pipeline.encoders.decode import open_image, upright_rgb
+from pipeline.encoders.pixels import Pixels
 
 from .markers import IMAGE
 from .tokenizer import Tokenizer
@@ -109,6 +110,12 @@ class CompactVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
     def __call__(self, images: Any, return_tensors: str | None = None, **_: Any) -> BatchFeature:
         """As `preprocess`."""
         return self.preprocess(images, return_tensors=return_tensors)
+
+    def fetch_images(self, image_url_or_urls: Any) -> Any:
+        """As transformers', with files read as the build reads them."""
+        if isinstance(image_url_or_urls, str) and Path(image_url_or_urls).is_file():
+            return open_image(Path(image_url_or_urls))
+        return super().fetch_images(image_url_or_urls)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **_: Any) -> BatchFeature:
         """PIL images, or uint8 arrays (H, W[, C]), any nesting -> pixel_values (n, 3, S, S), float32."""

@@ -86,7 +86,8 @@ def _encode_all(encoding: Encoding, what: str, columns: Sequence[Column], names:
     """Seconds from image files to features in host memory; `size` is the encoder's, in pixels."""
     import torch
 
-    from pipeline.encoder import Encoder, load_image
+    from pipeline.encoder import Encoder
+    from pipeline.encoders.decode import load_image
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = Encoder(encoding.encoder, None, tuple(columns), "bfloat16" if device == "cuda" else "float32", device)

@@ -175,8 +175,8 @@ def train_vision_tower(captions: dict[str, str], images: Path, tokenizer: Tokeni
     import torch
     from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
-    from pipeline.encoder import load_image
     from pipeline.encoders.clip import Clip
+    from pipeline.encoders.decode import load_image
 
     size = CLIP["image_size"]
     pixels = torch.stack(

@@ -18,8 +18,9 @@ from PIL import Image
 from pipeline.build_shards import read_sources
 from pipeline.codec import to_payload
 from pipeline.config import BuildConfig
-from pipeline.encoder import Encoder, columns_of, describe_encoder, load_image
+from pipeline.encoder import Encoder, columns_of, describe_encoder
 from pipeline.encoders.clip import Clip
+from pipeline.encoders.decode import load_image
 from pipeline.plan import Work, row_of, shard_records
 from pipeline.schema import Codec
 from pipeline.shard import TarWriter

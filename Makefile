@@ -105,5 +105,5 @@ build/uv/bin/uv:
 	$(PYTHON) -m venv build/uv
 	build/uv/bin/python $(PIP) uv==0.13.9
 
-clean:           ## remove what was built, the environments included
-	rm -rf $(VENV) .venv .venv-newest .venv-infra runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache
+clean:           ## remove what was built, the environments included; runs/ stays
+	rm -rf $(VENV) .venv .venv-newest .venv-infra build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
-import json
+import os
 import sys
-import threading
 import time
 import uuid
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +29,9 @@ from pipeline.config import BuildConfig, ConfigError, load_config
 if TYPE_CHECKING:
     from pipeline.dataset import Dataset
     from pipeline.plan import Work
-    from pipeline.schema import Failure, StoreSpec
-    from pipeline.storage import Storage
+    from pipeline.schema import Column, Failure, StoreSpec
 
 FAILURES_ALLOWED = 10  # at any rate: one bad image of twenty must not stop a trial run
-ATTEMPTS = 4  # of a shard whose worker dies
 OBJECT_STORE = 256 * 2**20  # bytes of a local Ray's object store: only rows of text go through it
 
 
@@ -45,12 +41,12 @@ def main() -> None:
     try:
         settings = [s for s in [arguments.config, *arguments.settings] if s and "=" in s]
         file = arguments.config if arguments.config and "=" not in arguments.config else None
-        config = load_config(BuildConfig, file, settings)
+        config = with_absolute_paths(load_config(BuildConfig, file, settings))
         dataset, spec = read_sources(config)
         if arguments.plan:
             print(plan(config, dataset, spec, arguments))
             return
-        build(config, dataset, spec)
+        build(config, dataset, spec, arguments.retry_failed)
     except (ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -66,6 +62,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, over those of the file")
     parser.add_argument(
         "--plan", "--dry-run", action="store_true", help="say what would be done and cost; write nothing"
+    )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="try again what has failed (images that were missing): what is gained becomes new shards at the end",
     )
     parser.add_argument(
         "--rate", type=float, default=100.0, help="images/s of the whole cluster (default: %(default)s)"
@@ -86,14 +87,42 @@ def _setting_lines() -> Iterator[str]:
         yield f"  {name:<15} {field.description} ({default})"
 
 
+def with_absolute_paths(config: BuildConfig) -> BuildConfig:
+    """The settings with paths that mean the same in every process, whatever folder it runs in.
+
+    Raises:
+        ConfigError: for a relative path in a job that was handed to Ray: it would lead into Ray's own copy of the
+            working folder, which goes with the job.
+    """
+
+    def absolute(name: str, path: str) -> str:
+        if "://" in path or Path(path).is_absolute():
+            return path
+        if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):  # `ray job submit` sets it
+            raise ConfigError(
+                f"{name}={path} is relative: in a Ray job it would lie in Ray's temporary copy of the working folder, "
+                f"{Path.cwd()}, and be lost; give a path from the root that every node sees, or s3://"
+            )
+        return str(Path(path).absolute())
+
+    return config.model_copy(
+        update={
+            "store": absolute("store", config.store),
+            "data": tuple(absolute("data", path) for path in config.data_files),
+            "images": tuple(absolute("images", path) for path in config.image_roots),
+        }
+    )
+
+
 def read_sources(config: BuildConfig) -> tuple[Dataset, StoreSpec]:
     """The records and the identity of the store that they make.
 
     Raises:
         ValueError: if files are missing, are not LLaVA data, or the encoder does not have the blocks.
     """
-    from pipeline.dataset import check_roots, read_dataset
+    from pipeline.dataset import read_dataset
     from pipeline.encoder import columns_of, describe_encoder
+    from pipeline.images import check_roots
     from pipeline.plan import count_shards
     from pipeline.schema import StoreSpec
 
@@ -133,7 +162,7 @@ def plan(config: BuildConfig, dataset: Dataset, spec: StoreSpec, arguments: argp
     Raises:
         ValueError: if the store belongs to another build.
     """
-    from pipeline.dataset import list_images
+    from pipeline.images import absent_images
     from pipeline.manifest import SPEC, check
     from pipeline.plan import report, todo
     from pipeline.storage import Storage
@@ -141,20 +170,22 @@ def plan(config: BuildConfig, dataset: Dataset, spec: StoreSpec, arguments: argp
     storage = Storage(config.store)
     known = check(storage, spec) if storage.exists(SPEC) else None
     left = todo(storage, known or spec, spec.columns)
-    there = list_images(config.image_roots)
-    missing = sum(record.image is not None and record.image not in there for record in dataset.records)
+    names = [record.image for record in dataset.records if record.image is not None]
+    absent = absent_images(config.image_roots, names)
     prices = {name: getattr(arguments, name) for name in ("rate", "price", "step_time", "batch")}
-    return report(config, spec, dataset, left, missing, prices)
+    return report(config, spec, dataset, left, absent, prices)
 
 
-def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
+def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec, retry: bool = False) -> None:
     """Make the store complete: what is missing is encoded by Ray, then the manifest is written.
+
+    With `retry`, failed samples that can be stored now become new shards.
 
     Raises:
         ValueError: if the store belongs to another build, or too many samples fail.
     """
-    from pipeline.manifest import claimed, create_or_check, write_failures, write_manifest
-    from pipeline.plan import todo
+    from pipeline.manifest import claimed, create_or_check, known_failures, write_failures, write_manifest
+    from pipeline.plan import missing_names
     from pipeline.schema import claim_path
     from pipeline.storage import Storage
 
@@ -163,18 +194,19 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
     storage.sweep_scratch()
     columns = spec.columns
     spec = create_or_check(storage, spec)
-    work = todo(storage, spec, columns)
-    wanted = ", ".join(column.name for column in columns)
-    said = f"{config.store}: {spec.samples} samples in {spec.shards} shards"
-    print(f"{said}, {len(work)} to do; columns {wanted} in {spec.codec}", flush=True)
     try:
-        # Base shards first: a column is only added to samples that are there.
-        for part in ([w for w in work if w.base], [w for w in work if not w.base]):
-            if part:
-                build_on_ray(config, dataset, spec, part, storage)
-    except TooManyFailuresError:
+        build_missing(config, dataset, spec, columns, count_known=not retry)
+        if retry:
+            from pipeline.retry import list_readable
+
+            failed, readable = list_readable(config, dataset, spec)
+            print(f"retried: {readable} of {failed} failed samples can be stored now", flush=True)
+            build_missing(config, dataset, spec, columns, count_known=True)
+            left = [*dataset.failures, *known_failures(storage)]
+            refuse_too_many(config, spec, len(left), [f"{failure.source}: {failure.reason}" for failure in left[:1]])
+    except TooManyFailuresError as error:
         write_failures(storage, dataset.failures)
-        raise
+        raise TooManyFailuresError(f"{error}{missing_names(config, known_failures(storage))}") from error
     samples = write_manifest(storage, spec, dataset.failures)
     for shard in claimed(storage):
         storage.delete(claim_path(shard))
@@ -184,139 +216,104 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
     if samples == 0:
         raise ValueError(
             f"every one of {spec.samples} samples failed; see {config.store}/failures.jsonl for the reasons, mend the "
-            "data and build a new store"
+            f"images, then run this again with --retry-failed{missing_names(config, known_failures(storage))}"
         )
+
+
+def build_missing(
+    config: BuildConfig, dataset: Dataset, spec: StoreSpec, columns: tuple[Column, ...], count_known: bool
+) -> None:
+    """Build the shards that lack something of `columns`; `count_known`: failures of before count against the bound.
+
+    Raises:
+        TooManyFailuresError: if there are more than the configuration allows.
+    """
+    from pipeline.manifest import known_failures
+    from pipeline.plan import todo
+    from pipeline.storage import Storage
+
+    storage = Storage(config.store)
+    work = todo(storage, spec, columns)
+    wanted = ", ".join(column.name for column in columns)
+    said = f"{config.store}: {spec.samples} samples in {spec.shards} shards"
+    print(f"{said}, {len(work)} to do; columns {wanted} in {spec.codec}", flush=True)
+    pending = {key for item in work for key in item.keys}  # they may come out well this time
+    known = [failure for failure in known_failures(storage) if failure.key not in pending] if count_known else []
+    progress = _Progress(config, spec, [*dataset.failures, *known])
+    # Base shards first: a column is only added to samples that are there.
+    for part in ([w for w in work if w.base], [w for w in work if not w.base]):
+        if part:
+            build_on_ray(config, dataset, spec, part, progress)
 
 
 class TooManyFailuresError(ValueError):
     """The rate of failures is above what the configuration allows."""
 
 
-def build_on_ray(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Work], storage: Storage) -> None:
-    """Let Ray Data spread the shards over a pool of workers: one row is one shard, no feature passes through Ray."""
-    from pipeline.dataset import index_zips
-    from pipeline.manifest import claimed, known_failures
-    from pipeline.plan import row_of, shard_records
+def refuse_too_many(config: BuildConfig, spec: StoreSpec, failures: int, reasons: list[str]) -> None:
+    """Raise TooManyFailuresError above the bound, with the first reason."""
+    allowed = max(FAILURES_ALLOWED, config.max_failures * spec.samples)  # a rate, and some at any rate
+    if failures > allowed:
+        raise TooManyFailuresError(
+            f"{failures} samples have failed, {allowed:.0f} are allowed (max_failures); the reasons are in "
+            f"failures.jsonl of the store, for example {', '.join(reasons[:1])}. Mend the images and run again with "
+            "--retry-failed, or raise max_failures and run again"
+        )
 
+
+def build_on_ray(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Work], progress: _Progress) -> None:
+    """Let Ray Data spread the shards over a pool of workers: one row is one shard, no feature passes through Ray."""
+    from pipeline.cluster import joined
+    from pipeline.images import index_zips
+    from pipeline.manifest import claimed, retried
+    from pipeline.plan import row_of, shard_records
+    from pipeline.storage import Storage
+
+    storage = Storage(config.store)
     zips, job, others = index_zips(config.image_roots), uuid.uuid4().hex, claimed(storage)
+    moved = {key for keys in retried(storage, spec).values() for key in keys}
     # What another job works on comes last: it is there by then, unless that job was killed.
     work = sorted(work, key=lambda item: item.shard in others)
-    rows = [
-        row_of(item, shard_records(dataset.records, spec, item.shard), zips, job, item.shard in others) for item in work
-    ]
-    known = [*dataset.failures, *known_failures(storage)]  # a rerun must not start counting anew
-    progress = _Progress(rows, known, max(FAILURES_ALLOWED, config.max_failures * spec.samples))
-    with connected(config) as workers:
+    rows = []
+    for item in work:
+        records = shard_records(dataset.records, spec, item.shard, item.keys)
+        rows.append(row_of(item, records, zips, job, item.shard in others, moved))
+    progress.begin(rows)
+    with joined(config.ray_address, None if config.num_gpus else 0, OBJECT_STORE):
+        from pipeline.scheduling import count_workers, schedule  # it imports ray, which `joined` has to do first
+
+        workers = count_workers(config)
         while rows:
-            for outcome in schedule(config, spec, rows, min(workers, len(rows))):
-                progress(outcome)
+            with contextlib.closing(schedule(config, spec, rows, min(workers, len(rows)), progress.say)) as outcomes:
+                for outcome in outcomes:
+                    progress(outcome)
             # Another job had claimed the postponed shards. What it has not finished by now is built here.
             rows = [{**row, "insist": True} for row in rows if row["shard"] in progress.postponed]
             progress.postponed.clear()
     progress.close()
 
 
-@contextlib.contextmanager
-def connected(config: BuildConfig) -> Iterator[int]:
-    """Join the cluster that `ray_address` or RAY_ADDRESS names, or start a local one; yields how many workers fit.
-
-    Raises:
-        ValueError: if not even one does.
-    """
-    import ray
-
-    from pipeline.cluster import connect
-
-    connect(config.ray_address, None if config.num_gpus else 0, OBJECT_STORE)
-    try:
-        resources = ray.cluster_resources()
-        cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
-        fit = min(cpus // config.num_cpus, gpus // config.num_gpus if config.num_gpus else cpus)
-        if fit < 1:
-            raise ValueError(
-                f"no worker of {config.num_cpus:g} CPUs and {config.num_gpus:g} GPUs fits the cluster, which has "
-                f"{cpus:g} CPUs and {gpus:g} GPUs; lower num_cpus or num_gpus"
-            )
-        yield config.workers or int(fit)
-    finally:
-        _end_threads_of_ray_data()
-        ray.shutdown()
-
-
-def _end_threads_of_ray_data() -> None:
-    """Stop Ray Data's executor and wait for its threads, however long their last step takes.
-
-    A thread that calls Ray after `ray.shutdown` takes the whole process with it, exit code and all. No clock is needed:
-    an executor that was told to stop leaves its loop after the present step, and tells its metadata thread to stop.
-    """
-    threads = [t for t in threading.enumerate() if t.name.startswith(("StreamingExecutor-", "ray-data-metadata-"))]
-    for thread in threads:
-        if (stop := getattr(thread, "shutdown", None)) is not None:  # the executor; nothing happens if it was stopped
-            stop(force=True)
-    for thread in threads:
-        thread.join()
-
-
-def schedule(
-    config: BuildConfig, spec: StoreSpec, rows: list[dict[str, Any]], workers: int
-) -> Iterator[dict[str, Any]]:
-    """What each shard came to, in the order in which they end."""
-    import ray.data
-    from ray.exceptions import ActorDiedError, RayTaskError, WorkerCrashedError
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
-    context.log_internal_stack_trace_to_stdout = False
-    warnings.filterwarnings("ignore", message=".*ray_remote_args_fn.*")  # the one way to say max_task_retries in 2.60
-    outcomes = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=len(rows)).map(
-        _RayWorker,
-        fn_constructor_args=(config, spec),
-        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
-        num_cpus=config.num_cpus,
-        num_gpus=config.num_gpus or None,
-        # Ray starts a dead worker again, as often as it takes, and tries its shard ATTEMPTS times in all.
-        ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": ATTEMPTS - 1},
-    )
-    try:
-        for outcome in outcomes.iter_rows():
-            yield json.loads(outcome["outcome"])
-    except RayTaskError as error:
-        raise ValueError(
-            f"a worker failed: {error.cause}\nThe shards that are done stay. Mend this, then run the same command again"
-        ) from error
-    except (ActorDiedError, WorkerCrashedError) as error:
-        raise ValueError(
-            f"a worker died {ATTEMPTS} times on one shard, most likely for want of memory; lower batch_size, or give "
-            f"it more with num_cpus (fewer workers), then run the same command again: {error}"
-        ) from error
-
-
-class _RayWorker:
-    """Ray Data's view of a worker: JSON text in, JSON text out, so that rows need no schema."""
-
-    def __init__(self, config: BuildConfig, spec: StoreSpec) -> None:
-        from pipeline.worker import ShardWorker
-
-        self._worker: Callable[[dict[str, Any]], dict[str, Any]] = ShardWorker(config, spec)
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, str]:
-        return {"outcome": json.dumps(self._worker(json.loads(row["row"])))}
-
-
 class _Progress:
     """Counts outcomes: a bar with rate and ETA, and the stop when too many samples fail."""
 
-    def __init__(self, rows: list[dict[str, Any]], known: list[Failure], failures_allowed: float) -> None:
-        from tqdm import tqdm
-
-        self.failures = len(known)
+    def __init__(self, config: BuildConfig, spec: StoreSpec, known: list[Failure]) -> None:
+        self.config, self.spec = config, spec
+        self.failures = len(known)  # a rerun must not start counting anew
+        self.reasons = [f"{failure.source}: {failure.reason}" for failure in known[:1]]
         self.wasted = 0
         self.postponed: set[int] = set()
-        self.allowed = failures_allowed
+
+    def begin(self, rows: list[dict[str, Any]]) -> None:
+        """A bar for these shards.
+
+        Raises:
+            TooManyFailuresError: if there were too many failures before.
+        """
+        from tqdm import tqdm
+
+        refuse_too_many(self.config, self.spec, self.failures, self.reasons)
         self.samples = {row["shard"]: len(row["records"]) for row in rows}
         self.bar = tqdm(total=sum(self.samples.values()), unit=" samples", mininterval=1.0, desc="encode")
-        self._check([f"{failure.source}: {failure.reason}" for failure in known[:1]])
 
     def __call__(self, outcome: dict[str, Any]) -> None:
         """Take note of a shard's outcome.
@@ -333,17 +330,15 @@ class _Progress:
         self.bar.set_postfix(failures=self.failures)
         for reason in outcome["reasons"]:
             self.bar.write(f"failed: {reason}")
-        self._check(outcome["reasons"])
-
-    def _check(self, reasons: list[str]) -> None:
-        """Raise TooManyFailuresError above the bound, with the first reason."""
-        if self.failures > self.allowed:
+        try:
+            refuse_too_many(self.config, self.spec, self.failures, outcome["reasons"])
+        except TooManyFailuresError:
             self.bar.close()
-            raise TooManyFailuresError(
-                f"{self.failures} samples have failed, {self.allowed:.0f} are allowed (max_failures); the reasons are "
-                f"in failures.jsonl of the store, for example {reasons[0]}. Mend the data and build a new store, or "
-                "raise max_failures and run again"
-            )
+            raise
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        self.bar.write(line)
 
     def close(self) -> None:
         """End the bar."""

@@ -182,6 +182,11 @@ class BuildConfig(Settings):
     num_cpus: float = Field(default=1, gt=0, description="CPU cores per worker")
     batch_size: int = Field(default=32, gt=0, description="images per forward pass")
     decode_threads: int = Field(default=4, gt=0, description="threads per worker that fetch and decode images")
+    hang_s: float = Field(
+        default=900,
+        gt=0,
+        description="seconds without progress after which a worker is ended and its shard tried again",
+    )
     ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one")
 
     @property

@@ -11,12 +11,9 @@ import hashlib
 import json
 import posixpath
 import re
-import zipfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from pydantic import ValidationError
@@ -26,7 +23,6 @@ from pipeline.storage import Storage
 
 _AS_LINE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 LONGEST_REASON = 500  # characters
-LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 
 
 @dataclass(slots=True)
@@ -66,7 +62,7 @@ def read_dataset(data: tuple[str, ...], seed: int, limit: int | None) -> Dataset
     for source, raw in _raw_records(data):
         checked = _checked(raw)
         if isinstance(checked, str):
-            failures.append(Failure(key="", source=source, reason=checked))
+            failures.append(Failure(key="", source=source, reason=checked, kind="record"))
             continue
         image, conversation, identity = checked
         if identity in seen:
@@ -203,123 +199,8 @@ def _wrong_name(image: Any) -> str | None:
     """Why this is not the name of an image below an image root, or None if it is one."""
     if not isinstance(image, str) or not image:
         return f"image is {image!r}; expected a path"
-    if image[0] == "/" or ".." in image.split("/") or "\\" in image or "\0" in image or "://" in image:
+    if "\\" in image:
+        return f"image {image!r} holds a backslash, as Windows writes paths; write forward slashes"
+    if image[0] == "/" or ".." in image.split("/") or "\0" in image or "://" in image:
         return f"image {image!r} leaves the image folder: refused; expected a path within it"
     return None
-
-
-class ZipMember(NamedTuple):
-    """Where a file lies within a zip archive."""
-
-    offset: int  # of its local header
-    packed: int  # bytes in the archive
-    size: int
-    method: int
-    crc: int
-
-
-class ImageSource:
-    """Images by name from one or several roots (folders or .zip files, local or s3://), tried in order.
-
-    `places` comes from `index_zips` on the driver: opening an archive of 600,000 images takes seconds, once is enough.
-    """
-
-    def __init__(self, roots: tuple[str, ...]) -> None:
-        self._roots = roots
-        self._storages = [Storage(root.rpartition("/")[0] or ".") if is_zip(root) else Storage(root) for root in roots]
-
-    def read(self, name: str, places: list[ZipMember | None] | None = None) -> bytes:
-        """The bytes of an image.
-
-        Raises:
-            ValueError: if no root has it, or the archive's copy is damaged.
-        """
-        for number, (root, storage) in enumerate(zip(self._roots, self._storages, strict=True)):
-            if is_zip(root):
-                place = places[number] if places else None
-                if place is not None:
-                    return _read_member(storage, root.rpartition("/")[2], ZipMember(*place))
-                continue
-            try:
-                return storage.read(name)
-            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):  # the next root may have it
-                continue
-            except PermissionError as error:
-                raise ValueError(f"permission denied: {name}; allow the job to read it") from error
-        raise ValueError("missing image: no image folder or archive has it; add it to one")
-
-
-def is_zip(root: str) -> bool:
-    """Whether an image root is an archive."""
-    return root.lower().endswith(".zip")
-
-
-def _read_member(storage: Storage, archive: str, place: ZipMember) -> bytes:
-    """Two range reads: the local header, whose two lengths say where the data start, then the data."""
-    header = storage.read_range(archive, place.offset, LOCAL_HEADER)
-    name_length, extra_length = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-    start = place.offset + LOCAL_HEADER + name_length + extra_length
-    packed = storage.read_range(archive, start, place.packed)
-    try:
-        data = (
-            packed if place.method == zipfile.ZIP_STORED else zlib.decompressobj(-15).decompress(packed, place.size + 1)
-        )
-    except zlib.error as error:
-        raise ValueError(f"damaged in the archive: {error}; copy the archive again") from error
-    crc = zlib.crc32(data)
-    if len(data) != place.size or crc != place.crc:
-        raise ValueError(
-            f"damaged in the archive: wrong checksum {crc:08x} of {len(data)} bytes, where its index says "
-            f"{place.crc:08x} of {place.size}; copy the archive again"
-        )
-    return data
-
-
-def index_zips(roots: tuple[str, ...]) -> list[dict[str, ZipMember]]:
-    """For each root, where the members of its archive lie (empty for folders).
-
-    Only stored and deflated members can be read in place. Others are left out, so they count as missing images.
-
-    Raises:
-        ValueError: if an archive is not there, or is none.
-    """
-    found = []
-    for root in roots:
-        index: dict[str, ZipMember] = {}
-        if is_zip(root):
-            folder, _, name = root.rpartition("/")
-            try:
-                with Storage(folder or ".").open(name) as file, zipfile.ZipFile(file) as archive:
-                    for info in archive.infolist():
-                        if info.compress_type in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) and not info.is_dir():
-                            index[info.filename] = ZipMember(
-                                info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC
-                            )
-            except FileNotFoundError as error:
-                raise ValueError(f"images: {root} does not exist; give a folder or a .zip file") from error
-            except zipfile.BadZipFile as error:
-                raise ValueError(f"images: {root} is not a zip archive: {error}; copy it again") from error
-        found.append(index)
-    return found
-
-
-def list_images(roots: tuple[str, ...]) -> dict[str, int]:
-    """Names and lengths of everything below the image roots, for planning."""
-    found: dict[str, int] = {}
-    for root, index in zip(roots, index_zips(roots), strict=True):
-        if is_zip(root):
-            found |= {name: place.size for name, place in index.items()}
-        else:
-            found |= Storage(root).list()
-    return found
-
-
-def check_roots(roots: tuple[str, ...]) -> None:
-    """Say at once what would otherwise fail for every image.
-
-    Raises:
-        ValueError: naming the local folders that do not exist.
-    """
-    missing = [root for root in roots if "://" not in root and not Path(root).exists()]
-    if missing:
-        raise ValueError(f"images: {', '.join(missing)} does not exist; give image folders or .zip files")

@@ -12,6 +12,7 @@ import base64
 import io
 import json
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ if __name__ == "__main__":
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
 from pipeline.manifest import FAILURES, existing_commits, read_manifest, read_store
-from pipeline.schema import SAMPLES, Column, Failure, Sample, StoreSpec, tar_path
+from pipeline.schema import SAMPLES, Column, Failure, Sample, StoreSpec, first_fault, tar_path
 from pipeline.shard import read_sample
 from pipeline.storage import Storage
 
+VERIFY = "run pipeline/verify_shards.py on the store"
 CELL = 12  # pixels of a heat map's square
 _COLD, _WARM = np.array([18.0, 24, 61]), np.array([255.0, 196, 84])  # RGB of the smallest and the largest value
 _MIDDLE = np.array([188.0, 62, 104])
@@ -57,7 +60,7 @@ def render(storage: Storage, images: tuple[str, ...], samples: int) -> str:
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 
     spec = read_store(storage)
-    table = read_manifest(storage)
+    table = read_manifest(storage, spec)
     # `samples` rows, evenly spread over the store.
     rows = table.take(
         list(range(0, len(table), max(1, len(table) // samples)))[:samples] if samples else []
@@ -101,7 +104,10 @@ def _shards(storage: Storage) -> dict[str, Any]:
 def _failures(storage: Storage) -> dict[str, Any]:
     """How many samples failed, the commonest reasons, and the first ones."""
     lines = storage.read(FAILURES).decode().split("\n") if storage.exists(FAILURES) else []
-    failures = [Failure.model_validate_json(line) for line in lines if line]
+    try:
+        failures = [Failure.model_validate_json(line) for line in lines if line]
+    except ValidationError as error:
+        raise ValueError(f"{storage.root}/{FAILURES} is damaged ({first_fault(error)}); build again") from error
     return {
         "count": len(failures),
         "reasons": Counter(failure.reason for failure in failures).most_common(10),
@@ -112,12 +118,18 @@ def _failures(storage: Storage) -> dict[str, Any]:
 def _sample(storage: Storage, spec: StoreSpec, row: dict[str, Any], pictures: _Pictures) -> dict[str, Any]:
     """What the page shows of one row of the manifest: its record, its picture, and each column's heat map."""
     data = storage.read_range(tar_path(SAMPLES, row["shard"]), row[f"{SAMPLES}.offset"], row[f"{SAMPLES}.size"])
-    sample = read_sample(data)
+    try:
+        sample = read_sample(data)
+    except ValueError as error:
+        raise ValueError(f"{row['key']}.json in {tar_path(SAMPLES, row['shard'])}: {error}; {VERIFY}") from error
     maps = []
     for column in spec.columns:
         size = row.get(f"{column.name}.size")
         if size:
-            payload = storage.read_range(tar_path(column.name, row["shard"]), row[f"{column.name}.offset"], size)
+            path = tar_path(column.name, row["shard"])
+            payload = storage.read_range(path, row[f"{column.name}.offset"], size)
+            if len(payload) != size:
+                raise ValueError(f"{path} ends within the features of {row['key']}; {VERIFY}")
             maps.append(_map(payload, column, spec))
     return {
         "key": sample.key,
@@ -160,7 +172,7 @@ class _Pictures:
     """The source images: from the image folders or, if the store keeps them, from behind the records."""
 
     def __init__(self, storage: Storage, spec: StoreSpec, images: tuple[str, ...]) -> None:
-        from pipeline.dataset import ImageSource, index_zips
+        from pipeline.images import ImageSource, index_zips
 
         self.storage, self.spec = storage, spec
         self.source = ImageSource(images) if images else None
@@ -190,7 +202,12 @@ class _Pictures:
         from pipeline.shard import members
 
         with self.storage.open(tar_path(SAMPLES, shard)) as file:
-            own = [m for m in members(file) if m[0].startswith(f"{sample.key}.") and not m[0].endswith(".json")]
+            try:
+                own = [m for m in members(file) if m[0].startswith(f"{sample.key}.") and not m[0].endswith(".json")]
+            except tarfile.TarError as error:
+                raise ValueError(f"{tar_path(SAMPLES, shard)} cannot be read: {error}; {VERIFY}") from error
+            if not own:
+                raise ValueError(f"{tar_path(SAMPLES, shard)} does not hold it; {VERIFY}")
             file.seek(own[0][1])
             return file.read(own[0][2])
 

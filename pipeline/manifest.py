@@ -11,10 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pydantic import ValidationError
+from pydantic_core import from_json
 
 from pipeline.config import differences
+from pipeline.rows import check_rows
 from pipeline.schema import (
     FORMAT_VERSION,
     SAMPLES,
@@ -22,9 +25,12 @@ from pipeline.schema import (
     ColumnFile,
     Commit,
     Failure,
+    Retried,
     StoreSpec,
     claim_path,
     commit_path,
+    first_fault,
+    retried_path,
 )
 from pipeline.storage import Storage
 
@@ -52,38 +58,39 @@ def read_store(storage: Storage) -> StoreSpec:
             f"{storage.root} is not a feature store: it has no {SPEC}; build one with pipeline/build_shards.py"
         ) from error
     spec = _parse_spec(data, storage.root)
-    added = [_parse_column(storage.read(name), f"{storage.root}/{name}") for name in storage.list("columns")]
+    added = [_read_column(storage, name, spec) for name in storage.list("columns")]
     return spec.model_copy(update={"columns": (*spec.columns, *added)})
 
 
-def _parse_column(data: bytes, path: str) -> Column:
-    """A column that was added later, from its file at `path`; ValueError if that is damaged."""
+def _read_column(storage: Storage, name: str, spec: StoreSpec) -> Column:
+    """A column that was added later, from its file; ValueError if that is damaged."""
     try:
-        return Column.model_validate_json(data)
+        column = Column.model_validate_json(storage.read(name))
     except ValidationError as error:
-        raise ValueError(
-            f"{path} is damaged ({error.errors()[0]['msg']}); delete it, then build again with this column"
-        ) from error
+        what = first_fault(error)
+    else:
+        if name == f"columns/{column.name}.json" and column.name not in {known.name for known in spec.columns}:
+            return column
+        what = f"it describes the column {column.name}, which has another file or is of the first build"
+    raise ValueError(f"{storage.root}/{name} is damaged ({what}); delete it, then build again with this column")
 
 
 def _parse_spec(data: bytes, root: str) -> StoreSpec:
     """The identity in store.json of the store at `root`; ValueError if it is damaged or of another version."""
     try:
-        tree = json.loads(data)
+        tree = from_json(data)  # unlike json.loads, it ends at a nesting of 200
         version = tree.get("format_version") if isinstance(tree, dict) else None
     except ValueError as error:
         raise ValueError(f"{root}/{SPEC} is not JSON: {error}; {_RESTORE}") from error
     if isinstance(tree, dict) and version not in (None, FORMAT_VERSION):
         raise ValueError(
-            f"{root} is a store of format version {version!r}, this program reads version {FORMAT_VERSION}: "
+            f"{root} is a store of format version {str(version)[:80]!r}, this program reads version {FORMAT_VERSION}: "
             "use the version of compact-vision-tokens that built it, or build it again with pipeline/build_shards.py"
         )
     try:
-        return StoreSpec.model_validate(tree)
+        return StoreSpec.model_validate_json(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise ValueError(f"{root}/{SPEC}: {place}: {first['msg']} (found {first['input']!r}); {_RESTORE}") from error
+        raise ValueError(f"{root}/{SPEC}: {first_fault(error)}; {_RESTORE}") from error
 
 
 def create_or_check(storage: Storage, spec: StoreSpec) -> StoreSpec:
@@ -149,7 +156,7 @@ def read_commit(storage: Storage, shard: int, added: str | None = None) -> Commi
         return None
     except ValidationError as error:
         raise ValueError(
-            f"{storage.root}/{name} is damaged ({error.errors()[0]['msg']}); "
+            f"{storage.root}/{name} is damaged ({first_fault(error)}); "
             "run pipeline/verify_shards.py STORE --repair, then build again"
         ) from error
 
@@ -157,7 +164,7 @@ def read_commit(storage: Storage, shard: int, added: str | None = None) -> Commi
 def committed(storage: Storage, added: str | None = None) -> set[int]:
     """Numbers of the shards that exist, or that have a column added later."""
     folder = "commits" if added is None else f"commits/{added}"
-    pattern = re.compile(rf"{folder}/(\d{{5,}})\.json")
+    pattern = re.compile(rf"{folder}/(\d{{5,8}})\.json")
     return {int(match[1]) for name in storage.list(folder) if (match := pattern.fullmatch(name))}
 
 
@@ -180,7 +187,7 @@ def claim(storage: Storage, shard: int, job: str) -> bool:
 
 def claimed(storage: Storage) -> set[int]:
     """Numbers of the shards that some job works on, or was killed over."""
-    return {int(name.rpartition("/")[2]) for name in storage.list("claims")}
+    return {int(match[1]) for name in storage.list("claims") if (match := re.fullmatch(r"claims/(\d{5,8})", name))}
 
 
 def write_manifest(storage: Storage, spec: StoreSpec, failures: Iterable[Failure]) -> int:
@@ -204,8 +211,35 @@ def write_failures(storage: Storage, failures: Iterable[Failure]) -> None:
 
 
 def known_failures(storage: Storage) -> list[Failure]:
-    """What could not be stored of the shards that are there, in their order."""
-    return [failure for commit in existing_commits(storage) for failure in commit.failures]
+    """What could not be stored of the shards that are there, in their order; a later shard may hold it after all."""
+    failures: dict[str, Failure] = {}
+    for commit in existing_commits(storage):
+        failures |= {failure.key: failure for failure in commit.failures}
+        for key in failures.keys() & set(commit.keys):
+            del failures[key]
+    return list(failures.values())
+
+
+def retried(storage: Storage, spec: StoreSpec) -> dict[int, tuple[str, ...]]:
+    """The keys of each shard behind those of `store.json`, by its number.
+
+    Raises:
+        ValueError: if what describes them is damaged.
+    """
+    found: dict[int, tuple[str, ...]] = {}
+    for shard, name in enumerate(storage.list("retried"), spec.shards):
+        try:
+            keys = Retried.model_validate_json(storage.read(name)).keys
+        except ValidationError as error:
+            raise ValueError(f"{storage.root}/{name} is damaged ({first_fault(error)}); {_RESTORE}") from error
+        before = {key for others in found.values() for key in others}
+        if name != retried_path(shard) or before & {*keys} or max(map(int, keys)) >= spec.samples:
+            raise ValueError(
+                f"{storage.root}/{name} does not fit the store: {retried_path(shard)} is next, with other keys than "
+                f"the shards before it, below {spec.samples:09d}; {_RESTORE}"
+            )
+        found[shard] = keys
+    return found
 
 
 def existing_commits(storage: Storage) -> list[Commit]:
@@ -221,11 +255,12 @@ def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
     Raises:
         ValueError: if a shard is missing.
     """
-    base = _all_commits(storage, spec.shards, None)
+    shards = spec.shards + len(retried(storage, spec))
+    base = _all_commits(storage, shards, None)
     files: list[dict[str, ColumnFile]] = [dict(commit.files) for commit in base]  # per shard: by column
     for name in added_columns(storage):
-        if len(committed(storage, name)) == spec.shards:
-            for shard, commit in enumerate(_all_commits(storage, spec.shards, name)):
+        if len(committed(storage, name)) == shards:
+            for shard, commit in enumerate(_all_commits(storage, shards, name)):
                 files[shard][name] = commit.files[name]
     # One row per sample: what the commits list per sample, one shard after the other.
     table: dict[str, Any] = {
@@ -261,28 +296,62 @@ def _commits_or_none(storage: Storage, shards: Iterable[int], added: str | None)
         return list(pool.map(lambda shard: read_commit(storage, shard, added), shards))
 
 
-def read_manifest(storage: Storage) -> pa.Table:
+def read_manifest(storage: Storage, spec: StoreSpec | None = None) -> pa.Table:
     """One row per sample: key, shard, image, words (list), and `<name>.offset`, `<name>.size` of samples and columns.
 
+    `spec` is what `read_store` says, read here if it is not given.
+
     Raises:
-        ValueError: if the store is not complete.
+        ValueError: if the store is not complete, or the manifest is damaged or does not fit `spec`.
     """
+    spec = spec or read_store(storage)
     try:
-        return pq.read_table(io.BytesIO(storage.read(MANIFEST)))
+        data = storage.read(MANIFEST)
     except FileNotFoundError as error:
         raise ValueError(
             f"{storage.root} has no {MANIFEST}: its build has not ended; run pipeline/build_shards.py again, "
             "it goes on where it stopped"
         ) from error
+    try:
+        rows = pq.read_metadata(io.BytesIO(data)).num_rows
+        if rows > spec.samples:
+            raise ValueError(f"it has {rows} rows, the store {spec.samples} samples")
+        table = pq.read_table(io.BytesIO(data))
+        check_rows(table, spec)
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ValueError(
+            f"{storage.root}/{MANIFEST} is damaged or not of this store: {str(error)[:300]}; run "
+            "pipeline/verify_shards.py on the store, or pipeline/build_shards.py to write it again"
+        ) from error
+    return table
 
 
-def fingerprint(storage: Storage) -> str:
+def fingerprint(storage: Storage, shards: int | None = None) -> str:
     """sha256 of what training on a store depends on: its identity, and its samples in order.
 
-    Columns that are added later do not change it.
+    Columns that are added later do not change it. `shards`: of the first shards only, as the store was before samples
+    were retried.
     """
     spec = _parse_spec(storage.read(SPEC), storage.root)
+    return _fingerprint(spec, read_manifest(storage, spec), shards)
+
+
+def _fingerprint(spec: StoreSpec, table: pa.Table, shards: int | None) -> str:
     digest = hashlib.sha256(spec.model_dump_json().encode())
-    rows = read_manifest(storage).select(["key", "shard", "image", "words"]).to_pydict()
+    if shards is not None:
+        table = table.filter(pc.less(table.column("shard"), shards))
+    rows = table.select(["key", "shard", "image", "words"]).to_pydict()
     digest.update(json.dumps(list(rows.values()), separators=(",", ":")).encode())
     return digest.hexdigest()
+
+
+def shards_of(storage: Storage, known: str) -> int | None:
+    """How many of a store's first shards have the fingerprint `known`, None if it is another store's.
+
+    A store only grows: what a run began with is what it still begins with.
+    """
+    spec = _parse_spec(storage.read(SPEC), storage.root)
+    table = read_manifest(storage, spec)
+    last = pc.max(table.column("shard")).as_py() if len(table) else 0
+    every = range(max(spec.shards, last + 1), spec.shards - 1, -1)  # most often it is all of them
+    return next((shards for shards in every if _fingerprint(spec, table, shards) == known), None)

@@ -13,8 +13,9 @@ from typing import IO
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import ValidationError
 
-from pipeline.schema import ColumnFile, Sample
+from pipeline.schema import ColumnFile, Sample, first_fault
 
 HASHES_AHEAD = 8  # members that wait for their checksum, at most: they stay in memory until then
 
@@ -113,7 +114,10 @@ def read_sample(data: bytes) -> Sample:
     Raises:
         ValueError: if it is not one.
     """
-    return Sample.model_validate_json(data)
+    try:
+        return Sample.model_validate_json(data)
+    except ValidationError as error:
+        raise ValueError(f"not a sample's record: {first_fault(error)}") from error
 
 
 def members(file: IO[bytes]) -> list[tuple[str, int, int]]:

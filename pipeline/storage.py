@@ -1,18 +1,22 @@
 """The one door to bytes: a local folder or an S3 prefix, with files that appear whole or not at all.
 
 S3 settings come from the environment that every S3 tool reads (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE,
-AWS_DEFAULT_REGION, ...); no credential passes through here. Uploads carry a checksum that the server compares, and
-what s3fs does not retry itself (throttling that lasts) is retried here with growing pauses.
+AWS_DEFAULT_REGION, ...); no credential passes through here. Uploads carry a checksum that the server compares.
+
+An error is a fact of the data (`is_absent`: no such file can be there) or a fact of the moment: throttling, network,
+disk, file handles, expired credentials. Facts of the moment are tried again here with growing pauses, then raised.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import logging
 import os
 import random
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -24,7 +28,16 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 SCRATCH = ".scratch"  # of a local store: files on their way in, on the same file system as their final place
 SCRATCH_LASTS = 2 * 86400  # s; whether a process of another machine lives cannot be asked
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # said of a write, without a name
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)  # FAT, some FUSE and network file systems
 ATTEMPTS = 6  # of a request, beside s3fs's own quick retries; pauses of 1, 2, 4, 8 and 16 s, jittered
+_ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
+
+
+def is_absent(error: OSError) -> bool:
+    """Whether an error is a fact of the data: there is no file of that name, now or later. Others are of the moment."""
+    return isinstance(error, FileNotFoundError) or error.errno in _ABSENT
 
 
 class Storage:
@@ -41,6 +54,7 @@ class Storage:
             raise ValueError(f"{text!r} is of an unknown scheme; give a local folder or s3://bucket/prefix")
         self._local = None if text.startswith("s3://") else Path(text)
         self._s3: Any = None
+        self._answered = False  # whether a request has succeeded, in this process
 
     def __repr__(self) -> str:
         return f"Storage({self.root!r})"
@@ -59,15 +73,14 @@ class Storage:
     def read(self, name: str) -> bytes:
         """The whole file. Raises FileNotFoundError."""
         if self._local is not None:
-            return (self._local / _checked(name)).read_bytes()
-        data: bytes = self._retried(lambda fs, key: fs.cat_file(key), name)
+            return self._retried(lambda _, path: Path(path).read_bytes(), name)
+        data: bytes = self._retried(lambda fs, key: fs.cat_file(key, max_concurrency=1), name)
         return data
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` on, fewer where the file ends."""
         if self._local is not None:
-            with (self._local / _checked(name)).open("rb") as file:
-                return os.pread(file.fileno(), length, offset)
+            return self._retried(lambda _, path: _read_range(path, offset, length), name)
         data: bytes = self._retried(lambda fs, key: fs.cat_file(key, start=offset, end=offset + length), name)
         return data
 
@@ -91,6 +104,16 @@ class Storage:
         except FileNotFoundError:
             return False
         return True
+
+    def first(self, count: int) -> list[str]:
+        """Names of at most `count` files below the root: whichever are found first."""
+        if self._local is not None:
+            return list(itertools.islice(_walk(self._local), count))
+        bucket, _, prefix = self.root.removeprefix("s3://").partition("/")
+        prefix = f"{prefix}/" if prefix else ""
+        asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": count}
+        found = self._retried(lambda fs, _: fs.call_s3("list_objects_v2", **asked), "")
+        return [entry["Key"].removeprefix(prefix) for entry in found.get("Contents", [])]
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """Names (relative to the root) and lengths of all files below `prefix`, sorted by name."""
@@ -169,79 +192,129 @@ class Storage:
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A temporary folder from which `publish` works, removed at the end."""
-        if self._local is None:
-            import tempfile
+        """A temporary folder from which `publish` works, removed at the end.
 
-            with tempfile.TemporaryDirectory(prefix="feature-store-") as name:
+        Raises:
+            OSError: naming the folder, where the system says only that a disk is full.
+        """
+        if self._local is None:
+            with tempfile.TemporaryDirectory(prefix="feature-store-") as name, _naming(Path(name)):
                 yield Path(name)
             return
-        folder = self._local / SCRATCH / f"{os.uname().nodename}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
+        folder = self._local / SCRATCH / f"{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
         folder.mkdir(parents=True)
         try:
-            yield folder
+            with _naming(folder):
+                yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # others still work in it
                 folder.parent.rmdir()
 
     def sweep_scratch(self) -> None:
-        """Remove what killed processes left in the scratch folder of a local store; other machines' after two days."""
+        """Remove what killed processes left in the scratch folder of a local store; other machines' after two days.
+
+        Their age is counted by the clock of the file system, which stamps all folders: that of a new one tells the
+        time there. The clock of this machine may be years off.
+        """
         if self._local is None or not (self._local / SCRATCH).is_dir():
             return
-        for folder in (self._local / SCRATCH).iterdir():
-            host, _, rest = folder.name.partition(".")  # host.pid.random, as `scratch` names it
-            pid = rest.partition(".")[0]
-            here = host == os.uname().nodename.partition(".")[0] and pid.isdigit()
-            if not _alive(int(pid)) if here else folder.stat().st_mtime < time.time() - SCRATCH_LASTS:
-                shutil.rmtree(folder, ignore_errors=True)
+        with self.scratch() as new:
+            present = new.stat().st_mtime
+            for folder in (self._local / SCRATCH).iterdir():
+                host, _, pid = folder.name.rpartition(".")[0].rpartition(".")  # of host.pid.random
+                with contextlib.suppress(FileNotFoundError):  # its process has just removed it
+                    here = host == _host() and pid.isdigit()
+                    if not _alive(int(pid)) if here else folder.stat().st_mtime < present - SCRATCH_LASTS:
+                        shutil.rmtree(folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # not empty: others work in it
             (self._local / SCRATCH).rmdir()
 
     def _key(self, name: str) -> str:
         """The whole address of a name; of the root for none."""
+        if self._local is not None:
+            return str(self._local / _checked(name))
         return f"{self.root}/{_checked(name)}" if name else self.root
 
     def _retried(self, call: Callable[[Any, str], T], name: str) -> T:
-        """Run `call(filesystem, key)`, again after a pause if the service was at fault."""
-        from aiohttp import ClientError
-        from botocore.exceptions import BotoCoreError, NoCredentialsError
-
+        """Run `call(filesystem, key)`, on a local store `call(None, path)`, again after a pause while that may help."""
         key = self._key(name)
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                return call(self._filesystem(), key)
-            except FileExistsError:
-                raise
-            except (FileNotFoundError, PermissionError) as error:
-                raise type(error)(error.errno, f"{error.strerror or error}: {key}") from error
-            except NoCredentialsError as error:
-                raise PermissionError(
-                    errno.EACCES, f"no S3 credentials for {key}; set AWS_ACCESS_KEY_ID and its secret, or AWS_PROFILE"
-                ) from error
-            except (OSError, BotoCoreError, ClientError) as error:  # ClientError: an answer that ends too early
-                number = getattr(error, "errno", None) or errno.EIO
-                if number == errno.EINVAL and "precondition" in str(error).lower():
-                    raise FileExistsError(name) from error  # how some servers word a failed If-None-Match
+                result = call(self._filesystem(), key)
+            except Exception as error:
+                final = self._s3_error(error, key) if self._local is None else _local_error(error)
+                if final is error:
+                    raise
+                if final is not None:
+                    raise final from error
                 if attempt == ATTEMPTS:
+                    number = getattr(error, "errno", None) or errno.EIO
                     said = f"{error} ({ATTEMPTS} attempts): {key}; run again when that is mended"
                     raise OSError(number, said) from error
                 log.warning("%s: %s (attempt %d of %d)", key, error, attempt, ATTEMPTS)
                 time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1.0))
+            else:
+                self._answered = True
+                return result
         raise AssertionError("the last attempt returns or raises")
 
+    def _s3_error(self, error: Exception, key: str) -> Exception | None:
+        """What an error of S3 means for the file at `key`; None if the same request may succeed later."""
+        from aiohttp import ClientError
+        from botocore.exceptions import BotoCoreError, NoCredentialsError
+
+        number, said = getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or str(error)
+        code = (getattr(error.__cause__, "response", None) or {}).get("Error", {}).get("Code")
+        meaning: Exception | None = error
+        if number == errno.EINVAL and "precondition" in str(error).lower():
+            meaning = FileExistsError(key)  # how some servers word a failed If-None-Match
+        elif code in _EXPIRED or (isinstance(error, NoCredentialsError) and self._answered):
+            self._s3 = meaning = None  # a new session reads the credentials again
+        elif isinstance(error, NoCredentialsError):
+            said = f"no S3 credentials for {key}; set AWS_ACCESS_KEY_ID and its secret, or AWS_PROFILE"
+            meaning = PermissionError(errno.EACCES, said)
+        elif isinstance(error, FileNotFoundError):
+            meaning = FileNotFoundError(errno.ENOENT, f"{said}: {key}")
+        elif isinstance(error, PermissionError):
+            meaning = PermissionError(
+                errno.EACCES,
+                f"{said}: {key}. S3 answers so (403) also for a key that is not there, where the credentials may not "
+                "list the bucket. Allow s3:GetObject, and s3:ListBucket to tell the two apart",
+            )
+        elif isinstance(error, OSError) and is_absent(error):
+            meaning = OSError(number, f"{said}: {key}")
+        elif isinstance(error, (OSError, BotoCoreError, ClientError)) and not isinstance(error, FileExistsError):
+            meaning = None  # ClientError: an answer that ends too early
+        return meaning
+
     def _filesystem(self) -> Any:
-        """s3fs, made on first use in this process."""
-        if self._s3 is None:
+        """s3fs, made on first use in this process; None for a local store."""
+        if self._local is not None:
+            return None
+        fs = self._s3
+        if fs is None:
             import s3fs
 
-            self._s3 = s3fs.S3FileSystem(
+            fs = self._s3 = s3fs.S3FileSystem(
                 use_listings_cache=False,
                 skip_instance_cache=True,
                 default_block_size=16 * 2**20,
                 config_kwargs={"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 4}},
             )
-        return self._s3
+        return fs
+
+
+def _local_error(error: Exception) -> Exception | None:
+    """The error itself, or None if the same call may succeed later: open files, a disk that does not answer."""
+    lasting = not isinstance(error, OSError) or is_absent(error) or isinstance(error, PermissionError)
+    return error if lasting else None
+
+
+def _read_range(path: str, offset: int, length: int) -> bytes:
+    """`length` bytes of a local file from `offset` on, fewer where it ends."""
+    with Path(path).open("rb") as file:
+        return os.pread(file.fileno(), length, offset)
 
 
 def _checked(name: str) -> str:
@@ -260,8 +333,23 @@ def _list_local(root: Path, prefix: str) -> dict[str, int]:
         folders[:] = [name for name in folders if name != SCRATCH]
         for name in files:
             path = Path(folder) / name
-            found[path.relative_to(root).as_posix()] = path.stat().st_size
+            with contextlib.suppress(FileNotFoundError):  # a link without content, or just removed
+                found[path.relative_to(root).as_posix()] = path.stat().st_size
     return dict(sorted(found.items()))
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Names of the files below `root`, linked folders included: each real folder once, so that loops end."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        paths = [Path(folder, file) for file in sorted(files)]
+        yield from (path.relative_to(root).as_posix() for path in paths if path.is_file())
 
 
 def _link(source: Path, target: Path) -> bool:
@@ -272,6 +360,14 @@ def _link(source: Path, target: Path) -> bool:
         os.link(source, target)
     except FileExistsError:
         return False
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        raise OSError(
+            error.errno,
+            f"{error.strerror}: the file system of {target} has no hard links, by which a file of a store appears "
+            "whole and only once; put the store on another file system, or on S3",
+        ) from error
     sync(target.parent)
     return True
 
@@ -283,6 +379,25 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """Errors that name no file, as a write to a full disk, name the folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno in NO_ROOM:
+            raise OSError(error.errno, error.strerror, str(folder)) from error
+        raise
+
+
+def _host() -> str:
+    """This machine; containers that share its name but not its process numbers are others."""
+    try:
+        return f"{os.uname().nodename}-{Path('/proc/self/ns/pid').stat().st_ino}"
+    except OSError:  # no /proc: macOS
+        return os.uname().nodename
 
 
 def _alive(pid: int) -> bool:

@@ -11,7 +11,7 @@ import argparse
 import io
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +29,13 @@ from pipeline.manifest import (
     read_commit,
     read_manifest,
     read_store,
+    retried,
 )
-from pipeline.schema import SAMPLES, ColumnFile, Commit, StoreSpec, commit_path, tar_path
+from pipeline.schema import SAMPLES, ColumnFile, Commit, StoreSpec, commit_path, retried_path, tar_path
 from pipeline.shard import members, read_sample, sha256_of
 from pipeline.storage import Storage
 
+LISTED = 100  # missing shards, each by its own name
 DERIVED = ("report.html",)  # may lie beside the store's own files
 _CODEC_ERROR = {"bf16": 0.004, "fp16": 0.001, "fp8": 0.04, "int8": 0.03}  # relative, of an image's features
 _COMPUTE_ERROR = {"float32": 0.001, "bfloat16": 0.03, "float16": 0.005}  # between two batch sizes or devices
@@ -77,7 +79,8 @@ def main() -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     if not problems:
-        print(f"{storage.root}: {spec.samples} samples in {spec.shards} shards, {len(spec.columns)} columns: all right")
+        shards = spec.shards + len(retried(storage, spec))
+        print(f"{storage.root}: {spec.samples} samples in {shards} shards, {len(spec.columns)} columns: all right")
         return
     print("\n".join(str(problem) for problem in problems))
     if arguments.repair:
@@ -93,8 +96,11 @@ def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]
     there = storage.list()
     added = added_columns(storage)
     base = tuple(column.name for column in spec.columns if column.name not in added)
-    problems, commits = _readable_commits(storage, spec, added)
+    later = retried(storage, spec)
+    problems, commits = _readable_commits(storage, spec.shards + len(later), added)
+    problems += _of_another_store(commits, spec)
     expected = {SPEC, FAILURES, MANIFEST, *DERIVED, *(f"columns/{name}.json" for name in added)}
+    expected |= {retried_path(shard) for shard in later}
     # Only from the commit records: what they say of themselves, which files must be there, which tars to read.
     jobs = []
     for (shard, extra), commit in commits.items():
@@ -103,8 +109,10 @@ def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]
         whole = commits.get((shard, None))
         problems += [
             Problem(commit_path(shard, extra), what, shard, extra)
-            for what in _faults(commit, shard, whole, spec, names)
+            for what in _faults(commit, whole, spec, names, _keys_of(shard, spec, later))
         ]
+        if commit.shard != shard:
+            problems.append(Problem(commit_path(shard, extra), f"is the record of shard {commit.shard}", shard, extra))
         jobs += [(commit, name, extra) for name in names if name in commit.files and commit.shard == shard]
     expected |= {problem.path for problem in problems}  # a damaged record is no foreign file too
     problems += [Problem(path, "foreign file: no commit record knows it") for path in there if path not in expected]
@@ -113,24 +121,54 @@ def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]
         for found in pool.map(lambda job: _check_tar(storage, spec, *job), jobs):
             problems += found
             bar.update()
-    if not problems and MANIFEST in there and not read_manifest(storage).equals(manifest_table(storage, spec)):
-        problems.append(Problem(MANIFEST, "does not say what the commit records say; build again to renew it"))
+    if not problems and MANIFEST in there:
+        problems += _wrong_manifest(storage, spec)
     return problems
 
 
+def _wrong_manifest(storage: Storage, spec: StoreSpec) -> list[Problem]:
+    """What is wrong with the manifest of a store whose commit records are sound."""
+    try:
+        if read_manifest(storage, spec).equals(manifest_table(storage, spec)):
+            return []
+    except ValueError as error:
+        return [Problem(MANIFEST, str(error))]
+    return [Problem(MANIFEST, "does not say what the commit records say; build again to renew it")]
+
+
+def _of_another_store(commits: dict[tuple[int, str | None], Commit], spec: StoreSpec) -> list[Problem]:
+    """A problem with `store.json` if all commit records name another store, else with each record that does."""
+    others = [place for place, commit in commits.items() if commit.store not in (None, spec.digest)]
+    if others and not any(commit.store == spec.digest for commit in commits.values()):
+        what = "is not what the shards were made for: its seed, data set, encoder or another identity was changed"
+        return [Problem(SPEC, f"{what}; restore it from a copy of the store")]
+    return [Problem(commit_path(*place), "is the record of another store's shard", *place) for place in others]
+
+
+def _keys_of(shard: int, spec: StoreSpec, later: Mapping[int, tuple[str, ...]]) -> tuple[str, ...]:
+    """The keys that a shard's samples and failures have."""
+    first = shard * spec.shard_size
+    if shard in later:
+        return later[shard]
+    return tuple(f"{number:09d}" for number in range(first, min(first + spec.shard_size, spec.samples)))
+
+
 def _readable_commits(
-    storage: Storage, spec: StoreSpec, added: Iterable[str]
+    storage: Storage, shards: int, added: Iterable[str]
 ) -> tuple[list[Problem], dict[tuple[int, str | None], Commit]]:
     """(a problem for each commit record that is missing or damaged, the others by shard and added column)."""
     problems: list[Problem] = []
     commits: dict[tuple[int, str | None], Commit] = {}
     for extra in (None, *added):
         there = committed(storage, extra)
+        missing = [shard for shard in range(shards) if shard not in there]
         problems += [
             Problem(commit_path(shard, extra), "missing: the shard is not built", shard, extra)
-            for shard in sorted(set(range(spec.shards)) - there)
+            for shard in missing[:LISTED]
         ]
-        for shard in sorted(there & set(range(spec.shards))):
+        if len(missing) > LISTED:
+            problems.append(Problem(MANIFEST, f"{len(missing) - LISTED} further shards are not built"))
+        for shard in sorted(shard for shard in there if shard < shards):
             try:
                 commit = read_commit(storage, shard, extra)
                 assert commit is not None
@@ -140,26 +178,26 @@ def _readable_commits(
     return problems, commits
 
 
-def _faults(commit: Commit, shard: int, base: Commit | None, spec: StoreSpec, names: tuple[str, ...]) -> Iterator[str]:
-    """What cannot be true in a commit record. `base`: the record of the whole shard, if it can be read."""
+def _faults(
+    commit: Commit, base: Commit | None, spec: StoreSpec, names: tuple[str, ...], expected: tuple[str, ...]
+) -> Iterator[str]:
+    """What cannot be true in a commit record.
+
+    Args:
+        base: the record of the whole shard, if it can be read. names: of its tars. expected: the keys of its records.
+    """
     from pipeline.codec import payload_bytes
 
-    if commit.shard != shard:
-        yield f"is the record of shard {commit.shard}"
-    first = commit.shard * spec.shard_size
-    span = range(first, min(first + spec.shard_size, spec.samples))
     keys = sorted({*commit.keys, *(failure.key for failure in commit.failures)})
-    if keys != [f"{number:09d}" for number in span] or len(commit.keys) + len(commit.failures) != len(span):
-        yield f"holds {len(commit.keys)} samples and {len(commit.failures)} failures, for {len(span)} records"
+    if keys != sorted(expected) or len(commit.keys) + len(commit.failures) != len(expected):
+        yield f"holds {len(commit.keys)} samples and {len(commit.failures)} failures, for {len(expected)} records"
     if base is not None and (commit.keys, commit.images) != (base.keys, base.images):
         yield "holds other keys than the shard it belongs to"
     if set(commit.files) != set(names):
         yield f"has the columns {', '.join(sorted(commit.files))}; expected {', '.join(sorted(names))}"
     columns = {column.name: column for column in spec.columns}
     for name, file in commit.files.items():
-        if not len(file.offsets) == len(file.sizes) == len(commit.keys) == len(commit.images) == len(commit.words):
-            yield f"{name} has {len(file.offsets)} members for {len(commit.keys)} keys"
-        elif name in columns:
+        if name in columns:
             size = payload_bytes(columns[name], spec.codec)
             wanted = tuple(0 if image is None else size for image in commit.images)
             if file.sizes != wanted:
@@ -234,9 +272,9 @@ def compare_with_live_clip(
     import torch
 
     from pipeline.codec import from_payload
-    from pipeline.dataset import ImageSource, index_zips
     from pipeline.encoder import Encoder, describe_encoder
     from pipeline.encoders.decode import load_image
+    from pipeline.images import ImageSource, index_zips
 
     weights = describe_encoder(encoder, spec.encoder.revision).revision
     if weights != spec.encoder.revision:
@@ -244,7 +282,7 @@ def compare_with_live_clip(
             f"--encoder {encoder} is not the CLIP of this store: its weights are {weights}, those of the store are "
             f"{spec.encoder.revision}; name the model that the store was built with"
         )
-    table = read_manifest(storage)
+    table = read_manifest(storage, spec)
     table = table.filter(table.column("image").is_valid())
     # `sample` rows, evenly spread over the store.
     rows = table.take(list(range(0, len(table), max(1, len(table) // sample)))[:sample]).to_pylist()
@@ -282,6 +320,8 @@ def repair(storage: Storage, problems: list[Problem]) -> str:
 
     A tar whose commit record is gone would be taken for a killed worker's work, so what is bad must go with it.
     """
+    if any(problem.path == SPEC for problem in problems):
+        return f"nothing was removed: restore {SPEC} first"
     bad = sorted({(p.shard, p.added) for p in problems if p.shard is not None}, key=str)
     storage.delete(MANIFEST)
     for shard, added in bad:

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +22,11 @@ import torch
 
 from pipeline.codec import to_payload
 from pipeline.config import BuildConfig
-from pipeline.dataset import ImageSource
 from pipeline.encoder import Encoder, family_of
 from pipeline.encoders.base import VisionEncoder
 from pipeline.encoders.decode import load_image
 from pipeline.encoders.pixels import Pixels
+from pipeline.images import ImageSource, MissingImageError
 from pipeline.manifest import claim, read_commit, write_commit
 from pipeline.schema import (
     SAMPLES,
@@ -35,6 +35,7 @@ from pipeline.schema import (
     Commit,
     Conversation,
     Failure,
+    FailureKind,
     Sample,
     StoreSpec,
     claim_path,
@@ -50,7 +51,7 @@ BATCHES_AHEAD = 2  # decoded ahead of CLIP; one more is being written
 
 @dataclass
 class _Item:
-    """A sample on its way; `fault` says why it does not arrive."""
+    """A sample on its way; `fault` says why it does not arrive, `kind` what kind of failure that is."""
 
     key: str
     image: str | None
@@ -59,6 +60,7 @@ class _Item:
     data: bytes | None = None  # of the source image, if it is to be stored
     size: tuple[int, int] | None = None  # width and height of the upright image, in pixels
     fault: str | None = None
+    kind: FailureKind | None = "image"
 
 
 @dataclass
@@ -74,12 +76,16 @@ class ShardWorker:
 
     Args:
         config: the build's settings. spec: the store's identity, all its columns included.
+        report: called with the place in the shard whenever the work goes on.
     """
 
-    def __init__(self, config: BuildConfig, spec: StoreSpec) -> None:
+    def __init__(
+        self, config: BuildConfig, spec: StoreSpec, report: Callable[[str], None] = lambda place: None
+    ) -> None:
         torch.set_num_threads(max(1, int(config.num_cpus)))
         self.config = config
         self.spec = spec
+        self.report = report
         self.storage = Storage(config.store)
         self.source = ImageSource(config.image_roots)
         self.device = "cuda" if torch.cuda.is_available() and config.num_gpus > 0 else "cpu"
@@ -105,14 +111,16 @@ class ShardWorker:
             return {**outcome, "postponed": True}
         with self.storage.scratch() as folder, torch.inference_mode():
             commit = self._build(row, folder, names)
+            self.report("the writing of its files")
             made = self._publish(commit, folder, base)
         self.storage.delete(claim_path(shard))
+        failures = [failure for failure in commit.failures if failure.kind != "retried"]
         outcome |= {
             "images": sum(image is not None for image in commit.images),
             "samples": len(commit.keys),
             "bytes": sum(file.bytes for file in commit.files.values()),
-            "failures": len(commit.failures),
-            "reasons": [f"{failure.source[:200]}: {failure.reason}" for failure in commit.failures[:3]],
+            "failures": len(failures),
+            "reasons": [f"{failure.source[:200]}: {failure.reason}" for failure in failures[:3]],
             "made": made,
             "wasted": not made,
         }
@@ -135,7 +143,7 @@ class ShardWorker:
             shard = _ShardInTheMaking(int(row["shard"]), writers, self.spec)
             writing = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
             written: Future[None] | None = None
-            for items in self._decoded(row, stack):
+            for items in self._decoded(row, self._skipped(row), stack):
                 batch = _Batch(items, self._payloads(items, columns))
                 if written is not None:  # one batch is written while CLIP sees the next, never two
                     written.result()
@@ -147,21 +155,56 @@ class ShardWorker:
             self._same_samples(commit)
         return commit
 
-    def _decoded(self, row: Mapping[str, Any], stack: contextlib.ExitStack) -> Iterator[list[_Item]]:
+    def _skipped(self, row: Mapping[str, Any]) -> dict[str, Failure]:
+        """The samples, by key, that the shard is not to hold even if they can be read now."""
+        if row["base"]:
+            said = "failed at first, a later shard holds it"
+            return {key: Failure(key=key, source="", reason=said, kind="retried") for key in row["moved"]}
+        base = read_commit(self.storage, int(row["shard"]))
+        assert base is not None, "the base of a shard comes first"
+        return {failure.key: failure for failure in base.failures}
+
+    def _decoded(
+        self, row: Mapping[str, Any], skipped: dict[str, Failure], stack: contextlib.ExitStack
+    ) -> Iterator[list[_Item]]:
         """The shard's samples in order, in batches, their images decoded by threads."""
         pool = stack.enter_context(ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode"))
-        waiting: deque[list[Future[_Item]]] = deque()
-        for records in _batches(row["records"], self.config.batch_size):
-            waiting.append([pool.submit(self._decode, *record) for record in records])
-            if len(waiting) > BATCHES_AHEAD:
-                yield [future.result() for future in waiting.popleft()]
-        while waiting:
-            yield [future.result() for future in waiting.popleft()]
 
-    def _decode(self, key: str, image: str | None, conversations: list[dict[str, Any]], places: Any) -> _Item:
-        """Fetch, decode and preprocess one image, in a thread; what is wrong with it becomes its fault."""
+        def submit(key: str, image: str | None, conversations: list[dict[str, Any]], places: Any) -> Future[_Item]:
+            return pool.submit(self.decode, key, image, conversations, places, skipped.get(key))
+
+        waiting: deque[dict[str, Future[_Item]]] = deque()
+        for records in _batches(row["records"], self.config.batch_size):
+            waiting.append({record[0]: submit(*record) for record in records})
+            if len(waiting) > BATCHES_AHEAD:
+                yield self._arrived(waiting.popleft())
+        while waiting:
+            yield self._arrived(waiting.popleft())
+
+    def _arrived(self, batch: dict[str, Future[_Item]]) -> list[_Item]:
+        """The samples of a batch, when they are decoded."""
+        items = []
+        for key, future in batch.items():
+            self.report(f"sample {key}")
+            items.append(future.result())
+        return items
+
+    def decode(
+        self,
+        key: str,
+        image: str | None,
+        conversations: list[dict[str, Any]],
+        places: Any,
+        skipped: Failure | None = None,
+    ) -> _Item:
+        """Fetch, decode and preprocess one image, in a thread; what is wrong with it becomes its fault.
+
+        An OSError is no fault of the image (permission, network, disk, file handles): it ends the build.
+        """
         item = _Item(key, image, conversations)
-        if image is None:
+        if skipped is not None:
+            item.fault, item.kind = skipped.reason, skipped.kind
+        if image is None or item.fault is not None:
             return item
         try:
             data = self.source.read(image, places)
@@ -171,6 +214,7 @@ class ShardWorker:
             item.data = data if self.spec.stores_images else None
         except ValueError as error:
             item.fault = str(error)
+            item.kind = "missing image" if isinstance(error, MissingImageError) else "image"
         return item
 
     def _payloads(self, items: list[_Item], columns: tuple[Column, ...]) -> dict[str, torch.Tensor]:
@@ -187,6 +231,7 @@ class ShardWorker:
         names = tuple(column.name for column in columns)
         if names not in self._encoders:  # keep the encoder of one set of columns: a worker rarely changes between them
             self._encoders = {names: self._encoder(columns)}
+        self.report(f"the features of {sound[0].key} to {sound[-1].key}")
         pixels = torch.from_numpy(np.stack([item.pixels for item in sound if item.pixels is not None]))
         features = self._encoders[names](pixels)  # {column: (images, tokens, width)}
         # (images,): whether every number of an image is finite, in every column
@@ -196,6 +241,7 @@ class ShardWorker:
             item.pixels = None
             if not is_fine:
                 item.fault = f"features hold NaN or infinity (compute={self.spec.compute})"
+                item.kind = "features"
         try:
             payloads = {name: to_payload(value, self.spec.codec) for name, value in features.items()}
         except ValueError as error:
@@ -275,7 +321,8 @@ class _ShardInTheMaking:
         row = 0  # of the payloads, which have one for each image without a fault
         for item in batch.items:
             if item.fault is not None:
-                self.failures.append(Failure(key=item.key, source=item.image or "", reason=item.fault))
+                failure = Failure(key=item.key, source=item.image or "", reason=item.fault, kind=item.kind)
+                self.failures.append(failure)
                 continue
             width, height = item.size or (None, None)
             conversations = tuple(Conversation.model_validate(c) for c in item.conversations)
@@ -302,6 +349,7 @@ class _ShardInTheMaking:
             words=tuple(words),
             files={name: writer.finish() for name, writer in self.writers.items()},
             failures=tuple(self.failures),
+            store=self.spec.digest,
         )
 
 

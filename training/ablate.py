@@ -56,7 +56,10 @@ def main() -> None:
     if not arguments.ray:
         do_runs(mine, benchmarks, config)
     if is_first_rank():
-        finish(config, plan, benchmarks)
+        try:
+            finish(config, plan, benchmarks)
+        except (ValueError, OSError) as error:
+            sys.exit(f"error: {error}")
 
 
 def _on_ray(arguments: argparse.Namespace, plan: list[Run]) -> list[Run]:
@@ -68,6 +71,7 @@ def _on_ray(arguments: argparse.Namespace, plan: list[Run]) -> list[Run]:
 def finish(config: AblationConfig, plan: list[Run], benchmarks: list[Benchmark]) -> None:
     """Write the table and its page, if every run is done."""
     from training.pages.ablation import ablation_page
+    from training.release.records import write_whole
     from training.sweep.encoding import measure_encoding
     from training.sweep.table import as_text, build_table
 
@@ -78,9 +82,9 @@ def finish(config: AblationConfig, plan: list[Run], benchmarks: list[Benchmark])
         return
     table, folder = build_table(config, plan, benchmarks), Path(config.run)
     table.write(folder)
-    (folder / "table.md").write_text(as_text(table), encoding="utf-8")
+    write_whole(folder / "table.md", as_text(table))
     images = None if config.images is None else Path(config.images)
-    (folder / "report.html").write_text(ablation_page(folder, images), encoding="utf-8")
+    write_whole(folder / "report.html", ablation_page(folder, images))
     print(f"{as_text(table)}\n{folder / 'report.html'}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
 from pkgutil import resolve_name
@@ -186,6 +187,24 @@ class CheckpointSettings(Settings):
     )
 
 
+# What a run may change on its way: nothing here decides what is learned, from which examples, in which order. All
+# other settings are the run's identity; of the store that is its fingerprint, not its path (fit/run_folder).
+MAY_CHANGE = frozenset(
+    {"run", "boards", "project", "microbatch_size", "stop_on_spike", "device"}
+    | {"model.activation_checkpointing", "model.loss_chunks", "model.compile"}
+    | {f"data.{name}" for name in ReadSettings.model_fields}
+    | {f"checkpoint.{name}" for name in CheckpointSettings.model_fields}
+)
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings under dotted names: `data.store`."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 class TrainConfig(Settings):
     """One stage of training."""
 
@@ -238,6 +257,13 @@ class TrainConfig(Settings):
             raise ValueError(f"model.lora adapts the llm, but train is {list(self.train)}; add llm, or leave lora out")
         resolve_name(ENGINES[self.parallelism]).check(self)
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that a run keeps to its end, by dotted name."""
+        # Where the loss is a mean of microbatch means, their size is part of what is computed.
+        kept = {"microbatch_size"} if self.loss == "microbatch" else set()
+        may_change = MAY_CHANGE - kept
+        return {name: value for name, value in flat(self.model_dump(mode="json")).items() if name not in may_change}
 
     def per_rank(self, world_size: int) -> int:
         """Examples per rank and step.

@@ -20,6 +20,9 @@ from typing import Any
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
+from pydantic import RootModel
+
+from training.release.records import SUMMARY, Summary, read_as, write_whole
 from training.toy.settings import BLOCKS, DRAW, FINETUNE, GENERATE, PRETRAIN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -61,11 +64,11 @@ class Demo:
             text = f"step {name!r} ended with {code}; its whole output is in {log}"
             sys.exit(f"{tail}\nerror: {text}; correct what it names, and run the same command again")
         known = {**self._known_seconds(), **self.seconds}
-        (self.run / "seconds.json").write_text(json.dumps(known, indent=1), encoding="utf-8")
+        write_whole(self.run / "seconds.json", json.dumps(known, indent=1))
 
     def _known_seconds(self) -> dict[str, float]:
         path = self.run / "seconds.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return _read(path) if path.exists() else {}
 
     def all_steps(self) -> None:
         """The main job, in the order of the flow."""
@@ -108,7 +111,7 @@ class Demo:
     def summary(self) -> dict[str, Any]:
         """What the steps left behind, in one table; everything is read from files."""
         run = self.run
-        stages = {stage: _read(run / stage / "summary.json") for stage in ("pretrain", "finetune")}
+        stages = {stage: read_as(Summary, run / stage / SUMMARY).model_dump() for stage in ("pretrain", "finetune")}
         scores = _read(run / "answers.scores.json")
         shuffled = run / "answers_shuffled.scores.json"
         stores = [run / f"{stage}-store" for stage in stages]
@@ -127,8 +130,8 @@ class Demo:
         }
 
 
-def _read(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _read(path: Path) -> dict[str, Any]:
+    return read_as(RootModel[dict[str, Any]], path).root
 
 
 def _environment() -> dict[str, str]:
@@ -162,9 +165,12 @@ def main() -> None:
     }
     demo = Demo(run, data, drawn=not any(given))
     print(f"the main job, in {arguments.run}:")
-    demo.all_steps()
-    summary = demo.summary()
-    (run / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    try:
+        demo.all_steps()
+        summary = demo.summary()
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+    write_whole(run / SUMMARY, json.dumps(summary, indent=1))
     demo.step("report", [*demo.python, "training/report.py", str(run), "--images", data["images"]])
     print(_table(summary, arguments.run))
 

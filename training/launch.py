@@ -25,7 +25,7 @@ from types import FrameType
 import psutil
 
 PORT = 7777  # of the rendezvous on node 0; SLURM jobs, which may share a node, take another each
-STOP = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send before they take a node away
+STOP = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # schedulers' before they take a node away; Ctrl-C
 
 
 @dataclass(frozen=True)
@@ -211,24 +211,21 @@ def composer_command(place: Place, processes: int, training: Sequence[str]) -> l
 def run(command: list[str]) -> int:
     """Run it to its end and return the exit code; a signal to stop goes to the ranks, not to their launcher.
 
-    Composer's launcher dies of SIGTERM and SIGUSR1 and leaves its ranks behind. So it gets a new session, which a
-    scheduler's signal to the process group does not reach. The ranks hear of the signal from here: they save and exit.
+    Composer's launcher dies of SIGTERM and SIGUSR1 and leaves its ranks behind; at Ctrl-C it gives them 30 seconds. So
+    it gets a new session, which a signal to the process group does not reach. The ranks hear of the signal from here:
+    they save, which may take its time, and exit. A second Ctrl-C kills them.
     """
     stopped: list[int] = []
     process: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, _frame: FrameType | None) -> None:
+        again = number == signal.SIGINT in stopped
         stopped.append(number)
         if process is not None and process.returncode is None:
-            _tell_ranks(process.pid, number)
-
-    def interrupt(_number: int, _frame: FrameType | None) -> None:
-        if process is not None and process.returncode is None:
-            process.send_signal(signal.SIGINT)  # Composer's launcher ends its ranks itself
+            _tell_ranks(process.pid, signal.SIGKILL if again else number)
 
     for number in STOP:
         signal.signal(number, forward)
-    signal.signal(signal.SIGINT, interrupt)
     process = subprocess.Popen(command, start_new_session=True)
     if stopped:  # before there was anybody to tell
         _tell_ranks(process.pid, stopped[-1])

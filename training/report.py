@@ -14,6 +14,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
 from training.pages.page import EXAMPLES
+from training.release.records import write_whole
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
         page = render(arguments.run, arguments.images, arguments.examples)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    (arguments.run / "report.html").write_text(page, encoding="utf-8")
+    write_whole(arguments.run / "report.html", page)
     print(arguments.run / "report.html")
 
 

@@ -170,6 +170,27 @@ def test_two_nodes_meet_and_a_signal_to_their_process_groups_reaches_the_ranks(
             node.wait()
 
 
+def test_ctrl_c_goes_to_the_ranks_and_a_second_one_kills_them(tmp_path: Path) -> None:
+    rank = (
+        "import pathlib, signal, sys\n"
+        "here = pathlib.Path(sys.argv[1])\n"
+        "signal.signal(signal.SIGINT, lambda *_: (here / 'saving').touch())\n"
+        "(here / 'ready').touch()\n"
+        "while True: signal.pause()\n"
+    )
+    # As Composer's launcher: a process whose child is the rank, and which ends with it.
+    parent = "import subprocess, sys; sys.exit(abs(subprocess.call([sys.executable, '-c', sys.argv[1], sys.argv[2]])))"
+    command = [sys.executable, "-c", parent, rank, str(tmp_path)]
+    run = f"import sys; from training.launch import run; sys.exit(run({command!r}))"
+    node = subprocess.Popen([sys.executable, "-c", run], cwd=ROOT, env=environment(), start_new_session=True)
+    for file in ("ready", "saving"):
+        while not (tmp_path / file).exists():
+            assert node.poll() is None
+            time.sleep(0.01)
+        os.killpg(node.pid, signal.SIGINT)
+    assert node.wait() == 128 + signal.SIGINT
+
+
 @pytest.mark.parametrize(("end", "code"), [("raise SystemExit(3)", 3), ("import os; os.kill(os.getpid(), 9)", 137)])
 def test_what_failed_is_the_exit_code(end: str, code: int) -> None:
     run = f"import sys; from training.launch import run; sys.exit(run([sys.executable, '-c', {end!r}]))"

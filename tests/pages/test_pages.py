@@ -125,7 +125,9 @@ def test_a_runs_page_says_who_was_right_and_what_it_was_trained_on(tmp_path: Pat
         write_log(run / stage)
         store = tmp_path / f"{stage}-store"
         create_or_check(Storage(str(store)), STORE)
-        (run / stage / "config.json").write_text(json.dumps({"data": {"store": str(store)}}))
+        config = {"run": "r", "train": ["connector"], "model": {"llm": "l"}, "optimizer": {"lr": 1}}
+        config |= {"data": {"store": str(store), "template": "v1"}, "global_batch_size": 1}
+        (run / stage / "config.json").write_text(json.dumps(config))
     write_answers(run / "answers.jsonl", ["red", "blue"])
     summary = {
         "accuracy": 0.5,

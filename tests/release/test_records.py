@@ -7,13 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from training.release.records import LAST, final_loss, read_log
+from training.release.records import IN_EVERY_LINE, LAST, final_loss, read_log
 
 
 def test_a_line_that_a_killed_process_left_unfinished_is_skipped(tmp_path: Path) -> None:
-    lines = [{"step": step, "loss": 1.0 / step} for step in (1, 2)]
+    lines = [dict.fromkeys(IN_EVERY_LINE, 1.0) | {"step": step, "loss": 1.0 / step} for step in (1, 2)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo')
     assert read_log(tmp_path) == lines
+
+
+@pytest.mark.parametrize("damaged", ['{"step": 1, "lo', "3", '{"step": 1, "loss": "low"}', "\0\0", ""])
+def test_another_line_that_is_damaged_is_named(tmp_path: Path, damaged: str) -> None:
+    (tmp_path / "log.jsonl").write_text(f"{damaged}\n{json.dumps(dict.fromkeys(IN_EVERY_LINE, 1.0))}\n")
+    with pytest.raises(ValueError, match=r"log.jsonl:1 is damaged .* delete this line"):
+        read_log(tmp_path)
 
 
 def test_a_run_that_has_not_begun_has_no_lines(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
+from pipeline.images import find_file
 from training.benchmarks.metrics import Scored
 from training.benchmarks.report import Report
 
@@ -160,15 +161,17 @@ class Benchmark(ABC):
         """Bytes of an image file.
 
         Raises:
-            ValueError: if it is not there, or lies outside the benchmark's folder.
+            ValueError: if it is not there, or its name leads out of the benchmark's folder.
         """
-        return file_within(self.image_folder, name).read_bytes()
+        path = find_file(self.image_folder, name)
+        if path is None:
+            raise ValueError(f"{name} is not a file within {self.image_folder}; put it there, or name one that is")
+        return path.read_bytes()
 
     def absent_images(self) -> list[str]:
         """Names of images that the questions need and the folder lacks."""
         names = {question.image for question in self.questions if question.image is not None}
-        root = self.image_folder.resolve()
-        return sorted(name for name in names if not is_within(root, name))
+        return sorted(name for name in names if find_file(self.image_folder, name) is None)
 
     def keep(self, limit: int | None) -> Self:
         """Go on with the first `limit` questions only; `kept` has their ids."""
@@ -214,23 +217,6 @@ class Benchmark(ABC):
 def identifier(value: Any) -> str:
     """An id as text: spreadsheets turn 241 into 241.0."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
-
-
-def is_within(root: Path, name: str) -> bool:
-    """Whether `name` is a file below the resolved folder `root`."""
-    path = (root / name).resolve()
-    return path.is_relative_to(root) and path.is_file()
-
-
-def file_within(folder: Path, name: str) -> Path:
-    """The path of `name` in `folder`.
-
-    Raises:
-        ValueError: if there is no such file, or it lies outside.
-    """
-    if not is_within(folder.resolve(), name):
-        raise ValueError(f"{name} is not a file within {folder}; put it there, or name one that is")
-    return folder / name
 
 
 def read_json(path: Path) -> Any:

@@ -38,7 +38,7 @@ from training.engines.base import Engine
 log = logging.getLogger(__name__)
 
 MARK = "complete.json"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)  # what schedulers send ahead of taking a node away
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # schedulers' before they take a node away; Ctrl-C
 _FOLDER = re.compile(r"ba(\d{8,})")
 
 
@@ -63,7 +63,9 @@ class Mark:
 
 
 class StopRequest:
-    """Remembers the first of `SIGNALS` that this process got, instead of dying of it.
+    """Remembers the first of `SIGNALS` that this process got within the context, instead of dying of it.
+
+    A second Ctrl-C ends the process at once.
 
     A signal may come at any moment, also within a collective. So its handler only takes a note; `Checkpoints` looks at
     the notes of all ranks after each step, when all are at the same place and the weights are whole.
@@ -71,10 +73,23 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
-        for number in SIGNALS:
-            signal.signal(number, self._note)
+        self._interrupted = False
+
+    def __enter__(self) -> StopRequest:
+        self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted:
+                signal.signal(number, signal.SIG_DFL)
+                os.kill(os.getpid(), number)  # as if it had never been caught
+            self._interrupted = True
+            os.write(2, b"\nstopping  after the step under way, with a checkpoint; Ctrl-C again ends it at once\n")
         self.signal = self.signal or number  # the first one stays
 
 

@@ -21,7 +21,7 @@ from composer.utils import dist
 from training.cost.mfu import peak_flops
 from training.engines.base import Engine
 from training.fit.composer_model import supervised_tokens
-from training.release.records import LOG, read_log
+from training.release.records import LOG, read_log, write_whole
 from training.stream.stream import Stream
 
 
@@ -65,7 +65,9 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
         path = self.run / LOG
         if dist.get_global_rank() == 0 and path.exists():
             kept = [line for line in read_log(self.run) if line["step"] <= done]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+        if dist.get_global_rank() == 0 and done:
+            print(f"resumed   from the checkpoint of step {done}; step {done + 1} is next", flush=True)
         self._step_start = time.perf_counter()
 
     def batch_start(self, state: State, logger: Logger) -> None:

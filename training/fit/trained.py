@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from training.release.card import CardFiles
 from training.release.connector import load_connector
 from training.release.folder import export_model
+from training.release.records import read_config
 
 if TYPE_CHECKING:
     import torch
@@ -30,12 +31,9 @@ def export_run(
 
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
-    from training.config import TrainConfig
     from training.fit.build import load_tokenizer
 
-    if not (run / "config.json").is_file():
-        raise ValueError(f"{run} is no training run: it has no config.json; name the folder given as run=...")
-    config = TrainConfig.model_validate_json((run / "config.json").read_text(encoding="utf-8"))
+    config = read_config(run)
     store = read_store(Storage(config.data.store))
     model = trained_model(config, store, run, checkpoint)
     target = None if dtype is None else getattr(torch, dtype)

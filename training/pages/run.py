@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from statistics import median_high
 from typing import Any
+
+from pydantic import BaseModel
 
 from training.benchmarks.own import is_right
 from training.benchmarks.questions import read_json_lines
 from training.pages.charts import bars, loss_chart
 from training.pages.page import EXAMPLES, TITLES, filled, shown
-from training.release.records import final_loss, read_log
+from training.release.records import SUMMARY, final_loss, read_as, read_log
 from training.release.table import StoreUsed
+
+
+class _Category(BaseModel):
+    accuracy: float
+    interval: tuple[float, float]
+    questions: int
+
+
+class _Stages(BaseModel):
+    pretrain: float
+    finetune: float
+
+
+class MainJob(BaseModel):
+    """`summary.json` of the main job; what is of one stage stands under its folder's name."""
+
+    accuracy: float | None
+    accuracy_shuffled_images: float | None
+    interval: tuple[float, float] | None = None
+    questions: int
+    categories: dict[str, _Category]
+    vision_tokens_in: int
+    vision_tokens_out: int
+    data_wait: _Stages
+    store_images: int
+    store_bytes: int
+    seconds: dict[str, float]
 
 
 def run_page(run: Path, images: Path, examples: int = EXAMPLES) -> str:
@@ -23,7 +51,7 @@ def run_page(run: Path, images: Path, examples: int = EXAMPLES) -> str:
         images: the folder that the questions' images are relative to.
         examples: questions to show.
     """
-    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary = read_as(MainJob, run / SUMMARY).model_dump()
     parts = {
         "title": run.name,
         "summary": summary,

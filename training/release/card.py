@@ -12,7 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from training.release.records import LAST, final_loss, read_log
+from training.config import flat
+from training.release.records import CONFIG, LAST, final_loss, read_config, read_log
 
 if TYPE_CHECKING:
     import torch
@@ -71,7 +72,7 @@ def model_card(
         f"# An image in {model.connector.tokens} vision tokens",
         _table({**_facts(model), **origin}),
         USE,
-        *_training(files.run),
+        *trained(files.run),
         *_scores(files.scores),
     ]
     return "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n" + "\n\n".join(parts) + "\n"
@@ -126,17 +127,22 @@ def _count(module: torch.nn.Module | None) -> int:
     return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 
-def _training(run: Path | None) -> list[str]:
-    """Settings and losses of each stage that led to `run`, the first stage first."""
-    if run is None or not (run / "config.json").is_file():
+def trained(run: Path | None) -> list[str]:
+    """A section for each stage that led to `run`, the first stage first: its settings and losses.
+
+    Raises:
+        ValueError: if a file in which one speaks of itself is damaged. OSError: if it cannot be read.
+    """
+    if run is None or not (run / CONFIG).is_file():
         return []
-    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))
+    settings = read_config(run)
     # Stage 2 names the connector/ folder of its stage 1, which lies in that run's folder.
-    before = settings["model"].get("connector_from")
-    earlier = _training(Path(before).parent) if before else []
-    rows = {key: f"`{value}`" for key, value in _flat(settings).items() if key not in ("run", "data.cache_dir")}
-    lines = read_log(run) if (run / "log.jsonl").is_file() else []
-    text = f"## Trained: {', '.join(settings['train'])}\n\n"
+    before = settings.model.connector_from
+    earlier = trained(Path(before).parent) if before else []
+    named = flat(settings.model_dump(mode="json"))
+    rows = {key: f"`{value}`" for key, value in named.items() if key not in ("run", "data.cache_dir")}
+    lines = read_log(run)
+    text = f"## Trained: {', '.join(settings.train)}\n\n"
     if lines:
         text += (
             f"{lines[-1]['step']:,.0f} steps in {sum(line['step_s'] for line in lines):,.0f} s; loss "
@@ -144,14 +150,6 @@ def _training(run: Path | None) -> list[str]:
             f"{min(LAST, len(lines))}.\n\n"
         )
     return [*earlier, text + "<details><summary>Settings</summary>\n\n" + _table(rows) + "\n\n</details>"]
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings under dotted names: `data.store`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
 
 
 def _scores(files: Sequence[Path]) -> list[str]:

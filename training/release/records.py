@@ -1,29 +1,107 @@
-"""What a run has written of itself, read: `log.jsonl`, one line per step, and the loss that it came to."""
+"""The files in which a run speaks of itself: `config.json`, `log.jsonl` (a line per step), `summary.json`.
+
+They are written whole or not at all. One that is damaged all the same is named, with what to do.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
-LOG = "log.jsonl"
+from pydantic import BaseModel, ValidationError
+
+from pipeline.storage import Storage
+from training.config import TrainConfig
+
+M = TypeVar("M", bound=BaseModel)
+
+CONFIG, LOG, SUMMARY = "config.json", "log.jsonl", "summary.json"
 LAST = 20  # steps that the final loss is a mean of: one batch says little
+IN_EVERY_LINE = ("step", "loss", "step_s", "data_wait", "samples_per_s")  # numbers that readers of a log count on
+
+_CURE = {
+    CONFIG: "put a copy of it back, or delete it and start the run's own command again, which writes it",
+    SUMMARY: "delete it and start the run's own command again, which writes it",
+}
+
+
+class Summary(BaseModel):
+    """`summary.json`: what a stage has come to."""
+
+    steps: int
+    loss_first: float  # of the first step
+    loss_last: float  # see `final_loss`
+    seconds: float  # of all steps
+    data_wait: float  # share of them that waited for data
+    vision_tokens_in: int
+    vision_tokens_out: int
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file beside its place, bring it to the disk, and rename it."""
+    Storage(path.parent).replace(path.name, text.encode())
+
+
+def read_as(kind: type[M], path: Path, also: Mapping[str, Any] | None = None) -> M:
+    """What a JSON file of this project holds, `also` in place of what it says itself.
+
+    Raises:
+        ValueError: if it is damaged. OSError: if it cannot be read.
+    """
+    cure = _CURE.get(path.name, "delete it and run the same command again")
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+        return kind.model_validate(tree | dict(also) if also and isinstance(tree, dict) else tree)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "(whole file)"
+        found = f"{place}: {first['msg']} (found {str(first['input'])[:60]!r})"
+        raise ValueError(f"{path} is damaged, or of another version of this program: {found}; {cure}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged ({error}); {cure}") from error
+
+
+def read_config(run: Path) -> TrainConfig:
+    """The settings of the run in a folder; `run` itself is where the folder lies now.
+
+    Raises:
+        ValueError: if there is no run, or its settings are damaged or of another version. OSError: if they cannot be
+            read.
+    """
+    path = run / CONFIG
+    if not path.is_file():
+        raise ValueError(f"{run} is no training run: it has no {CONFIG}; name the folder given as run=...")
+    return read_as(TrainConfig, path, {"run": str(run)})
 
 
 def read_log(run: Path) -> list[dict[str, float]]:
     """The lines of a run's log, in the order of steps; none if the run has not begun.
 
-    A line that a killed process left unfinished is skipped.
+    The last line, which a killed process may have left unfinished, is skipped if it is: its step is done again.
+
+    Raises:
+        ValueError: if a line before it is damaged. OSError: if the log cannot be read.
     """
     path = run / LOG
     if not path.is_file():
         return []
     lines = []
-    for text in path.read_text(encoding="utf-8").splitlines():
+    texts = path.read_bytes().split(b"\n")  # what stands behind the last line's end, mostly nothing, comes last
+    for number, text in enumerate(texts, start=1):
         try:
-            lines.append(json.loads(text))
-        except ValueError:  # half a line: its step is done again, and written anew
-            continue
+            line = json.loads(text)
+            if not isinstance(line, dict) or not all(isinstance(line.get(name), int | float) for name in IN_EVERY_LINE):
+                raise ValueError(f"{str(line)[:40]!r} has not the numbers {', '.join(IN_EVERY_LINE)}")
+        except (ValueError, RecursionError) as error:
+            if number == len(texts):
+                break
+            raise ValueError(
+                f"{path}:{number} is damaged ({error}); delete this line (its step is then missing in tables and "
+                "curves) and run the same command again"
+            ) from error
+        lines.append(line)
     return lines
 
 

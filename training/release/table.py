@@ -7,6 +7,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from training.release.records import read_as, read_config, write_whole
+
 FILE = "table.json"
 Interval = tuple[float, float]  # 95%, its lower and upper bound
 
@@ -86,12 +88,12 @@ class StoreUsed(_Part):
         """What the run in folder `stage` was trained on, from its settings and the store itself.
 
         Raises:
-            ValueError: if the store is not there any more.
+            ValueError: if the store is not there any more, or the settings are damaged.
         """
         from pipeline.manifest import read_store
         from pipeline.storage import Storage
 
-        name = json.loads((stage / "config.json").read_text(encoding="utf-8"))["data"]["store"]
+        name = read_config(stage).data.store
         store = read_store(Storage(name))
         text = f"{store.samples} images, data {store.dataset[:16]}, codec {store.codec}, computed in {store.compute}, "
         text += f"encoder {Path(store.encoder.id).name} at {store.encoder.revision[:16]}"
@@ -112,12 +114,16 @@ class Table(_Part):
 
     @classmethod
     def read(cls, folder: Path) -> Table:
-        """From the folder of an ablation."""
-        return cls.model_validate(json.loads((folder / FILE).read_text(encoding="utf-8")))
+        """From the folder of an ablation.
+
+        Raises:
+            ValueError: if the file is damaged. OSError: if it cannot be read.
+        """
+        return read_as(cls, folder / FILE)
 
     def write(self, folder: Path) -> None:
         """Into the folder of an ablation."""
-        (folder / FILE).write_text(json.dumps(self.model_dump(), indent=1), encoding="utf-8")
+        write_whole(folder / FILE, json.dumps(self.model_dump(), indent=1))
 
     @property
     def flops_unit(self) -> tuple[float, str]:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.compute as pc
 
 from pipeline.codec import payload_bytes
 from pipeline.manifest import read_manifest
@@ -27,20 +28,25 @@ class Index:
     payload: dict[str, int]  # wanted columns only: bytes of one image's features
 
 
-def read_index(storage: Storage, store: StoreSpec, columns: tuple[str, ...]) -> tuple[Index, Examples]:
-    """Where members lie, and every conversation in natural order.
+def read_index(
+    storage: Storage, store: StoreSpec, columns: tuple[str, ...], shards: int | None = None
+) -> tuple[Index, Examples]:
+    """Where members lie, and every conversation in natural order; of the first `shards` shards only, if it is given.
 
     Raises:
-        ValueError: if a column is missing, or its members have another size than the store's codec gives them.
+        ValueError: if a column is missing, or the manifest does not fit the store.
     """
-    known = {column.name: column for column in store.columns}
+    table = read_manifest(storage, store)
+    if shards is not None:
+        table = table.filter(pc.less(table.column("shard"), shards))
+    # A column that was added later is in the manifest once all its shards are built.
+    known = {column.name: column for column in store.columns if f"{column.name}.size" in table.column_names}
     missing = [name for name in columns if name not in known]
     if missing:
         raise ValueError(
             f"the store has no columns {', '.join(missing)}; it has {', '.join(known)}: choose among these, or add "
             "theirs with pipeline/build_shards.py"
         )
-    table = read_manifest(storage)
     names = (SAMPLES, *columns)
     index = Index(
         keys=table.column("key").to_pylist(),
@@ -50,7 +56,6 @@ def read_index(storage: Storage, store: StoreSpec, columns: tuple[str, ...]) -> 
         payload={name: payload_bytes(known[name], store.codec) for name in columns},
     )
     has_image = ~table.column("image").is_null().to_numpy()  # (M,)
-    _check_sizes(index, has_image, store)
     return index, _examples(table.column("words").combine_chunks(), index.shard, has_image)
 
 
@@ -58,18 +63,6 @@ def _numbers(table: Any, name: str) -> Ints:
     """A column of the manifest, (M,)."""
     array: Ints = table.column(name).to_numpy().astype(np.int64)
     return array
-
-
-def _check_sizes(index: Index, has_image: npt.NDArray[np.bool_], store: StoreSpec) -> None:
-    """Raise ValueError if a sample's features have another size than the codec gives them; `has_image` is (M,)."""
-    for name, size in index.payload.items():
-        wrong = np.flatnonzero(index.sizes[name] != np.where(has_image, size, 0))
-        if len(wrong):
-            raise ValueError(
-                f"{name} of sample {index.keys[wrong[0]]} has {index.sizes[name][wrong[0]]} bytes, {size} were "
-                f"expected in {store.codec}, or 0 for a sample without an image: the manifest does not fit "
-                "store.json; run pipeline/verify_shards.py on the store"
-            )
 
 
 def _examples(words: Any, shard: Ints, has_image: npt.NDArray[np.bool_]) -> Examples:

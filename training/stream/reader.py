@@ -19,7 +19,7 @@ import numpy.typing as npt
 import torch
 from pydantic import Field
 
-from pipeline.schema import SAMPLES, tar_path
+from pipeline.schema import SAMPLES, Sample, tar_path
 from pipeline.shard import read_sample
 from training.config import ReadSettings
 from training.stream.batch import Batch
@@ -185,7 +185,7 @@ class _Job:
         # The record first: it says which conversation each row asks for.
         text = bytearray(int(index.sizes[SAMPLES][sample]))
         reader.tars.read_into(tar_path(SAMPLES, shard), int(index.offsets[SAMPLES][sample]), memoryview(text))
-        record = read_sample(bytes(text))
+        record = self._record(sample, rows, bytes(text))
         has_image = record.image is not None
         for row in rows:
             number = int(reader.examples.conversation[self.rows[row]])
@@ -199,6 +199,23 @@ class _Job:
                 )
                 for slot in others:
                     target[slot] = target[first]
+
+    def _record(self, sample: int, rows: list[int], data: bytes) -> Sample:
+        """The record of a sample, which must be the one that the manifest says is there; ValueError if it is not."""
+        index, examples, chosen = self.reader.index, self.reader.examples, self.rows[rows]
+        key, path = index.keys[sample], tar_path(SAMPLES, int(index.shard[sample]))
+        try:
+            record = read_sample(data)
+            if (record.key, record.image is not None) != (key, bool(examples.has_image[chosen[0]])):
+                raise ValueError(f"it is that of {record.key} ({record.image or 'text only'})")
+            if len(record.conversations) <= examples.conversation[chosen].max():
+                raise ValueError(f"it has {len(record.conversations)} conversations, the manifest more")
+        except ValueError as error:
+            raise ValueError(
+                f"{key}.json in {path} is not the record that the store's manifest says: {error}; "
+                "run pipeline/verify_shards.py on the store"
+            ) from error
+        return record
 
     def _finish(self) -> Batch:
         """The batch, once all its samples are read."""

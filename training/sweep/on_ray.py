@@ -7,10 +7,9 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import ray
-
-from pipeline.cluster import connect
+from pipeline.cluster import joined
 from training.sweep.plan import Run
 
 LOG = "ablate.log"  # in the folder of a run: what its process says
@@ -33,8 +32,9 @@ def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None) -> lis
     """
     if not plan[0].folder.is_absolute():
         raise ValueError(f"run={plan[0].folder.parents[1]} is another folder on every node; give an absolute path")
-    connect(None, None, OBJECT_STORE)
-    try:
+    with joined(None, None, OBJECT_STORE):
+        import ray
+
         total = ray.cluster_resources()
         gpus = int(total.get("GPU", 0) > 0) if gpus is None else gpus
         at_once = int(total.get("GPU", 0) // gpus if gpus else total.get("CPU", 0))
@@ -45,8 +45,6 @@ def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None) -> lis
         waiting = [number for number, run in enumerate(plan) if not run.done.exists()]
         print(f"{len(waiting)} of {len(plan)} runs to do, up to {at_once} at once, of {gpus} GPUs each", flush=True)
         return _follow(command, plan, waiting, gpus)
-    finally:
-        ray.shutdown()
 
 
 def _follow(command: Sequence[str], plan: Sequence[Run], waiting: Sequence[int], gpus: int) -> list[Run]:
@@ -54,6 +52,8 @@ def _follow(command: Sequence[str], plan: Sequence[Run], waiting: Sequence[int],
 
     Ray starts a task when its GPUs are free, so all are handed over at once; `waiting` are numbers in `plan`.
     """
+    import ray
+
     task = ray.remote(num_gpus=gpus, num_cpus=max(1, gpus), max_retries=3)(_one_part)
     running = {}
     for number in waiting:
@@ -74,8 +74,10 @@ def _follow(command: Sequence[str], plan: Sequence[Run], waiting: Sequence[int],
     return failed
 
 
-def _what_went_wrong(ended: ray.ObjectRef) -> str:
+def _what_went_wrong(ended: Any) -> str:
     """Why a task's run is not done, with the end of its output; "" if it is."""
+    import ray
+
     try:
         code, tail = ray.get(ended)
     except ray.exceptions.RayError as error:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from pipeline.config import Settings, load_config
 from training.benchmarks import Source
@@ -76,6 +76,16 @@ class AblationConfig(Settings):
         return self
 
 
+DONE = "done.json"  # in the folder of a run, by being there: it is trained and has answered
+
+
+class Seconds(BaseModel):
+    """What `done.json` holds: how long a run has taken."""
+
+    train: float  # both stages
+    answer: float
+
+
 class Run(NamedTuple):
     """One arm with one seed: the settings of both its stages, and the folder that they go to."""
 
@@ -87,7 +97,7 @@ class Run(NamedTuple):
     @property
     def done(self) -> Path:
         """The file that says, by being there, that the run is trained and has answered."""
-        return self.folder / "done.json"
+        return self.folder / DONE
 
 
 def plan_runs(config: AblationConfig) -> list[Run]:

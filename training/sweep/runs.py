@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import gc
-import json
 import time
 from collections.abc import Sequence
 
 from training.answers.answer import answer_all
 from training.answers.processes import AnsweringProcess
 from training.benchmarks.questions import Benchmark
-from training.sweep.plan import STAGES, AblationConfig, Run
+from training.release.records import SUMMARY, write_whole
+from training.sweep.plan import STAGES, AblationConfig, Run, Seconds
 
 
 def do_runs(runs: Sequence[Run], benchmarks: Sequence[Benchmark], config: AblationConfig) -> None:
@@ -35,7 +35,7 @@ def _do(run: Run, benchmarks: Sequence[Benchmark], config: AblationConfig) -> No
 
     start = time.perf_counter()
     for stage in STAGES:
-        if not (run.folder / stage / "summary.json").exists():
+        if not (run.folder / stage / SUMMARY).exists():
             train(run.stages[stage])
             gc.collect()  # a model and its optimizer are held in circles of references
             torch.cuda.empty_cache()
@@ -44,5 +44,5 @@ def _do(run: Run, benchmarks: Sequence[Benchmark], config: AblationConfig) -> No
     for each in benchmarks:
         answer_all(model, each, each.answers_in(run.folder), config.batch_size, config.max_new_tokens)
     if is_first_rank():
-        seconds = {"train": trained - start, "answer": time.perf_counter() - trained}
-        run.done.write_text(json.dumps(seconds), encoding="utf-8")
+        seconds = Seconds(train=trained - start, answer=time.perf_counter() - trained)
+        write_whole(run.done, seconds.model_dump_json())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,10 +11,10 @@ from training.benchmarks import paper_average
 from training.benchmarks.metrics import Scored, together
 from training.benchmarks.predictions import read_predictions
 from training.benchmarks.questions import Benchmark
-from training.release.records import LAST, final_loss, read_log
+from training.release.records import LAST, SUMMARY, Summary, final_loss, read_as, read_log
 from training.release.table import Difference, EncodingCost, Row, Score, StoreUsed, Table
 from training.sweep.encoding import encoding_cost
-from training.sweep.plan import STAGES, AblationConfig, Run
+from training.sweep.plan import DONE, STAGES, AblationConfig, Run, Seconds
 
 TEXT_TOKENS = 64  # of a prompt, in the total: with LLaVA-1.5's system text, a question and no OCR tokens
 
@@ -47,7 +46,7 @@ def build_table(config: AblationConfig, plan: Sequence[Run], benchmarks: Sequenc
     return Table(
         title=config.title,
         seeds=config.seeds,
-        patches=json.loads((first / "finetune" / "summary.json").read_text(encoding="utf-8"))["vision_tokens_in"],
+        patches=read_as(Summary, first / "finetune" / SUMMARY).vision_tokens_in,
         rows=tuple(rows),
         encoding=encoding_cost(config, trained),
         stores=tuple(StoreUsed.of_stage(first / stage) for stage in STAGES),
@@ -115,14 +114,14 @@ def _sizes(folder: Path) -> dict[str, Any]:
 def _training(folders: Sequence[Path]) -> dict[str, Any]:
     """Means over seeds of the final losses and the seconds, and the share of the time that waited for data."""
     logs = {stage: [read_log(folder / stage) for folder in folders] for stage in STAGES}
-    done = [json.loads((folder / "done.json").read_text(encoding="utf-8")) for folder in folders]
+    done = [read_as(Seconds, folder / DONE) for folder in folders]
     # A log says which share of each step was waited; seconds add up.
     waits = [line["data_wait"] * line["step_s"] for stage in STAGES for log in logs[stage] for line in log]
     return {
         **{f"loss_{stage}": _mean(map(final_loss, logs[stage])) for stage in STAGES},
-        "seconds_train": _mean(each["train"] for each in done),
-        "seconds_answer": _mean(each["answer"] for each in done),
-        "data_wait": sum(waits) / sum(each["train"] for each in done),
+        "seconds_train": _mean(each.train for each in done),
+        "seconds_answer": _mean(each.answer for each in done),
+        "data_wait": sum(waits) / sum(each.train for each in done),
     }
 
 

@@ -29,8 +29,7 @@ from pipeline.config import BuildConfig, ConfigError, load_config
 if TYPE_CHECKING:
     from pipeline.dataset import Dataset
     from pipeline.plan import Work
-    from pipeline.schema import Failure, StoreSpec
-    from pipeline.storage import Storage
+    from pipeline.schema import Column, Failure, StoreSpec
 
 FAILURES_ALLOWED = 10  # at any rate: one bad image of twenty must not stop a trial run
 OBJECT_STORE = 256 * 2**20  # bytes of a local Ray's object store: only rows of text go through it
@@ -47,7 +46,7 @@ def main() -> None:
         if arguments.plan:
             print(plan(config, dataset, spec, arguments))
             return
-        build(config, dataset, spec)
+        build(config, dataset, spec, arguments.retry_failed)
     except (ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
@@ -63,6 +62,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings, over those of the file")
     parser.add_argument(
         "--plan", "--dry-run", action="store_true", help="say what would be done and cost; write nothing"
+    )
+    parser.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="try again what has failed (images that were missing): what is gained becomes new shards at the end",
     )
     parser.add_argument(
         "--rate", type=float, default=100.0, help="images/s of the whole cluster (default: %(default)s)"
@@ -172,14 +176,16 @@ def plan(config: BuildConfig, dataset: Dataset, spec: StoreSpec, arguments: argp
     return report(config, spec, dataset, left, absent, prices)
 
 
-def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
+def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec, retry: bool = False) -> None:
     """Make the store complete: what is missing is encoded by Ray, then the manifest is written.
+
+    With `retry`, failed samples that can be stored now become new shards.
 
     Raises:
         ValueError: if the store belongs to another build, or too many samples fail.
     """
     from pipeline.manifest import claimed, create_or_check, known_failures, write_failures, write_manifest
-    from pipeline.plan import missing_names, todo
+    from pipeline.plan import missing_names
     from pipeline.schema import claim_path
     from pipeline.storage import Storage
 
@@ -188,15 +194,16 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
     storage.sweep_scratch()
     columns = spec.columns
     spec = create_or_check(storage, spec)
-    work = todo(storage, spec, columns)
-    wanted = ", ".join(column.name for column in columns)
-    said = f"{config.store}: {spec.samples} samples in {spec.shards} shards"
-    print(f"{said}, {len(work)} to do; columns {wanted} in {spec.codec}", flush=True)
     try:
-        # Base shards first: a column is only added to samples that are there.
-        for part in ([w for w in work if w.base], [w for w in work if not w.base]):
-            if part:
-                build_on_ray(config, dataset, spec, part, storage)
+        build_missing(config, dataset, spec, columns, count_known=not retry)
+        if retry:
+            from pipeline.retry import list_readable
+
+            failed, readable = list_readable(config, dataset, spec)
+            print(f"retried: {readable} of {failed} failed samples can be stored now", flush=True)
+            build_missing(config, dataset, spec, columns, count_known=True)
+            left = [*dataset.failures, *known_failures(storage)]
+            refuse_too_many(config, spec, len(left), [f"{failure.source}: {failure.reason}" for failure in left[:1]])
     except TooManyFailuresError as error:
         write_failures(storage, dataset.failures)
         raise TooManyFailuresError(f"{error}{missing_names(config, known_failures(storage))}") from error
@@ -209,29 +216,69 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
     if samples == 0:
         raise ValueError(
             f"every one of {spec.samples} samples failed; see {config.store}/failures.jsonl for the reasons, mend the "
-            "data and build a new store"
+            f"images, then run this again with --retry-failed{missing_names(config, known_failures(storage))}"
         )
+
+
+def build_missing(
+    config: BuildConfig, dataset: Dataset, spec: StoreSpec, columns: tuple[Column, ...], count_known: bool
+) -> None:
+    """Build the shards that lack something of `columns`; `count_known`: failures of before count against the bound.
+
+    Raises:
+        TooManyFailuresError: if there are more than the configuration allows.
+    """
+    from pipeline.manifest import known_failures
+    from pipeline.plan import todo
+    from pipeline.storage import Storage
+
+    storage = Storage(config.store)
+    work = todo(storage, spec, columns)
+    wanted = ", ".join(column.name for column in columns)
+    said = f"{config.store}: {spec.samples} samples in {spec.shards} shards"
+    print(f"{said}, {len(work)} to do; columns {wanted} in {spec.codec}", flush=True)
+    pending = {key for item in work for key in item.keys}  # they may come out well this time
+    known = [failure for failure in known_failures(storage) if failure.key not in pending] if count_known else []
+    progress = _Progress(config, spec, [*dataset.failures, *known])
+    # Base shards first: a column is only added to samples that are there.
+    for part in ([w for w in work if w.base], [w for w in work if not w.base]):
+        if part:
+            build_on_ray(config, dataset, spec, part, progress)
 
 
 class TooManyFailuresError(ValueError):
     """The rate of failures is above what the configuration allows."""
 
 
-def build_on_ray(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Work], storage: Storage) -> None:
+def refuse_too_many(config: BuildConfig, spec: StoreSpec, failures: int, reasons: list[str]) -> None:
+    """Raise TooManyFailuresError above the bound, with the first reason."""
+    allowed = max(FAILURES_ALLOWED, config.max_failures * spec.samples)  # a rate, and some at any rate
+    if failures > allowed:
+        raise TooManyFailuresError(
+            f"{failures} samples have failed, {allowed:.0f} are allowed (max_failures); the reasons are in "
+            f"failures.jsonl of the store, for example {', '.join(reasons[:1])}. Mend the images and run again with "
+            "--retry-failed, or raise max_failures and run again"
+        )
+
+
+def build_on_ray(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: list[Work], progress: _Progress) -> None:
     """Let Ray Data spread the shards over a pool of workers: one row is one shard, no feature passes through Ray."""
     from pipeline.cluster import joined
     from pipeline.images import index_zips
-    from pipeline.manifest import claimed, known_failures
+    from pipeline.manifest import claimed, retried
     from pipeline.plan import row_of, shard_records
+    from pipeline.storage import Storage
 
+    storage = Storage(config.store)
     zips, job, others = index_zips(config.image_roots), uuid.uuid4().hex, claimed(storage)
+    moved = {key for keys in retried(storage, spec).values() for key in keys}
     # What another job works on comes last: it is there by then, unless that job was killed.
     work = sorted(work, key=lambda item: item.shard in others)
-    rows = [
-        row_of(item, shard_records(dataset.records, spec, item.shard), zips, job, item.shard in others) for item in work
-    ]
-    known = [*dataset.failures, *known_failures(storage)]  # a rerun must not start counting anew
-    progress = _Progress(rows, known, max(FAILURES_ALLOWED, config.max_failures * spec.samples))
+    rows = []
+    for item in work:
+        records = shard_records(dataset.records, spec, item.shard, item.keys)
+        rows.append(row_of(item, records, zips, job, item.shard in others, moved))
+    progress.begin(rows)
     with joined(config.ray_address, None if config.num_gpus else 0, OBJECT_STORE):
         from pipeline.scheduling import count_workers, schedule  # it imports ray, which `joined` has to do first
 
@@ -249,16 +296,24 @@ def build_on_ray(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: l
 class _Progress:
     """Counts outcomes: a bar with rate and ETA, and the stop when too many samples fail."""
 
-    def __init__(self, rows: list[dict[str, Any]], known: list[Failure], failures_allowed: float) -> None:
-        from tqdm import tqdm
-
-        self.failures = len(known)
+    def __init__(self, config: BuildConfig, spec: StoreSpec, known: list[Failure]) -> None:
+        self.config, self.spec = config, spec
+        self.failures = len(known)  # a rerun must not start counting anew
+        self.reasons = [f"{failure.source}: {failure.reason}" for failure in known[:1]]
         self.wasted = 0
         self.postponed: set[int] = set()
-        self.allowed = failures_allowed
+
+    def begin(self, rows: list[dict[str, Any]]) -> None:
+        """A bar for these shards.
+
+        Raises:
+            TooManyFailuresError: if there were too many failures before.
+        """
+        from tqdm import tqdm
+
+        refuse_too_many(self.config, self.spec, self.failures, self.reasons)
         self.samples = {row["shard"]: len(row["records"]) for row in rows}
         self.bar = tqdm(total=sum(self.samples.values()), unit=" samples", mininterval=1.0, desc="encode")
-        self._check([f"{failure.source}: {failure.reason}" for failure in known[:1]])
 
     def __call__(self, outcome: dict[str, Any]) -> None:
         """Take note of a shard's outcome.
@@ -275,17 +330,11 @@ class _Progress:
         self.bar.set_postfix(failures=self.failures)
         for reason in outcome["reasons"]:
             self.bar.write(f"failed: {reason}")
-        self._check(outcome["reasons"])
-
-    def _check(self, reasons: list[str]) -> None:
-        """Raise TooManyFailuresError above the bound, with the first reason."""
-        if self.failures > self.allowed:
+        try:
+            refuse_too_many(self.config, self.spec, self.failures, outcome["reasons"])
+        except TooManyFailuresError:
             self.bar.close()
-            raise TooManyFailuresError(
-                f"{self.failures} samples have failed, {self.allowed:.0f} are allowed (max_failures); the reasons are "
-                f"in failures.jsonl of the store, for example {reasons[0]}. Mend the data and build a new store, or "
-                "raise max_failures and run again"
-            )
+            raise
 
     def say(self, line: str) -> None:
         """A line above the bar."""

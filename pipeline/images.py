@@ -22,7 +22,6 @@ from typing import NamedTuple
 from pipeline.storage import Storage, is_absent
 
 LOCAL_HEADER = 30  # bytes of a zip member's header before its name
-LARGEST = 2**30  # bytes of an image file; each decoding thread holds one
 SHOWN = 3  # names of each side in a message about names
 _ENCRYPTED, _UTF8 = 0x1, 0x800  # flag bits of a zip member
 _PACKINGS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "ppmd", 99: "AES"}  # not read
@@ -85,8 +84,11 @@ class ImageSource:
 
 
 def _check_size(size: int) -> None:
-    if size > LARGEST:
-        raise ValueError(f"file of {size:,} bytes, images of up to {LARGEST:,} are read; make it smaller")
+    """Raise ValueError for a file that is larger than any image."""
+    from pipeline.encoders.decode import MAX_BYTES
+
+    if size > MAX_BYTES:
+        raise ValueError(f"file of {size:,} bytes, images of up to {MAX_BYTES:,} are read; make it smaller")
 
 
 def spellings(name: str) -> tuple[str, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ from pipeline.codec import payload_bytes
 from pipeline.config import BuildConfig
 from pipeline.dataset import Dataset, Record
 from pipeline.images import ZipMember, compare_names
-from pipeline.manifest import added_columns, committed
+from pipeline.manifest import added_columns, committed, retried
 from pipeline.schema import Codec, Column, Failure, StoreSpec
 from pipeline.storage import Storage
 
@@ -24,6 +24,7 @@ class Work:
     shard: int
     columns: tuple[str, ...]
     base: bool  # whether the samples and the base columns are among it
+    keys: tuple[str, ...] = ()  # of a shard of retried samples
 
 
 def todo(storage: Storage, spec: StoreSpec, wanted: Sequence[Column]) -> list[Work]:
@@ -35,27 +36,43 @@ def todo(storage: Storage, spec: StoreSpec, wanted: Sequence[Column]) -> list[Wo
     done = committed(storage)
     done_added = {column.name: committed(storage, column.name) for column in wanted if column.name in later}
     work = []
-    for shard in range(spec.shards):
+    behind = retried(storage, spec)
+    for shard in range(spec.shards + len(behind)):
+        keys = behind.get(shard, ())
         extra = tuple(name for name, shards in done_added.items() if shard not in shards)
         if shard not in done:
-            work.append(Work(shard, base, base=True))
+            work.append(Work(shard, base, base=True, keys=keys))
         if extra:
-            work.append(Work(shard, extra, base=False))
+            work.append(Work(shard, extra, base=False, keys=keys))
     return work
 
 
-def shard_records(records: list[Record], spec: StoreSpec, shard: int) -> list[tuple[str, Record]]:
-    """(key, record) of a shard's samples: the key is the position in the store's order, so it sorts like it."""
+def shard_records(
+    records: list[Record], spec: StoreSpec, shard: int, keys: tuple[str, ...] = ()
+) -> list[tuple[str, Record]]:
+    """(key, record) of a shard's samples: the key is the position in the store's order, so it sorts like it.
+
+    `keys`: those of a shard of retried samples.
+    """
+    if keys:
+        return [(key, records[int(key)]) for key in keys]
     first = shard * spec.shard_size
     return [(f"{first + i:09d}", record) for i, record in enumerate(records[first : first + spec.shard_size])]
 
 
 def row_of(
-    work: Work, records: list[tuple[str, Record]], zips: list[dict[str, ZipMember]], job: str, insist: bool
+    work: Work,
+    records: list[tuple[str, Record]],
+    zips: list[dict[str, ZipMember]],
+    job: str,
+    insist: bool,
+    moved: Set[str] = frozenset(),
 ) -> dict[str, Any]:
     """What a worker needs to know, as plain data: a few hundred bytes a sample, never an image.
 
-    `insist`: build the shard even if a job other than `job` has claimed it.
+    Args:
+        insist: build the shard even if a job other than `job` has claimed it.
+        moved: the keys that shards of retried samples hold.
     """
     return {
         "job": job,
@@ -63,6 +80,7 @@ def row_of(
         "shard": work.shard,
         "columns": list(work.columns),
         "base": work.base,
+        "moved": [] if work.keys else [key for key, _ in records if key in moved],
         "records": [
             (key, record.image, record.conversations, [index.get(record.image or "") for index in zips])
             for key, record in records
@@ -113,7 +131,8 @@ def report(
         f"conversations  {conversations:,}; {dataset.merged:,} joined an image already seen, "
         f"{dataset.duplicates:,} duplicates left out, {len(dataset.failures):,} records unusable",
         f"shards         {spec.shards:,} of {spec.shard_size} samples; "
-        f"{spec.shards - len({item.shard for item in left}):,} there, {len({item.shard for item in left}):,} to do",
+        f"{spec.shards - len({item.shard for item in left if not item.keys}):,} there, "
+        f"{len({item.shard for item in left}):,} to do",
         "",
         f"{'column':<10}{'tokens':>8}{'width':>8}" + "".join(f"{codec + ' GB':>12}" for codec in CODECS),
     ]
@@ -149,7 +168,7 @@ def _left(spec: StoreSpec, dataset: Dataset, left: list[Work]) -> tuple[int, int
     size = {column.name: payload_bytes(column, spec.codec) for column in spec.columns}
     images = total = 0
     for item in left:
-        records = shard_records(dataset.records, spec, item.shard)
+        records = shard_records(dataset.records, spec, item.shard, item.keys)
         here = sum(record.image is not None for _, record in records)
         images += here
         total += here * sum(size.get(name, 0) for name in item.columns)

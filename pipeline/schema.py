@@ -42,7 +42,8 @@ Shard = Annotated[int, Field(ge=0, lt=MAX_SHARDS)]
 Aspect = Literal["pad", "square"]
 Codec = Literal["bf16", "fp16", "fp8", "int8"]
 Compute = Literal["float32", "bfloat16", "float16"]
-FailureKind = Literal["record", "missing image", "image", "features"]  # always a fact of the data
+# Always a fact of the data. "retried": the sample failed at first, and a later shard holds it.
+FailureKind = Literal["record", "missing image", "image", "features", "retried"]
 
 
 class _Record(BaseModel):

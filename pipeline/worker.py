@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tarfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +41,7 @@ from pipeline.schema import (
     claim_path,
     tar_path,
 )
-from pipeline.shard import TarWriter, members, sample_json, sha256_of
+from pipeline.shard import TarWriter, image_member, members, sample_json, sha256_of
 from pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -61,7 +60,7 @@ class _Item:
     data: bytes | None = None  # of the source image, if it is to be stored
     size: tuple[int, int] | None = None  # width and height of the upright image, in pixels
     fault: str | None = None
-    kind: FailureKind = "image"
+    kind: FailureKind | None = "image"
 
 
 @dataclass
@@ -114,12 +113,13 @@ class ShardWorker:
             commit = self._build(row, folder, names)
             made = self._publish(commit, folder, base)
         self.storage.delete(claim_path(shard))
+        failures = [failure for failure in commit.failures if failure.kind != "retried"]
         outcome |= {
             "images": sum(image is not None for image in commit.images),
             "samples": len(commit.keys),
             "bytes": sum(file.bytes for file in commit.files.values()),
-            "failures": len(commit.failures),
-            "reasons": [f"{failure.source[:200]}: {failure.reason}" for failure in commit.failures[:3]],
+            "failures": len(failures),
+            "reasons": [f"{failure.source[:200]}: {failure.reason}" for failure in failures[:3]],
             "made": made,
             "wasted": not made,
         }
@@ -142,7 +142,7 @@ class ShardWorker:
             shard = _ShardInTheMaking(int(row["shard"]), writers, self.spec)
             writing = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="write"))
             written: Future[None] | None = None
-            for items in self._decoded(row, stack):
+            for items in self._decoded(row, self._skipped(row), stack):
                 batch = _Batch(items, self._payloads(items, columns))
                 if written is not None:  # one batch is written while CLIP sees the next, never two
                     written.result()
@@ -154,12 +154,27 @@ class ShardWorker:
             self._same_samples(commit)
         return commit
 
-    def _decoded(self, row: Mapping[str, Any], stack: contextlib.ExitStack) -> Iterator[list[_Item]]:
+    def _skipped(self, row: Mapping[str, Any]) -> dict[str, Failure]:
+        """The samples, by key, that the shard is not to hold even if they can be read now."""
+        if row["base"]:
+            said = "failed at first, a later shard holds it"
+            return {key: Failure(key=key, source="", reason=said, kind="retried") for key in row["moved"]}
+        base = read_commit(self.storage, int(row["shard"]))
+        assert base is not None, "the base of a shard comes first"
+        return {failure.key: failure for failure in base.failures}
+
+    def _decoded(
+        self, row: Mapping[str, Any], skipped: dict[str, Failure], stack: contextlib.ExitStack
+    ) -> Iterator[list[_Item]]:
         """The shard's samples in order, in batches, their images decoded by threads."""
         pool = stack.enter_context(ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode"))
+
+        def submit(key: str, image: str | None, conversations: list[dict[str, Any]], places: Any) -> Future[_Item]:
+            return pool.submit(self.decode, key, image, conversations, places, skipped.get(key))
+
         waiting: deque[dict[str, Future[_Item]]] = deque()
         for records in _batches(row["records"], self.config.batch_size):
-            waiting.append({record[0]: pool.submit(self._decode, *record) for record in records})
+            waiting.append({record[0]: submit(*record) for record in records})
             if len(waiting) > BATCHES_AHEAD:
                 yield self._arrived(waiting.popleft())
         while waiting:
@@ -173,13 +188,22 @@ class ShardWorker:
             items.append(future.result())
         return items
 
-    def _decode(self, key: str, image: str | None, conversations: list[dict[str, Any]], places: Any) -> _Item:
+    def decode(
+        self,
+        key: str,
+        image: str | None,
+        conversations: list[dict[str, Any]],
+        places: Any,
+        skipped: Failure | None = None,
+    ) -> _Item:
         """Fetch, decode and preprocess one image, in a thread; what is wrong with it becomes its fault.
 
         An OSError is no fault of the image (permission, network, disk, file handles): it ends the build.
         """
         item = _Item(key, image, conversations)
-        if image is None:
+        if skipped is not None:
+            item.fault, item.kind = skipped.reason, skipped.kind
+        if image is None or item.fault is not None:
             return item
         try:
             data = self.source.read(image, places)
@@ -312,7 +336,7 @@ class _ShardInTheMaking:
                 else:
                     writer.add(f"{item.key}.{name}.{self.spec.codec}", payloads[name][row])
             if item.data is not None and SAMPLES in self.writers:
-                self.writers[SAMPLES].attach(f"{item.key}.{_suffix(item)}", item.data)
+                self.writers[SAMPLES].attach(image_member(item.key, item.image or ""), item.data)
             row += item.image is not None  # text has no row
 
     def finish(self) -> Commit:
@@ -327,13 +351,6 @@ class _ShardInTheMaking:
             failures=tuple(self.failures),
             store=self.spec.digest,
         )
-
-
-def _suffix(item: _Item) -> str:
-    """What a stored image's member ends in: as its file where that is plain, and fits into a tar's name."""
-    suffix = (item.image or "").rpartition(".")[2].lower()
-    fits = len(f"{item.key}.{suffix}".encode()) <= tarfile.LENGTH_NAME
-    return suffix if suffix.isalnum() and suffix != "json" and fits else "img"
 
 
 def to_host(payloads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -120,6 +120,25 @@ def test_another_store_at_the_same_path_is_noticed(
     assert "which holds another store" in refused(settings(run, 1, {**SHORT, "data.store": str(other)}))
 
 
+def test_a_run_goes_on_with_the_shards_that_it_began_with(
+    run: Path, settings: Settings, run_store: Path, grown: Any, tmp_path: Path
+) -> None:
+    """Samples that were retried are further shards; whoever begins now sees them, the run does not."""
+    from pipeline.manifest import fingerprint
+    from pipeline.storage import Storage
+    from training.fit.parts import shards_at_start
+
+    before, after = grown(run_store, tmp_path)
+    config = TrainConfig.model_validate(settings(run, 1, {**SHORT, "data.store": str(after)}))
+    (run / STORE).write_text(fingerprint(Storage(before)) + "\n")
+    refuse_another(config)
+    shards = json.loads((after / "store.json").read_text())["shards"]
+    assert shards_at_start(config) == shards
+    (run / STORE).unlink()  # of the time before fingerprints, when no shard could come
+    assert shards_at_start(config) == shards
+    assert shards_at_start(config.model_copy(update={"run": str(tmp_path / "new")})) is None
+
+
 def as_before(run: Path, changes: dict[str, Any]) -> None:
     """Make a run's settings what an older version wrote: with the paths of the time, without a fingerprint."""
     (run / STORE).unlink()

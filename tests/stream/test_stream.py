@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from pipeline.manifest import shards_of
+from pipeline.storage import Storage
 from training.stream.batch import Batch, split
 from training.stream.order import Order
 from training.stream.reader import Collate, Reading
@@ -350,3 +352,21 @@ def test_the_wait_for_data_is_measured(store: Path) -> None:
     for _ in stream:
         assert 0 <= stream.data_wait <= time.perf_counter() - before
         before = time.perf_counter()
+
+
+def test_a_run_keeps_the_shards_that_it_began_with(
+    store: Path, grown: Callable[..., tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """`build_shards.py --retry-failed` adds shards at the end; the run's order, fingerprint and position stay."""
+    before, after = grown(store, tmp_path)
+    first = open_stream(before)
+    known = shards_of(Storage(after), first.fingerprint)
+    assert known == 5
+    order = Order(global_batch_size=8, window_shards=3)
+    resumed = Stream(str(after), COLUMNS, order, Reading(), lengths, known)
+    assert resumed.fingerprint == first.fingerprint
+    assert epoch_keys(resumed) == epoch_keys(first)
+    resumed.load_state_dict(first.state_dict(8, True))
+    assert len(open_stream(after).examples) > len(first.examples)
+    with pytest.raises(ValueError, match="fingerprint"):
+        open_stream(after).load_state_dict(first.state_dict(8, True))

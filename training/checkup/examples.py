@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from training.fit.finding import Finding, Level
 from training.config import TrainConfig
+from training.fit.finding import Finding, Level
 
 if TYPE_CHECKING:
     from training.model.model import CompactVisionForConditionalGeneration

@@ -71,10 +71,11 @@ def model_fits(config: TrainConfig, model: CompactVisionForConditionalGeneration
 
 def batch(config: TrainConfig, model: CompactVisionForConditionalGeneration, ranks: ThisRank) -> Iterator[Finding]:
     """How the global batch falls on ranks and microbatches, and how many steps there are."""
-    from training.fit.parts import open_stream
+    from training.fit.parts import open_stream, shards_at_start
 
     per_rank = config.per_rank(ranks.planned)
-    stream = open_stream(config, model.connector.columns, 0, ranks.planned, lambda examples: {})
+    shards = shards_at_start(config)
+    stream = open_stream(config, model.connector.columns, 0, ranks.planned, lambda examples: {}, shards)
     examples, steps = len(stream.examples), config.steps or config.epochs * len(stream)
     text = f"{config.global_batch_size} examples / {ranks.planned} rank(s) = {per_rank} each"
     if config.microbatch_size != "auto":

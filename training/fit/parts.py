@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from composer.utils import dist
 
-from pipeline.manifest import read_store
+from pipeline.manifest import read_store, shards_of
 from pipeline.schema import StoreSpec
 from pipeline.storage import Storage
 from training.config import TrainConfig
 from training.fit.build import build_model, load_tokenizer
 from training.model.model import CompactVisionForConditionalGeneration
 from training.model.tokenizer import Tokenizer
+from training.release.records import CONFIG
 from training.stream.order import Order
 from training.stream.reader import Collate, Reading
 from training.stream.stream import Stream
 from training.text.collate import Collator
+
+STORE = "store.sha256"  # in a run's folder: the fingerprint of the store that it learns from
 
 
 class Parts(NamedTuple):
@@ -29,7 +34,7 @@ class Parts(NamedTuple):
 
 
 def open_parts(config: TrainConfig, rank: int, ranks: int) -> Parts:
-    """Load what the configuration names and check that the parts fit; nothing is trained yet.
+    """Load what the configuration names and check that the parts fit; nothing is trained yet. A collective.
 
     Raises:
         ValueError: if they do not. OSError: if one cannot be read.
@@ -38,19 +43,41 @@ def open_parts(config: TrainConfig, rank: int, ranks: int) -> Parts:
     store = read_store(Storage(config.data.store))
     tokenizer = load_tokenizer(config)
     model = build_model(config, store)
-    stream = open_stream(config, model.connector.columns, rank, ranks, text_collate(config, tokenizer, model))
+    shards = dist.all_gather_object(shards_at_start(config))[0]  # rank 0 speaks for all
+    collate = text_collate(config, tokenizer, model)
+    stream = open_stream(config, model.connector.columns, rank, ranks, collate, shards)
     return Parts(store, tokenizer, model, stream)
 
 
-def open_stream(config: TrainConfig, columns: tuple[str, ...], rank: int, ranks: int, collate: Collate) -> Stream:
-    """The batches of one rank of a run, in the order that `config` asks for.
+def shards_at_start(config: TrainConfig) -> int | None:
+    """How many shards the store had when the run began; None for a run that begins now, or with another store.
+
+    Shards may have come since (`build_shards.py --retry-failed`): with them, a resumed run would see another order.
+    """
+    run, storage = Path(config.run), Storage(config.data.store)
+    if (run / STORE).is_file():
+        return shards_of(storage, (run / STORE).read_text(encoding="utf-8").strip())
+    if (run / CONFIG).exists():
+        return read_store(storage).shards  # it began before fingerprints were kept, and before shards could come
+    return None
+
+
+def open_stream(
+    config: TrainConfig,
+    columns: tuple[str, ...],
+    rank: int,
+    ranks: int,
+    collate: Collate,
+    shards: int | None = None,
+) -> Stream:
+    """The batches of one rank of a run, in the order that `config` asks for, of the store's first `shards`.
 
     Raises:
         ValueError: if the settings do not fit the store, or an epoch has no batch.
     """
     order = Order.of(config.data, config.global_batch_size)
     reading = Reading.of(config.data, rank, ranks, pin_memory=torch.cuda.is_available())
-    stream = Stream(config.data.store, columns, order, reading, collate)
+    stream = Stream(config.data.store, columns, order, reading, collate, shards)
     if len(stream) == 0:
         raise ValueError(
             f"{config.data.store} gives {len(stream.examples)} examples, fewer than one global batch of "

@@ -17,13 +17,13 @@ from typing import IO
 from composer.core import State
 from composer.utils import dist
 
-from pipeline.manifest import fingerprint
+from pipeline.manifest import fingerprint, shards_of
 from pipeline.storage import Storage
 from training.checkpoints.checkpoint import StopRequest
 from training.config import TrainConfig
 from training.engines.base import Engine
 from training.fit.build import is_exported, whole_model
-from training.fit.parts import Parts
+from training.fit.parts import STORE, Parts
 from training.release.card import CardFiles
 from training.release.connector import export_connector
 from training.release.folder import export_model
@@ -41,7 +41,6 @@ from training.release.records import (
 log = logging.getLogger(__name__)
 
 LOCK = "lock"  # who works in the folder; locked for as long as that process lives
-STORE = "store.sha256"  # the fingerprint of the store that the run learns from
 # For another process to let go of the folder. When a node dies, its file server takes some 90 to 150 s to notice (NFS,
 # Lustre), and its job may start elsewhere before that.
 PATIENCE_S = 180.0
@@ -181,7 +180,10 @@ def refuse_another(config: TrainConfig) -> None:
 
 
 def _same_store(run: Path, there: str, here: str) -> bool:
-    """Whether the store at path `here` is the one that the run learns from, which lay at `there`."""
+    """Whether the store at path `here` is the one that the run learns from, which lay at `there`.
+
+    It may have got further shards since.
+    """
     path = run / STORE
     known = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
     if known is not None and not re.fullmatch(r"[0-9a-f]{64}", known):
@@ -193,9 +195,12 @@ def _same_store(run: Path, there: str, here: str) -> bool:
         return True  # a run that began before fingerprints were kept
     if known is None:
         known = _fingerprint(there)
-    if there == here:
-        return _fingerprint(here) in (known, None)  # that it is gone is said when it is opened
-    return fingerprint(Storage(here)) == known
+    try:
+        return known is not None and shards_of(Storage(here), known) is not None
+    except (ValueError, OSError):
+        if there == here:
+            return True  # that it is gone is said when it is opened
+        raise
 
 
 def _fingerprint(store: str) -> str | None:

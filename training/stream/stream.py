@@ -42,9 +42,10 @@ class Stream(IterableDataset[Batch]):
         order: what the global batches are.
         reading: which part of them is ours, and how it is read.
         collate: makes the text tensors of a batch; called by one thread at a time.
+        shards: read only so many of the store's first shards: a run keeps those that it began with.
 
     Attributes:
-        store: what `store.json` says. fingerprint: of the store, whatever its place.
+        store: what `store.json` says. fingerprint: of the store (of these shards), whatever its place.
         examples: those of an epoch, in the store's own order.
         data_wait: seconds that the consumer waited for the last batch.
 
@@ -53,7 +54,13 @@ class Stream(IterableDataset[Batch]):
     """
 
     def __init__(
-        self, store_url: str, columns: tuple[str, ...], order: Order, reading: Reading, collate: Collate
+        self,
+        store_url: str,
+        columns: tuple[str, ...],
+        order: Order,
+        reading: Reading,
+        collate: Collate,
+        shards: int | None = None,
     ) -> None:
         if order.global_batch_size % reading.world_size or reading.rank >= reading.world_size:
             raise ValueError(
@@ -65,8 +72,8 @@ class Stream(IterableDataset[Batch]):
         self._share = order.share(reading.rank, reading.world_size)
         storage = Storage(store_url)
         self.store = read_store(storage)
-        self.fingerprint = fingerprint(storage)
-        self._index, examples = read_index(storage, self.store, columns)
+        self.fingerprint = fingerprint(storage, shards)
+        self._index, examples = read_index(storage, self.store, columns, shards)
         self.examples = examples.first(order.limit)
         if not len(self.examples):
             raise ValueError(f"{store_url} holds no examples; build it again with pipeline/build_shards.py")

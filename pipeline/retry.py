@@ -1,0 +1,44 @@
+"""Failed samples that can be read now, listed as new shards behind the others: `build_shards.py --retry-failed`.
+
+The list of a shard's keys is published once, before the shard is built: a killed build, or one beside this one, goes on
+with the same list, so no sample comes twice. Shards and keys that are there stay as they are.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from pipeline.config import BuildConfig
+from pipeline.dataset import Dataset
+from pipeline.images import index_zips
+from pipeline.manifest import known_failures, retried
+from pipeline.schema import Retried, StoreSpec, retried_path
+from pipeline.storage import Storage
+from pipeline.worker import ShardWorker
+
+
+def list_readable(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> tuple[int, int]:
+    """Look at the images of all samples that failed; returns how many that are, and how many can be read now.
+
+    Raises:
+        OSError: for what is no fact of the images.
+    """
+    storage, worker, zips = Storage(config.store), ShardWorker(config, spec), index_zips(config.image_roots)
+    failed = [failure.key for failure in known_failures(storage) if failure.kind != "features"]
+
+    def can_be_read(key: str) -> bool:
+        record = dataset.records[int(key)]
+        places = [index.get(record.image or "") for index in zips]
+        return worker.decode(key, record.image, record.conversations, places).fault is None
+
+    with ThreadPoolExecutor(config.decode_threads) as pool:
+        readable = [key for key, fine in zip(failed, pool.map(can_be_read, failed), strict=True) if fine]
+    left = readable
+    while left:
+        later = retried(storage, spec)
+        listed = {key for keys in later.values() for key in keys}  # by us, or by a build beside this one
+        left = [key for key in left if key not in listed]
+        if left:
+            shard = Retried(keys=tuple(left[: spec.shard_size]))
+            storage.publish_bytes(retried_path(spec.shards + len(later)), shard.model_dump_json().encode())
+    return len(failed), len(readable)

@@ -1,0 +1,194 @@
+"""What failed is tried again on request: gained samples are new shards at the end, and nothing there changes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.build_shards import read_sources
+from pipeline.config import BuildConfig, load_config
+from pipeline.manifest import (
+    create_or_check,
+    fingerprint,
+    known_failures,
+    read_manifest,
+    read_store,
+    retried,
+    shards_of,
+    write_manifest,
+)
+from pipeline.plan import row_of, shard_records, todo
+from pipeline.retry import list_readable
+from pipeline.storage import Storage
+from pipeline.verify_shards import repair, verify
+from pipeline.worker import ShardWorker
+
+LOST = (3, 5, 17, 18, 19, 40)  # records, by their number, whose images are not there at first
+
+
+class Build:
+    """A build as `build_shards.py` does it, with a worker in this process instead of Ray."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        self.arguments = arguments
+        self.store = Path(load_config(BuildConfig, None, arguments).store)
+
+    def __call__(self, *more: str, retry: bool = False, only: int | None = None) -> None:
+        config = load_config(BuildConfig, None, [*self.arguments, *more])
+        dataset, spec = read_sources(config)
+        storage, columns = Storage(config.store), spec.columns
+        spec = create_or_check(storage, spec)
+        if retry:
+            list_readable(config, dataset, spec)
+        worker = ShardWorker(config, spec)
+        moved = {key for keys in retried(storage, spec).values() for key in keys}
+        for item in todo(storage, spec, columns)[:only]:
+            records = shard_records(dataset.records, spec, item.shard, item.keys)
+            worker(json.loads(json.dumps(row_of(item, records, [{}], "job", True, moved))))
+        if only is None:
+            write_manifest(storage, spec, dataset.failures)
+
+    def problems(self) -> list[str]:
+        storage = Storage(self.store)
+        return [str(problem) for problem in verify(storage, read_store(storage))]
+
+
+@pytest.fixture
+def images(scenes: Path, tmp_path: Path) -> Path:
+    """The images but for those that are lost at first."""
+    shutil.copytree(scenes / "images", tmp_path / "images")
+    for record in lost(scenes):
+        (tmp_path / "images" / record).unlink()
+    return tmp_path / "images"
+
+
+def lost(scenes: Path) -> list[str]:
+    records = json.loads((scenes / "chat.json").read_text())
+    return [records[number]["image"] for number in LOST]
+
+
+@pytest.fixture
+def build(settings: Callable[..., list[str]], images: Path, tmp_path: Path) -> Build:
+    """The first build of a store that lacks some images."""
+    built = Build(settings(tmp_path / "store", images=images, shard_size=16))
+    built()
+    return built
+
+
+def come(scenes: Path, images: Path, names: list[str]) -> None:
+    for name in names:
+        shutil.copy(scenes / "images" / name, images / name)
+
+
+def rows(build: Build) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_manifest(Storage(build.store)).to_pylist()
+    return rows
+
+
+def test_what_is_gained_becomes_new_shards_and_the_rest_stays(
+    build: Build, scenes: Path, images: Path, contents: Callable[[Path], dict[str, bytes]]
+) -> None:
+    before, first = contents(build.store), rows(build)
+    known = fingerprint(Storage(build.store))
+    come(scenes, images, lost(scenes)[:4])
+    build(retry=True)
+    after, second = contents(build.store), rows(build)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {"manifest.parquet", "failures.jsonl"}
+    assert second[: len(first)] == first
+    assert {row["image"] for row in second[len(first) :]} == set(lost(scenes)[:4])
+    assert {row["shard"] for row in second[len(first) :]} == {4}
+    assert len({row["key"] for row in second}) == len(second) == 58
+    failures = [json.loads(line) for line in (build.store / "failures.jsonl").read_text().splitlines()]
+    assert {failure["source"] for failure in failures} == set(lost(scenes)[4:])
+    assert {failure["kind"] for failure in failures} == {"missing image"}
+    assert build.problems() == []
+    # A run that began before goes on with the shards that it began with.
+    assert shards_of(Storage(build.store), known) == 4
+    assert shards_of(Storage(build.store), fingerprint(Storage(build.store))) == 5
+    assert shards_of(Storage(build.store), "0" * 64) is None
+
+
+def test_nothing_new_is_nothing_written_and_a_second_gain_is_one_more_shard(
+    build: Build, scenes: Path, images: Path, contents: Callable[[Path], dict[str, bytes]]
+) -> None:
+    before = contents(build.store)
+    build(retry=True)
+    assert contents(build.store) == before
+    for number, names in enumerate((lost(scenes)[:2], lost(scenes)[2:])):
+        come(scenes, images, names)
+        build(retry=True)
+        build(retry=True)
+        assert max(row["shard"] for row in rows(build)) == 4 + number
+    assert sorted(row["image"] for row in rows(build)) == sorted(path.name for path in images.iterdir())[:60]
+    assert (build.store / "failures.jsonl").read_text() == ""
+    assert build.problems() == []
+
+
+def test_a_retry_that_was_killed_is_ended_by_the_next_build(build: Build, scenes: Path, images: Path) -> None:
+    come(scenes, images, lost(scenes))
+    build(retry=True, only=0)  # the list is there, its shard is not
+    assert any("commits/00004.json: missing" in problem for problem in build.problems())
+    build()
+    assert build.problems() == []
+    assert known_failures(Storage(build.store)) == []
+    assert len(rows(build)) == 60
+
+
+def test_a_repaired_shard_does_not_take_back_what_a_later_one_holds(build: Build, scenes: Path, images: Path) -> None:
+    come(scenes, images, lost(scenes))
+    build(retry=True)
+    whole, tars = rows(build), {path: path.read_bytes() for path in build.store.glob("*/0000[0-3].tar")}
+    for path in build.store.glob("samples/0000[0-3].tar"):
+        path.write_bytes(path.read_bytes()[:-512])
+    storage = Storage(build.store)
+    repair(storage, verify(storage, read_store(storage)))
+    build()
+    assert rows(build) == whole
+    assert {path: path.read_bytes() for path in tars} == tars
+    assert build.problems() == []
+
+
+def test_a_column_is_added_to_retried_shards_too_and_to_no_sample_that_failed(
+    build: Build, scenes: Path, images: Path
+) -> None:
+    come(scenes, images, lost(scenes)[:3])
+    build(retry=True)
+    come(scenes, images, lost(scenes))
+    build("blocks=[2,3,4]")
+    assert build.problems() == []
+    assert all(row["block03.size"] > 0 for row in rows(build))
+    assert len(rows(build)) == 57
+
+
+def test_a_list_that_does_not_fit_the_store_is_named(build: Build) -> None:
+    (build.store / "retried").mkdir()
+    for name, keys in (("00007", ["000000003"]), ("00004", ["000000099"]), ("00004", [3]), ("00004", [])):
+        path = build.store / f"retried/{name}.json"
+        path.write_text(json.dumps({"keys": keys}))
+        with pytest.raises(ValueError, match=rf"retried/{name}\.json (is damaged|does not fit)"):
+            todo(Storage(build.store), read_store(Storage(build.store)), ())
+        path.unlink()
+
+
+@pytest.mark.slow  # three builds
+def test_the_command_retries_what_failed(
+    settings: Callable[..., list[str]], run: Callable[..., str], scenes: Path, images: Path, tmp_path: Path
+) -> None:
+    """Most images are not there at first: the message shows the names, and --retry-failed takes up what has come."""
+    (tmp_path / "other").mkdir()
+    shutil.move(images, tmp_path / "other/images")
+    arguments = settings(tmp_path / "store", images=tmp_path / "other", shard_size=16)
+    output = run("pipeline/build_shards.py", *arguments, fails=True)
+    assert "Most images are missing: asked for" in output
+    assert f"{tmp_path}/other holds 'images/" in output
+    arguments = settings(tmp_path / "store", images=tmp_path / "other/images", shard_size=16)
+    assert "--retry-failed" in run("pipeline/build_shards.py", *arguments, fails=True)
+    output = run("pipeline/build_shards.py", *arguments, "--retry-failed")
+    assert "done: 54 samples, 6 failures" in output
+    assert Build(arguments).problems() == []

@@ -103,7 +103,7 @@ def _shards(storage: Storage) -> dict[str, Any]:
 
 def _failures(storage: Storage) -> dict[str, Any]:
     """How many samples failed, the commonest reasons, and the first ones."""
-    lines = storage.read(FAILURES).decode().split("\n") if storage.exists(FAILURES) else []
+    lines = storage.read(FAILURES).split(b"\n") if storage.exists(FAILURES) else []
     try:
         failures = [Failure.model_validate_json(line) for line in lines if line]
     except ValidationError as error:

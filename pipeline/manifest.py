@@ -151,14 +151,21 @@ def read_commit(storage: Storage, shard: int, added: str | None = None) -> Commi
     """
     name = commit_path(shard, added)
     try:
-        return Commit.model_validate_json(storage.read(name))
+        commit = Commit.model_validate_json(storage.read(name))
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise ValueError(
-            f"{storage.root}/{name} is damaged ({first_fault(error)}); "
-            "run pipeline/verify_shards.py STORE --repair, then build again"
-        ) from error
+        raise _damaged(storage, name, first_fault(error)) from error
+    if (added or SAMPLES) not in commit.files:
+        raise _damaged(storage, name, f"files: no {added or SAMPLES} in {', '.join(commit.files)[:80]!r}")
+    return commit
+
+
+def _damaged(storage: Storage, name: str, what: str) -> ValueError:
+    """What a user is told of a commit record that cannot be believed."""
+    return ValueError(
+        f"{storage.root}/{name} is damaged ({what}); run pipeline/verify_shards.py STORE --repair, then build again"
+    )
 
 
 def committed(storage: Storage, added: str | None = None) -> set[int]:
@@ -261,6 +268,8 @@ def manifest_table(storage: Storage, spec: StoreSpec) -> pa.Table:
     for name in added_columns(storage):
         if len(committed(storage, name)) == shards:
             for shard, commit in enumerate(_all_commits(storage, shards, name)):
+                if commit.keys != base[shard].keys:
+                    raise _damaged(storage, commit_path(shard, name), "it has other keys than its shard")
                 files[shard][name] = commit.files[name]
     # One row per sample: what the commits list per sample, one shard after the other.
     table: dict[str, Any] = {
@@ -313,14 +322,15 @@ def read_manifest(storage: Storage, spec: StoreSpec | None = None) -> pa.Table:
             "it goes on where it stopped"
         ) from error
     try:
-        rows = pq.read_metadata(io.BytesIO(data)).num_rows
-        if rows > spec.samples:
-            raise ValueError(f"it has {rows} rows, the store {spec.samples} samples")
-        table = pq.read_table(io.BytesIO(data))
+        file = pq.ParquetFile(io.BytesIO(data))
+        if file.metadata.num_rows > spec.samples:  # before they take memory
+            raise ValueError(f"it has {file.metadata.num_rows} rows, the store {spec.samples} samples")
+        table = file.read()
         check_rows(table, spec)
     except (pa.ArrowException, OSError, ValueError) as error:
+        said = str(error).partition("\n")[0][:300]
         raise ValueError(
-            f"{storage.root}/{MANIFEST} is damaged or not of this store: {str(error)[:300]}; run "
+            f"{storage.root}/{MANIFEST} is damaged or not of this store: {said}; run "
             "pipeline/verify_shards.py on the store, or pipeline/build_shards.py to write it again"
         ) from error
     return table

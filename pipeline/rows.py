@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.schema import MAX_MEMBER, MAX_SHARDS, MAX_TAR, SAMPLES, Column, StoreSpec
+from pipeline.schema import KEY, MAX_MEMBER, MAX_SHARDS, MAX_TAR, SAMPLES, Column, StoreSpec
 
 
 def check_rows(table: pa.Table, spec: StoreSpec) -> None:
@@ -31,8 +31,9 @@ def check_rows(table: pa.Table, spec: StoreSpec) -> None:
             raise ValueError(f"it has no column {name}, or one of another type")
         if name != "image" and table.column(name).null_count:
             raise ValueError(f"{name} is not known of every sample")
-    if pc.count_distinct(table.column("key")).as_py() != len(table):
-        raise ValueError("a key is there twice")
+    keys = table.column("key")
+    if pc.count_distinct(keys).as_py() != len(table) or not pc.all(pc.match_substring_regex(keys, KEY)).as_py():
+        raise ValueError("a key is there twice, or is no number of at most nine digits")
     words = table.column("words").combine_chunks().flatten()
     if words.null_count:
         raise ValueError("words are not known of every conversation")

@@ -29,6 +29,7 @@ FORMAT_VERSION: Literal[1] = 1
 SAMPLES = "samples"  # the name of the tar that holds the records, beside the feature columns
 
 MAX_SAMPLES, MAX_SHARDS = 10**9, 10**7  # keys have nine digits
+KEY = r"^[0-9]{1,9}$"
 MAX_TAR, MAX_MEMBER = 2**40, 2**30  # bytes
 
 Bytes = Annotated[int, Field(ge=0, lt=MAX_TAR)]
@@ -36,7 +37,7 @@ Offset = Annotated[int, Field(ge=-1, lt=MAX_TAR)]
 Size = Annotated[int, Field(ge=0, lt=MAX_MEMBER)]
 Side = Annotated[int, Field(gt=0, le=2**16)]  # of an image, a patch or a tensor
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Key = Annotated[str, Field(pattern=r"^\d{1,9}$")]
+Key = Annotated[str, Field(pattern=KEY)]
 Shard = Annotated[int, Field(ge=0, lt=MAX_SHARDS)]
 
 Aspect = Literal["pad", "square"]

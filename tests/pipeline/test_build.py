@@ -137,6 +137,8 @@ def test_faults_are_recorded_with_a_reason_and_the_job_goes_on(
     assert "leaves the image folder" in reasons["data.json#9"]
     assert reasons["data.json#10"] == "no conversations: found None, expected a list of turns"
     assert len(failures) == 5
+    kinds = {failure["source"]: failure["kind"] for failure in failures}
+    assert (kinds["missing.jpg"], kinds["empty.jpg"], kinds["data.json#9"]) == ("missing image", "image", "record")
     manifest = read_manifest(Storage(tmp_path / "store"))
     assert len(manifest) == 7
     text = manifest.column("image").to_pylist().index(None)

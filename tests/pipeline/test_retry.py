@@ -38,20 +38,32 @@ class Build:
         self.arguments = arguments
         self.store = Path(load_config(BuildConfig, None, arguments).store)
 
-    def __call__(self, *more: str, retry: bool = False, only: int | None = None) -> None:
+    def __call__(self, *more: str, retry: bool = False) -> None:
+        if retry:
+            self.list_retried(*more)
+        worker, rows, end = self.prepared(*more)
+        for row in rows:
+            worker(row)
+        end()
+
+    def list_retried(self, *more: str) -> None:
+        """What `--retry-failed` does before anything is built."""
+        config = load_config(BuildConfig, None, [*self.arguments, *more])
+        dataset, spec = read_sources(config)
+        list_readable(config, dataset, create_or_check(Storage(config.store), spec))
+
+    def prepared(self, *more: str) -> tuple[ShardWorker, list[dict[str, Any]], Callable[[], int]]:
+        """A worker, what it is to build, and what ends the build."""
         config = load_config(BuildConfig, None, [*self.arguments, *more])
         dataset, spec = read_sources(config)
         storage, columns = Storage(config.store), spec.columns
         spec = create_or_check(storage, spec)
-        if retry:
-            list_readable(config, dataset, spec)
-        worker = ShardWorker(config, spec)
         moved = {key for keys in retried(storage, spec).values() for key in keys}
-        for item in todo(storage, spec, columns)[:only]:
+        rows = []
+        for item in todo(storage, spec, columns):
             records = shard_records(dataset.records, spec, item.shard, item.keys)
-            worker(json.loads(json.dumps(row_of(item, records, [{}], "job", True, moved))))
-        if only is None:
-            write_manifest(storage, spec, dataset.failures)
+            rows.append(json.loads(json.dumps(row_of(item, records, [{}], "job", True, moved))))
+        return ShardWorker(config, spec), rows, lambda: write_manifest(storage, spec, dataset.failures)
 
     def problems(self) -> list[str]:
         storage = Storage(self.store)
@@ -132,7 +144,7 @@ def test_nothing_new_is_nothing_written_and_a_second_gain_is_one_more_shard(
 
 def test_a_retry_that_was_killed_is_ended_by_the_next_build(build: Build, scenes: Path, images: Path) -> None:
     come(scenes, images, lost(scenes))
-    build(retry=True, only=0)  # the list is there, its shard is not
+    build.list_retried()  # the list is there, its shard is not
     assert any("commits/00004.json: missing" in problem for problem in build.problems())
     build()
     assert build.problems() == []
@@ -164,6 +176,23 @@ def test_a_column_is_added_to_retried_shards_too_and_to_no_sample_that_failed(
     assert build.problems() == []
     assert all(row["block03.size"] > 0 for row in rows(build))
     assert len(rows(build)) == 57
+
+
+def test_images_that_cannot_be_read_just_now_are_no_failures_and_the_same_command_builds_them(
+    settings: Callable[..., list[str]], scenes: Path, images: Path, tmp_path: Path
+) -> None:
+    come(scenes, images, lost(scenes))
+    build = Build(settings(tmp_path / "store", images=images, shard_size=16))
+    worker, (first, second, *_), _ = build.prepared()
+    worker(first)
+    images.rename(tmp_path / "away")  # as a mount that is lost
+    with pytest.raises(OSError, match=r"images is not there on .*; mount it"):
+        worker(second)
+    assert [path.name for path in build.store.glob("commits/*.json")] == ["00000.json"], "what is done stays"
+    (tmp_path / "away").rename(images)
+    build()
+    assert (build.store / "failures.jsonl").read_text() == ""
+    assert len(rows(build)) == 60
 
 
 def test_a_list_that_does_not_fit_the_store_is_named(build: Build) -> None:

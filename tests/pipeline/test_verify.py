@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.manifest import read_store
+from pipeline.manifest import fingerprint, read_store
 from pipeline.schema import commit_path
 from pipeline.shard import sha256_of
 from pipeline.storage import Storage
@@ -252,3 +253,102 @@ def test_what_is_no_store_is_named(tmp_path: Path, call: Any) -> None:
     output = call(VERIFY, str(tmp_path), fails=True)
     assert "is not a feature store" in output
     assert "Traceback" not in output
+
+
+def in_json(path: str, *place: str | int, value: object) -> Callable[[Path], None]:
+    """A change of one value in a JSON file of a store."""
+
+    def change(folder: Path) -> None:
+        tree = json.loads((folder / path).read_text())
+        node = tree
+        for part in place[:-1]:
+            node = node[part]
+        node[place[-1]] = value
+        (folder / path).write_text(json.dumps(tree))
+
+    return change
+
+
+def in_manifest(column: str, values: Callable[[list[Any]], pa.Array | None]) -> Callable[[Path], None]:
+    """A change of one column of the manifest; None takes it away."""
+
+    def change(folder: Path) -> None:
+        table = pq.read_table(folder / "manifest.parquet")
+        changed = values(table.column(column).to_pylist())
+        place = table.column_names.index(column)
+        table = table.remove_column(place) if changed is None else table.set_column(place, column, changed)
+        pq.write_table(table, folder / "manifest.parquet")
+
+    return change
+
+
+HOSTILE = {
+    "10^10 shards": in_json("store.json", "shards", value=10**10),
+    "more shards than samples": in_json("store.json", "shards", value=10**6),
+    "a column of 2^40 tokens": in_json("store.json", "columns", 0, "tokens", value=2**40),
+    "a column of 2^31 bytes": in_json("store.json", "columns", 0, "width", value=2**16),
+    "no patches": in_json("store.json", "encoder", "patch_size", value=0),
+    "a number as text": in_json("store.json", "samples", value="60"),
+    "nested brackets": lambda folder: (folder / "store.json").write_text("[" * 100_000) and None,
+    "a member of 2^40 bytes": in_json("commits/00001.json", "files", "block02", "sizes", 0, value=2**40),
+    "a text as offset": in_json("commits/00001.json", "files", "block02", "offsets", 0, value="512"),
+    "a negative offset": in_json("commits/00001.json", "files", "block02", "offsets", 0, value=-512),
+    "an offset behind the end": in_json("commits/00001.json", "files", "samples", "offsets", 3, value=10**7),
+    "no samples": in_json("commits/00001.json", "files", value={}),
+    "a key that is a path": in_json("commits/00001.json", "keys", 0, value="../../a"),
+    "a manifest without keys": in_manifest("key", lambda _: None),
+    "a manifest without offsets": in_manifest("samples.offset", lambda _: None),
+    "offsets as texts": in_manifest("samples.offset", lambda values: pa.array(list(map(str, values)))),
+    "negative offsets": in_manifest("samples.offset", lambda values: pa.array([-5, *values[1:]])),
+    "records of 2^40 bytes": in_manifest("samples.size", lambda values: pa.array([2**40, *values[1:]])),
+    "features of 2^29 bytes": in_manifest("block02.size", lambda values: pa.array([2**29, *values[1:]])),
+    "shard 10^10": in_manifest("shard", lambda values: pa.array([*values[:-1], 10**10])),
+    "a shard that is not known": in_manifest("shard", lambda values: pa.array([None, *values[1:]], pa.int32())),
+    "a key twice": in_manifest("key", lambda values: pa.array([values[1], *values[1:]])),
+    "negative words": in_manifest("words", lambda values: pa.array([[-3], *values[1:]])),
+}
+
+
+@pytest.mark.parametrize("damage", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_store_gives_one_clear_message(
+    copy: Path, store: Path, call: Any, damage: Callable[[Path], None]
+) -> None:
+    damage(copy)
+    output = call(VERIFY, str(copy), fails=True)
+    assert re.search(r"(store\.json|commits/00001\.json|manifest\.parquet)(:| is damaged| is not JSON)", output)
+    assert "Traceback" not in output
+    assert max(map(len, output.splitlines())) < 1000
+    if (copy / "commits/00001.json").read_bytes() == (store / "commits/00001.json").read_bytes():
+        with pytest.raises(ValueError, match=r"store\.json|manifest\.parquet"):  # what training reads
+            fingerprint(Storage(copy))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        in_json("store.json", "seed", value=7),
+        in_json("store.json", "dataset", value="0" * 64),
+        in_json("store.json", "encoder", "id", value="another/clip"),
+        in_json("store.json", "encoder", "revision", value="0" * 64),
+        in_json("store.json", "aspect", value="square"),
+    ],
+)
+def test_commits_are_bound_to_their_store(copy: Path, call: Any, change: Callable[[Path], None]) -> None:
+    change(copy)
+    output = call(VERIFY, str(copy), "--repair", fails=True)
+    assert "store.json: is not what the shards were made for" in output
+    assert "nothing was removed: restore store.json first" in output
+    assert (copy / "manifest.parquet").exists()
+
+
+def test_the_commit_of_another_store_is_named_alone(copy: Path) -> None:
+    in_json("commits/00002.json", "store", value="0" * 64)(copy)
+    assert problems(copy) == ["commits/00002.json: is the record of another store's shard"]
+
+
+def test_commits_of_the_time_before_they_were_bound_stay_valid(copy: Path) -> None:
+    for path in (copy / "commits").iterdir():
+        commit = json.loads(path.read_text())
+        del commit["store"]
+        path.write_text(json.dumps(commit))
+    assert problems(copy) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import fields
 from functools import cache
+from inspect import isabstract
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -193,6 +194,19 @@ class CheckpointSettings(Settings):
     )
 
 
+def _engine(name: str) -> Any:
+    """The class of an engine; ValueError if it is not where `ENGINES` says, or lacks a method."""
+    try:
+        found = resolve_name(ENGINES[name])
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"ENGINES in training/config.py names {ENGINES[name]!r}: {error}; correct that line"
+        ) from error
+    if isabstract(found):
+        raise ValueError(f"{ENGINES[name]} lacks {', '.join(sorted(found.__abstractmethods__))}; write it there")
+    return found
+
+
 class TrainConfig(Settings):
     """One stage of training."""
 
@@ -243,7 +257,7 @@ class TrainConfig(Settings):
                 raise ValueError(f"optimizer.{part}_lr has no effect: train is {list(self.train)}; leave it out")
         if self.model.lora is not None and "llm" not in self.train:
             raise ValueError(f"model.lora adapts the llm, but train is {list(self.train)}; add llm, or leave lora out")
-        resolve_name(ENGINES[self.parallelism]).check(self)
+        _engine(self.parallelism).check(self)
         return self
 
     def per_rank(self, world_size: int) -> int:

@@ -114,9 +114,6 @@ class ExampleSettings(Settings):
     store: str = Field(description="feature store of pipeline/build_shards.py, local or s3://")
     template: str = Field(description="plain for captions (stage 1), v1 for conversations (stage 2)")
     max_length: int = Field(default=2048, gt=8, description="tokens per example, image tokens included")
-    max_skipped: float = Field(
-        default=0.05, ge=0, le=1, description="share of examples that may teach nothing before the run stops"
-    )
 
     @field_validator("template")
     @classmethod
@@ -156,6 +153,9 @@ class ReadSettings(Settings):
     prefetch: int = Field(default=2, gt=0, description="batches read ahead; memory is one batch more")
     cache_dir: str | None = Field(default=None, description="where shards of a remote store are kept on this node")
     cache_gb: float = Field(default=200, gt=0, description="most that the whole folder may hold, in 10^9 bytes")
+    max_skipped: float = Field(
+        default=0.05, ge=0, le=1, description="share of examples that may teach nothing before the run stops"
+    )
 
     @property
     def cache_bytes(self) -> int:

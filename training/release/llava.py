@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.encoders.columns import grid_of
+from pipeline.encoders.columns import block_of, grid_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +84,7 @@ def _block(said: Mapping[str, Any], vision: Any) -> int:
             f"mm_vision_select_layer {layer!r} in config.json is none of the encoder's {states} hidden states; give "
             "the encoder of the checkpoint with --clip"
         )
-    return layer % states
+    return layer % int(states)
 
 
 def _aspect(said: Mapping[str, Any]) -> str:
@@ -282,7 +282,7 @@ def _select_layer(model: CompactVisionForConditionalGeneration) -> int:
     if connector.arm != "mlp":
         return -2
     blocks = 24 if vision is None else vision.num_hidden_layers  # without an encoder: those of LLaVA's
-    return int(connector.block) - (blocks + 1)
+    return block_of(connector.columns[0]) - (blocks + 1)
 
 
 def _llava_settings(model: CompactVisionForConditionalGeneration, clip: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
@@ -199,7 +200,7 @@ def _kernel_size(width: int, c1: int, hidden: int, narrow: int) -> int:
     Raises:
         ValueError: if it reads another number, or its second layer does not read all that its first one writes.
     """
-    k = round((width / c1) ** 0.5)
+    k = math.isqrt(width // c1)
     if k * k * c1 != width:
         raise ValueError(f"its projector reads {width} channels, no k*k of the encoder's {c1}; take another encoder")
     if narrow != hidden:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
+from inspect import isabstract
 from pkgutil import resolve_name
 from typing import Annotated, Any, Literal, Self, get_type_hints
 
@@ -114,9 +115,6 @@ class ExampleSettings(Settings):
     store: str = Field(description="feature store of pipeline/build_shards.py, local or s3://")
     template: str = Field(description="plain for captions (stage 1), v1 for conversations (stage 2)")
     max_length: int = Field(default=2048, gt=8, description="tokens per example, image tokens included")
-    max_skipped: float = Field(
-        default=0.05, ge=0, le=1, description="share of examples that may teach nothing before the run stops"
-    )
 
     @field_validator("template")
     @classmethod
@@ -156,6 +154,9 @@ class ReadSettings(Settings):
     prefetch: int = Field(default=2, gt=0, description="batches read ahead; memory is one batch more")
     cache_dir: str | None = Field(default=None, description="where shards of a remote store are kept on this node")
     cache_gb: float = Field(default=200, gt=0, description="most that the whole folder may hold, in 10^9 bytes")
+    max_skipped: float = Field(
+        default=0.05, ge=0, le=1, description="share of examples that may teach nothing before the run stops"
+    )
 
     @property
     def cache_bytes(self) -> int:
@@ -213,6 +214,19 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _engine(name: str) -> Any:
+    """The class of an engine; ValueError if it is not where `ENGINES` says, or lacks a method."""
+    try:
+        found = resolve_name(ENGINES[name])
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"ENGINES in training/config.py names {ENGINES[name]!r}: {error}; correct that line"
+        ) from error
+    if isabstract(found):
+        raise ValueError(f"{ENGINES[name]} lacks {', '.join(sorted(found.__abstractmethods__))}; write it there")
     return found
 
 
@@ -276,7 +290,7 @@ class TrainConfig(Settings):
                 raise ValueError(f"optimizer.{part}_lr has no effect: train is {list(self.train)}; leave it out")
         if self.model.lora is not None and "llm" not in self.train:
             raise ValueError(f"model.lora adapts the llm, but train is {list(self.train)}; add llm, or leave lora out")
-        resolve_name(ENGINES[self.parallelism]).check(self)
+        _engine(self.parallelism).check(self)
         return self
 
     def identity(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ torch, transformers and Pillow: it travels with every exported model.
 from __future__ import annotations
 
 from importlib import import_module
+from inspect import isabstract
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -21,13 +22,21 @@ def encoder_of(model_type: str) -> VisionEncoder:
     """How encoders of this type are loaded, fed and walked.
 
     Raises:
-        ValueError: if there is no file for them.
+        ValueError: if there is no file for them, or it does not hold what `ENCODERS` says.
     """
     if model_type not in ENCODERS:
         raise ValueError(
             f"a vision encoder of type {model_type!r} is not known; choose one of type {', '.join(ENCODERS)}, or add a "
             "file to pipeline/encoders"
         )
-    file, name = ENCODERS[model_type].split(":")
-    found: type[VisionEncoder] = getattr(import_module(f"{__name__}.{file}"), name)
+    file, _, name = ENCODERS[model_type].partition(":")
+    try:
+        found: type[VisionEncoder] = getattr(import_module(f"{__name__}.{file}"), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"pipeline/encoders names {ENCODERS[model_type]!r} in ENCODERS: {error}; correct that line"
+        ) from error
+    if isabstract(found):
+        lacking = ", ".join(sorted(found.__abstractmethods__))
+        raise ValueError(f"{ENCODERS[model_type]} of pipeline/encoders lacks {lacking}; write it there")
     return found()

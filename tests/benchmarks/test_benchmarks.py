@@ -402,6 +402,13 @@ def test_own_questions_keep_their_line_and_are_found_by_id_and_image(tmp_path: P
     assert list(shuffled.answers) == ["7 a.png"]
 
 
+@pytest.mark.parametrize("word", ["<image>\nWhat?", "What is <image>?", "a <ima<image>ge>"])
+def test_a_question_that_holds_the_word_for_an_image_is_named_before_any_is_asked(tmp_path: Path, word: str) -> None:
+    own = own_questions(tmp_path / "own", [*OWN[:2], {**OWN[2], "text": word}])
+    with pytest.raises(ValueError, match=rf"asked.jsonl: question 3 \(id {OWN[2]['question_id']} .* holds <image>"):
+        own.to_ask()
+
+
 def test_own_questions_may_lie_beside_the_official_files(tmp_path: Path) -> None:
     own_questions(tmp_path, [OWN[3]])
     (tmp_path / "own" / "images").mkdir(parents=True)

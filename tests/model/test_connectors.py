@@ -92,8 +92,11 @@ def test_parameters_of_both_presets_and_of_the_baselines_at_7b() -> None:
     assert parameters(arm="mbtf") == 37_753_856 + 20_979_712
     assert parameters(arm="tokenconcat") == 33_562_624
     with torch.device("meta"):
-        fuse = build_connector(connector_config(preset="released", llm_width=5120)).stf.fuse
-    assert fuse.out_features == 20_480  # at 13B
+        ours, theirs = (
+            build_connector(connector_config(preset="released", llm_width=5120, hidden_width=hidden)).stf.fuse
+            for hidden in (None, 16_384)
+        )
+    assert (ours.out_features, theirs.out_features) == (20_480, 16_384)  # at 13B
     assert connector_config(kernel_size=3).tokens == 64
     assert connector_config(kernel_size=1).tokens == 576
 
@@ -188,6 +191,9 @@ def test_gelu_is_the_exact_form() -> None:
         ({"fused_tokens": 0}, "fused_tokens 0"),
         ({"arm": "avgpool", "fused_tokens": 2}, "avgpool makes one token of a window"),
         ({"arm": "perceiver"}, r"'perceiver' is unknown; choose one of mbtf\+stf, mbtf"),
+        ({"hidden_width": 64}, "hidden_width 64 is of STF in the released preset"),
+        ({"hidden_width": 64, "preset": "released", "arm": "mlp"}, "leave it out of mlp"),
+        ({"hidden_width": 63, "preset": "released", "fused_tokens": 2}, "does not divide .* = 63"),
         ({"preset": "official"}, "'official' is unknown; choose one of paper, released"),
         ({"blocks": (3, 3)}, r"\[3, 3\] names a block twice"),
     ],

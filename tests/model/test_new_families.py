@@ -15,13 +15,22 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
+from pipeline.config import ConfigError, load_config
 from pipeline.encoder import Encoder, _folder_digest, columns_of, describe_encoder
-from pipeline.encoders import encoder_of
+from pipeline.encoders import ENCODERS, encoder_of
+from pipeline.encoders.base import VisionEncoder
 from pipeline.encoders.clip import Clip
+from pipeline.manifest import read_store
 from pipeline.schema import EncoderSpec
+from pipeline.storage import Storage
+from training.config import ENGINES, TrainConfig
 from training.cost.flops import check_connector
-from training.model.decoders import decoder_of
-from training.model.reducers import build_connector, connector_config
+from training.engines.base import Engine
+from training.fit.build import empty_model
+from training.model.decoders import DECODERS, decoder_of
+from training.model.decoders.base import Decoder
+from training.model.reducers import FAMILIES, build_connector, connector_config
+from training.model.reducers.connector import Connector
 from training.model.reducers.fusion import FusionConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -305,6 +314,63 @@ def test_members_that_are_not_there_are_refused_with_those_that_are() -> None:
         encoder_of("bert")
     with pytest.raises(ValueError, match="'gpt2' is not known; choose one of type llama"):
         decoder_of("gpt2")
+
+
+class Halves(Connector):
+    """A connector without `reduce`."""
+
+
+class HalfAnEngine(Engine):
+    """An engine without a method."""
+
+
+class HalfAnEncoder(VisionEncoder):
+    """An encoder without a method."""
+
+
+def test_a_line_that_names_no_whole_member_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[Connector.__module__], "Halves", Halves, raising=False)
+    for line, said in (
+        ("gone:Gone", "names 'gone:Gone' in FAMILIES: No module named .*gone'; correct that line"),
+        ("fusion:Gone", "names 'fusion:Gone' in FAMILIES: .* has no attribute 'Gone'"),
+        ("fusion", "names 'fusion' in FAMILIES"),
+        ("connector:Halves", "connector:Halves of training/model/reducers lacks reduce; write it there"),
+    ):
+        monkeypatch.setitem(FAMILIES, "half", (line, line))
+        with pytest.raises(ValueError, match=said):
+            connector_config(arm="half")
+        with pytest.raises(ConfigError, match=said):
+            load_config(TrainConfig, ROOT / "training" / "pretrain.yaml", ["model.connector.arm=half"])
+    for line, said in (("gone:GONE", "in DECODERS: No module"), ("llama:CHAT_TEMPLATE", "is no Decoder, but '")):
+        monkeypatch.setitem(DECODERS, "half", line)
+        with pytest.raises(ValueError, match=said):
+            decoder_of("half")
+    monkeypatch.setattr(sys.modules[VisionEncoder.__module__], "Half", HalfAnEncoder, raising=False)
+    for line, said in (("clip:Gone", "in ENCODERS: .* no attribute"), ("base:Half", "lacks embed, .*write it there")):
+        monkeypatch.setitem(ENCODERS, "half", line)
+        with pytest.raises(ValueError, match=said):
+            encoder_of("half")
+    monkeypatch.setattr(sys.modules[Engine.__module__], "Half", HalfAnEngine, raising=False)
+    for line, said in (
+        ("training.gone:Gone", "ENGINES in training/config.py names 'training.gone:Gone': No module"),
+        ("training.engines.base:Half", "training.engines.base:Half lacks .*; write it there"),
+    ):
+        monkeypatch.setitem(ENGINES, "half", line)
+        with pytest.raises(ConfigError, match=said):
+            load_config(TrainConfig, ROOT / "training" / "pretrain.yaml", ["parallelism=half"])
+
+
+def test_a_chat_template_that_cannot_be_rendered_is_named_before_training(
+    monkeypatch: pytest.MonkeyPatch, llm: Path, tmp_path: Path, settings: Callable[..., Any], run_store: Path
+) -> None:
+    config = TrainConfig.model_validate(settings(tmp_path, 1, {"model.llm": str(llm)}))
+    for chat, said in (
+        ("{% for %}", "cannot be rendered: .*correct its file"),
+        ("{{ 1 + 'a' }}", "cannot be rendered"),
+    ):
+        monkeypatch.setattr("training.fit.build.decoder_of", lambda name, chat=chat: Decoder("v1", chat))
+        with pytest.raises(ValueError, match=rf"of type qwen2: its decoder's chat template {said}"):
+            empty_model(config, read_store(Storage(str(run_store))))
 
 
 class WrongCost(FusionConfig):

@@ -7,7 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from jinja2 import TemplateError
 from PIL import Image
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from pipeline.encoders.clip import Clip
 from pipeline.encoders.decode import load_image
@@ -139,8 +143,72 @@ def test_the_chat_template_is_v1(processor: CompactVisionProcessor) -> None:
 def test_a_chat_may_bring_its_own_system_sentence(processor: CompactVisionProcessor) -> None:
     turns = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert processor.apply_chat_template(turns, add_generation_prompt=True) == "Be brief. USER: Hi ASSISTANT:"
-    with pytest.raises(Exception, match=r"roles are user and assistant.* found tool"):
+    with pytest.raises(TemplateError, match=r"roles are user and assistant.* found tool"):
         processor.apply_chat_template([{"role": "tool", "content": "x"}])
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from(["", "Why?", " a\n", "b "]), st.sampled_from(["", "a dog", " x "])), max_size=3),
+    st.sampled_from(["What is this?", "<image>\nWhat?"]),
+)
+def test_the_chat_template_writes_what_stage_two_trained_on(past: list[tuple[str, str]], question: str) -> None:
+    messages = [
+        {"role": role, "content": text} for pair in past for role, text in zip(("user", "assistant"), pair, strict=True)
+    ]
+    messages.append({"role": "user", "content": question})
+    rendered, _ = render_jinja_template([messages], chat_template=CHAT_TEMPLATE, add_generation_prompt=True)
+    assert rendered == [prompt_for(question, past)]
+
+
+USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}
+URL = "data:image/png;base64," + "A" * 1000
+
+
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([USER, USER], "found user, expected assistant"),
+        ([USER, ANSWER, ANSWER], "found assistant, expected user"),
+        ([ANSWER, USER], "found assistant, expected user"),
+        ([USER, {"role": "system", "content": "x"}], "found system, expected assistant"),
+        ([USER, ANSWER], "the last message is an answer"),
+        ([{"role": "system", "content": [{"type": "image"}]}, USER], "a system message is text"),
+        ([{**USER, "images": [URL]}], "put its image into the content"),
+        ([USER, {**ANSWER, "tool_calls": [{"id": 1}]}, USER], "leave out tool calls"),
+        ([{"role": "user"}], "has no content"),
+        ([{"role": "user", "content": []}], "has no content"),
+    ],
+)
+def test_a_conversation_that_v1_has_no_words_for_is_refused(messages: list[dict], said: str) -> None:
+    with pytest.raises(TemplateError, match=said):
+        render_jinja_template([messages], chat_template=CHAT_TEMPLATE, add_generation_prompt=True)
+    with pytest.raises(TemplateError, match="knows no tools"):
+        render_jinja_template([[USER]], tools=[{"type": "function"}], chat_template=CHAT_TEMPLATE)
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "input_image", "image_url": URL},
+        {"type": "input_text", "text": "Hi"},
+        {"type": "image_url", "url": URL},
+        {"type": "video", "video": "x.mp4"},
+        {"type": "text", "text": "Hi", "image_url": {"url": URL}},
+        {"type": "text", "text": 7},
+        {"type": "text"},
+        {"type": "image", "url": URL, "text": "a caption"},
+        {"text": "Hi"},
+        "Hi",
+        7,
+        None,
+    ],
+)
+def test_a_part_that_is_neither_text_nor_image_is_refused_never_dropped(part: object) -> None:
+    usual = {"type": "text", "text": "What is this?"}
+    for content in ([part], [usual, part], [part, usual]):
+        with pytest.raises(TemplateError, match="a part of a message is") as raised:
+            render_jinja_template([[{"role": "user", "content": content}]], chat_template=CHAT_TEMPLATE)
+        assert len(str(raised.value)) < 250
 
 
 def test_decoding_gives_the_text_back_without_placeholders(processor: CompactVisionProcessor) -> None:

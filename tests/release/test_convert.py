@@ -12,7 +12,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 from training.convert import main
 from training.model.model import CompactVisionForConditionalGeneration
 from training.model.tokenizer import Tokenizer
-from training.release.llava import TOWER, give_out, read_tensors, take_in
+from training.release.llava import TOWER, connector_from_released, give_out, read_tensors, take_in
 
 C1, C3 = 16, 64
 
@@ -126,6 +126,81 @@ def test_a_projector_comes_in_beside_a_language_model(
     give_out(tmp_path / "ours", tmp_path / "theirs")
     assert same(read_tensors(tmp_path / "theirs" / "mm_projector.bin"), projector(arm))
     assert sum(name.startswith(TOWER) for name in read_tensors(tmp_path / "theirs")) == 391
+
+
+def resized(hidden: int, narrow: int, c3: int = C3) -> dict[str, torch.Tensor]:
+    """A released projector of another width between its two layers."""
+    second = {"model.mm_projector.2.weight": torch.randn(c3, narrow), "model.mm_projector.2.bias": torch.randn(c3)}
+    first = {
+        "model.mm_projector.0.weight": torch.randn(hidden, 4 * C1),
+        "model.mm_projector.0.bias": torch.randn(hidden),
+    }
+    return {**projector(), **{name: weight.bfloat16() for name, weight in {**first, **second}.items()}}
+
+
+@pytest.mark.parametrize("hidden", [20 * C1, 16 * C1])  # C3 = 4*C1 makes 16*C1 = 4*C3, as at 7B; 13B's is not 4*C3
+def test_the_width_between_the_projectors_layers_is_read_off_the_checkpoint(
+    hidden: int, llm: Path, clip: Path, tmp_path: Path
+) -> None:
+    state = resized(hidden, hidden)
+    torch.save(state, tmp_path / "mm_projector.bin")
+    take_in(tmp_path / "mm_projector.bin", tmp_path / "ours", llm=str(llm), clip=str(clip))
+    model = CompactVisionForConditionalGeneration.from_pretrained(tmp_path / "ours")
+    assert model.connector.config.hidden_width == (None if hidden == 4 * C3 else hidden)
+    give_out(tmp_path / "ours", tmp_path / "theirs")
+    assert same(read_tensors(tmp_path / "theirs" / "mm_projector.bin"), state)
+
+
+def test_the_projector_of_13b_fits() -> None:
+    with torch.device("meta"):
+        shapes = {"crosslayer.0": (4096, 8192), "crosslayer.2": (1024, 4096)}
+        state = {f"model.mm_projector_{name}.weight": torch.empty(shape) for name, shape in shapes.items()}
+        state |= {f"model.mm_projector.{n}.weight": torch.empty(s) for n, s in ((0, (16384, 4096)), (2, (5120, 16384)))}
+        state |= {name.replace("weight", "bias"): weight[:, 0] for name, weight in state.items()}
+        connector = connector_from_released(state)
+    assert (connector.config.kernel_size, connector.config.hidden_width, connector.tokens) == (2, 16384, 144)
+    assert sum(weight.numel() for weight in state.values()) == sum(p.numel() for p in connector.parameters())
+    assert connector.config.flops() > 2 * 144 * 16384 * (4096 + 5120)
+
+
+@pytest.mark.parametrize(
+    ("state", "said"),
+    [
+        (resized(16 * C1, 8 * C1), "kernel_size 2 with fused_tokens 2, where the published one has 1"),
+        (
+            {name: weight for name, weight in projector().items() if "crosslayer" not in name},
+            "stf and tokenconcat of kernel_size 2 have these shapes both",
+        ),
+        (
+            {**projector(), "model.mm_projector.0.weight": torch.zeros(16 * C1, 5 * C1)},
+            "reads 80 channels, no k\\*k of the encoder's 16",
+        ),
+    ],
+)
+def test_shapes_that_fit_no_published_connector_or_two_are_not_guessed(
+    state: dict[str, torch.Tensor], said: str, llm: Path, clip: Path, tmp_path: Path
+) -> None:
+    torch.save(state, tmp_path / "mm_projector.bin")
+    with pytest.raises(ValueError, match=f"not a released projector: .*{said}"):
+        take_in(tmp_path / "mm_projector.bin", tmp_path / "ours", llm=str(llm), clip=str(clip))
+
+
+@pytest.mark.parametrize(("layer", "block"), [(-2, 23), (-1, 24), (-12, 13), (3, 3)])
+def test_the_block_of_a_plain_projector_comes_in_and_goes_out(
+    layer: int, block: int, llm: Path, clip: Path, tmp_path: Path
+) -> None:
+    torch.save(projector("mlp"), tmp_path / "mm_projector.bin")
+    (tmp_path / "config.json").write_text(json.dumps({"mm_vision_select_layer": layer}))
+    take_in(tmp_path / "mm_projector.bin", tmp_path / "ours", llm=str(llm), clip=str(clip))
+    assert CompactVisionForConditionalGeneration.from_pretrained(tmp_path / "ours").connector.columns == (
+        f"block{block:02d}",
+    )
+    give_out(tmp_path / "ours", tmp_path / "theirs")
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text())["mm_vision_select_layer"] == block - 25
+    for wrong in (-26, 25, "last", None):
+        (tmp_path / "config.json").write_text(json.dumps({"mm_vision_select_layer": wrong}))
+        with pytest.raises(ValueError, match=rf"mm_vision_select_layer {wrong!r} .* 25 hidden states"):
+            take_in(tmp_path / "mm_projector.bin", tmp_path / "ours", llm=str(llm), clip=str(clip))
 
 
 def test_every_missing_and_every_unused_key_is_named(tuned: Path, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 from pipeline.images import find_file
 from training.benchmarks.metrics import Scored
 from training.benchmarks.report import Report
+from training.model.markers import IMAGE
 
 SHORT = "\nAnswer the question using a single word or phrase."
 
@@ -147,8 +148,14 @@ class Benchmark(ABC):
         """The questions, for a model that looks at the images.
 
         Raises:
-            ValueError: if images are missing.
+            ValueError: if images are missing, or a question's text holds `<image>`.
         """
+        for number, question in enumerate(self.questions, 1):
+            if IMAGE in question.text:
+                raise ValueError(
+                    f"{self.folder}: question {number} (id {question.id}) holds {IMAGE} in its text; take it out, its "
+                    "image is shown before the text anyway"
+                )
         absent = self.absent_images()
         if absent:
             raise ValueError(

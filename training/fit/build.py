@@ -10,13 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.chat_template_utils import render_jinja_template
 
+from pipeline.config import meant
 from pipeline.schema import StoreSpec
 from training.config import TrainConfig
 from training.cost.flops import check_connector
 from training.fit.lora import add_lora, merge_lora
 from training.model.decoders import decoder_of
+from training.model.decoders.base import Decoder
 from training.model.model import CompactVisionForConditionalGeneration
 from training.model.reducers import build_connector, connector_config
 from training.model.reducers.connector import Connector
@@ -123,20 +127,31 @@ def _text_config(config: TrainConfig) -> Any:
     """The language model's configuration, checked: a family that is known, and positions for the longest example."""
     text = AutoConfig.from_pretrained(config.model.llm, revision=config.model.revision)
     try:
-        template = decoder_of(text.model_type).template
+        _check_decoder(decoder_of(text.model_type))
     except ValueError as error:
-        raise ValueError(f"model.llm {config.model.llm}: {error}") from error
-    if template not in TEMPLATES:
-        raise ValueError(
-            f"the decoder of {text.model_type} names the template {template!r}; known are {', '.join(TEMPLATES)}: "
-            "correct its file in training/model/decoders"
-        )
+        raise ValueError(f"model.llm {config.model.llm}, of type {text.model_type}: {error}") from error
     if config.data.max_length > text.max_position_embeddings:
         raise ValueError(
             f"data.max_length {config.data.max_length} is more than the {text.max_position_embeddings} positions "
             f"of {config.model.llm}; lower it"
         )
     return text
+
+
+def _check_decoder(decoder: Decoder) -> None:
+    """Raise ValueError if its template is not known, or its chat template, which the export takes, cannot be read."""
+    if decoder.template not in TEMPLATES:
+        raise ValueError(
+            f"its decoder names the template {decoder.template!r}; {meant(decoder.template, TEMPLATES)} Correct its "
+            "file in training/model/decoders"
+        )
+    question = [{"role": "user", "content": "What is this?"}]
+    try:
+        render_jinja_template([question], chat_template=decoder.chat_template, add_generation_prompt=True)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"its decoder's chat template cannot be rendered: {error}; correct its file in training/model/decoders"
+        ) from error
 
 
 def _connector(config: TrainConfig, store: StoreSpec, llm_width: int) -> Connector:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.encoders.columns import grid_of
+from pipeline.encoders.columns import block_of, grid_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,7 @@ def take_in(
     seen = {name.removeprefix(TOWER): state.pop(name) for name in list(state) if name.startswith(TOWER)}
     projector = {name: state.pop(name) for name in list(state) if name.startswith(PROJECTOR)}
     vision = _vision_config(clip or said.get("mm_vision_tower") or CLIP)
-    connector = connector_from_released(projector, grid_of(vision))
+    connector = connector_from_released(projector, grid_of(vision), vision.hidden_size, _block(said, vision))
     text = _text_config(said) if whole else None
     unused = _check_keys(source, vision, seen, text, state, ignore_unused)
     model = CompactVisionForConditionalGeneration.from_parts(
@@ -69,13 +70,21 @@ def _settings(folder: Path) -> dict[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}; download it again") from error
-    layer = settings.get("mm_vision_select_layer", -2)
-    if layer != -2 or settings.get("mm_vision_select_feature", "patch") != "patch":
-        raise ValueError(
-            f"{path}: mm_vision_select_layer {layer!r}, mm_vision_select_feature "
-            f"{settings.get('mm_vision_select_feature')!r}; take a checkpoint that reads the patch tokens of layer -2"
-        )
+    feature = settings.get("mm_vision_select_feature", "patch")
+    if feature != "patch":
+        raise ValueError(f"{path}: mm_vision_select_feature {feature!r}; take a checkpoint that reads patch tokens")
     return dict(settings)
+
+
+def _block(said: Mapping[str, Any], vision: Any) -> int:
+    """The block that LLaVA's `mm_vision_select_layer` means, an index into the hidden states; -2 by default."""
+    layer, states = said.get("mm_vision_select_layer", -2), vision.num_hidden_layers + 1
+    if not isinstance(layer, int) or not -states <= layer < states:
+        raise ValueError(
+            f"mm_vision_select_layer {layer!r} in config.json is none of the encoder's {states} hidden states; give "
+            "the encoder of the checkpoint with --clip"
+        )
+    return layer % int(states)
 
 
 def _aspect(said: Mapping[str, Any]) -> str:
@@ -191,10 +200,13 @@ def _language_model(name: str | None, text: Any, state: Mapping[str, Tensor]) ->
     )
 
 
-def connector_from_released(state: Mapping[str, Tensor], grid: int = 24) -> Connector:
+def connector_from_released(
+    state: Mapping[str, Tensor], grid: int = 24, vision_width: int | None = None, block: int = 23
+) -> Connector:
     """The connector of the published `mm_projector.bin`, or LLaVA-1.5's: a mapping of their names to tensors.
 
-    Widths, the number of blocks and k are read off the shapes.
+    Widths, the number of blocks and k are read off the shapes. Not in them are the encoder's `vision_width`, where it
+    is known, and the one `block` that LLaVA-1.5's projector reads.
 
     Raises:
         ValueError: naming every key that is missing, and every one that was not used; or shapes of another connector.
@@ -203,7 +215,11 @@ def connector_from_released(state: Mapping[str, Tensor], grid: int = 24) -> Conn
     from training.model.reducers.fusion import published_config
 
     try:
-        shape = published_config({name: tuple(weight.shape) for name, weight in state.items()}, grid)
+        shape = published_config({name: tuple(weight.shape) for name, weight in state.items()}, grid, vision_width)
+        if shape.arm == "mlp":
+            shape = replace(shape, block=block)
+        elif block != shape.block:
+            raise ValueError(f"its config.json selects block {block}; the published one reads {shape.blocks}")
         connector = build_connector(shape)
         names = {
             f"{a}.{kind}": f"{b}.{kind}" for a, b in shape.published_names().items() for kind in ("weight", "bias")
@@ -260,6 +276,15 @@ def released_projector(connector: Connector) -> dict[str, Tensor]:
     }
 
 
+def _select_layer(model: CompactVisionForConditionalGeneration) -> int:
+    """LLaVA's index of the one block that is read, from the end: -2 for block 23 of 24. With MBTF it says nothing."""
+    connector, vision = model.connector.config, model.config.vision_config
+    if connector.arm != "mlp":
+        return -2
+    blocks = 24 if vision is None else vision.num_hidden_layers  # without an encoder: those of LLaVA's
+    return block_of(connector.columns[0]) - (blocks + 1)
+
+
 def _llava_settings(model: CompactVisionForConditionalGeneration, clip: str) -> dict[str, Any]:
     """LLaVA-1.5's config.json: Llama's settings in transformers 4's words, and the multimodal ones."""
     settings = model.llm.config.to_dict()
@@ -278,7 +303,7 @@ def _llava_settings(model: CompactVisionForConditionalGeneration, clip: str) -> 
         "mm_use_im_patch_token": False,
         "mm_use_im_start_end": False,
         "mm_vision_select_feature": "patch",
-        "mm_vision_select_layer": -2,
+        "mm_vision_select_layer": _select_layer(model),
         "mm_vision_tower": clip,
         "use_mm_proj": True,
     }

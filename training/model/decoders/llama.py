@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from .base import Decoder
 
-# Vicuna's template, LLaVA-1.5's `v1`: an image goes first in its message, and nothing follows an answer's </s>.
+# Vicuna's template, LLaVA-1.5's `v1`: an image goes first in its message, nothing follows an answer's </s>, an empty
+# message leaves its role open. What the template has no words for is refused: nothing that was sent is dropped.
 CHAT_TEMPLATE = """\
+{%- if tools -%}
+    {{- raise_exception("the model knows no tools; leave them out") -}}
+{%- endif -%}
 {%- if messages and messages[0]['role'] == 'system' -%}
     {%- set system, turns = messages[0]['content'], messages[1:] -%}
     {%- if system is not string -%}
+        {%- if system | rejectattr('type', 'equalto', 'text') | list -%}
+            {{- raise_exception("a system message is text; put the image into the user's first one") -}}
+        {%- endif -%}
         {%- set system = system | map(attribute='text') | join('\n') -%}
     {%- endif -%}
 {%- else -%}
@@ -18,21 +25,42 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 {{- system + ' ' -}}
 {%- for turn in turns -%}
-    {%- if turn['content'] is string -%}
-        {%- set text = turn['content'] -%}
-    {%- else -%}
-        {%- set images = turn['content'] | selectattr('type', 'equalto', 'image') | list -%}
-        {%- set text = turn['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join('\n') -%}
-        {%- if images -%}
-            {%- set text = ('<image>' * (images | length) + '\n' + text.strip()).strip() -%}
-        {%- endif -%}
+    {%- set expected = ['user', 'assistant'][loop.index0 % 2] -%}
+    {%- if turn['role'] != expected -%}
+        {{- raise_exception("roles are user and assistant in turns, and system for the first message; found " +
+            turn['role'] ~ ", expected " + expected) -}}
+    {%- elif turn['tool_calls'] or turn['image'] or turn['images'] or turn['image_url'] -%}
+        {{- raise_exception("a message has a role and a content; put its image into the content, "
+            "leave out tool calls") -}}
     {%- endif -%}
-    {%- if turn['role'] == 'user' -%}
-        {{- 'USER: ' + text + ' ' -}}
-    {%- elif turn['role'] == 'assistant' -%}
-        {{- 'ASSISTANT: ' + text + '</s>' -}}
+    {%- set said = namespace(images=0, texts=[]) -%}
+    {%- if turn['content'] is string -%}
+        {%- set said.texts = [turn['content']] -%}
     {%- else -%}
-        {{- raise_exception("roles are user and assistant, and system for the first message; found " + turn['role']) -}}
+        {%- for part in turn['content'] -%}
+            {%- if part['type'] == 'image' and part['text'] is not defined -%}
+                {%- set said.images = said.images + 1 -%}
+            {%- elif part['type'] == 'text' and part['text'] is string
+                and not (part['image'] or part['image_url'] or part['url'] or part['path'] or part['base64']) -%}
+                {%- set said.texts = said.texts + [part['text']] -%}
+            {%- else -%}
+                {{- raise_exception("a part of a message is {'type': 'text', 'text': ...} or {'type': 'image', ...}; "
+                    "found " ~ (part | string)[:80]) -}}
+            {%- endif -%}
+        {%- else -%}
+            {{- raise_exception("a message of the " ~ turn['role'] ~ " has no content; write one, or leave it out") -}}
+        {%- endfor -%}
+    {%- endif -%}
+    {%- set text = said.texts | join('\n') -%}
+    {%- if said.images -%}
+        {%- set text = ('<image>' * said.images + '\n' + text.strip()).strip() -%}
+    {%- endif -%}
+    {{- ['USER:', 'ASSISTANT:'][loop.index0 % 2] -}}
+    {%- if text -%}
+        {{- ' ' + text + [' ', '</s>'][loop.index0 % 2] -}}
+    {%- endif -%}
+    {%- if loop.last and add_generation_prompt and turn['role'] == 'assistant' -%}
+        {{- raise_exception("the last message is an answer; end with a question, or set continue_final_message") -}}
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import fields
 from importlib import import_module
+from inspect import isabstract
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -35,9 +36,20 @@ def config_class(arm: str) -> type[ConnectorConfig]:
 
 
 def _open(place: str) -> Any:
-    """The class at `file:class`."""
-    file, name = place.split(":")
-    return getattr(import_module(f"{__name__}.{file}"), name)
+    """The class at `file:class`.
+
+    Raises:
+        ValueError: if it is not there, or lacks a method.
+    """
+    file, _, name = place.partition(":")
+    try:
+        found = getattr(import_module(f"{__name__}.{file}"), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"training/model/reducers names {place!r} in FAMILIES: {error}; correct that line") from error
+    if isabstract(found):
+        lacking = ", ".join(sorted(found.__abstractmethods__))
+        raise ValueError(f"{place} of training/model/reducers lacks {lacking}; write it there")
+    return found
 
 
 def connector_config(given: Mapping[str, Any] | None = None, **more: Any) -> ConnectorConfig:

@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args, get_type_hints
@@ -48,6 +49,8 @@ class FusionConfig(ConnectorConfig):
         kernel_size: k; a window of k x k patch tokens becomes E tokens (Table 4).
         fused_tokens: E.
         pool: for avgpool, whether to pool before or after the projector.
+        hidden_width: of `released` STF, between its two layers; None is 4*C3. The authors' code has 16*C1 whatever the
+            language model is: 16384, which differs from 4*C3 at 13B.
 
     Raises:
         ValueError: if the shapes do not fit each other.
@@ -62,6 +65,7 @@ class FusionConfig(ConnectorConfig):
     kernel_size: int = _setting(2, "k: a k x k window of patch tokens is fused (Table 4)", gt=0)
     fused_tokens: int = _setting(1, "E: into E tokens (Table 4)", gt=0)
     pool: Literal["before", "after"] = _setting("before", "avgpool: before or after the MLP")
+    hidden_width: int | None = _setting(None, "of released STF, instead of 4*C3; the authors' is 16*C1", gt=0)
 
     def __post_init__(self) -> None:
         hints = get_type_hints(FusionConfig)
@@ -75,6 +79,11 @@ class FusionConfig(ConnectorConfig):
         object.__setattr__(self, "blocks", tuple(blocks))  # JSON has lists
         if len(set(blocks)) != len(blocks):
             raise ValueError(f"connector.blocks {list(blocks)} names a block twice; name each once")
+        if self.hidden_width is not None and (self.preset != "released" or "stf" not in self.arm):
+            raise ValueError(
+                f"connector.hidden_width {self.hidden_width} is of STF in the released preset; leave it out of "
+                f"{self.arm} in the {self.preset} one"
+            )
         if self.arm not in ("mlp", "mbtf"):
             self._check_window()
 
@@ -95,7 +104,7 @@ class FusionConfig(ConnectorConfig):
             )
         width = self.fused_width
         if width % fused:
-            name = "C2 = k*k*C1" if self.preset == "paper" else "4*C3"
+            name = "C2 = k*k*C1" if self.preset == "paper" else "hidden_width, or 4*C3,"
             raise ValueError(
                 f"connector.fused_tokens {fused} does not divide the fused width {name} = {width}; use a divisor of it"
             )
@@ -103,7 +112,9 @@ class FusionConfig(ConnectorConfig):
     @property
     def fused_width(self) -> int:
         """Channels of a fused window, which its E tokens share."""
-        return self.kernel_size**2 * self.vision_width if self.preset == "paper" else 4 * self.llm_width
+        if self.preset == "paper":
+            return self.kernel_size**2 * self.vision_width
+        return self.hidden_width or 4 * self.llm_width
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -147,11 +158,16 @@ class FusionConfig(ConnectorConfig):
         return PUBLISHED.get(self.arm, {}) if as_released else {}
 
 
-def published_config(shapes: Mapping[str, Sequence[int]], grid: int) -> FusionConfig:
-    """The connector whose weights have these published names and shapes; widths, blocks and k are read off them.
+def published_config(shapes: Mapping[str, Sequence[int]], grid: int, vision_width: int | None = None) -> FusionConfig:
+    """The connector whose weights have these published names and shapes: widths, blocks and k are read off them.
+
+    Args:
+        shapes: of each weight and bias.
+        grid: patch tokens along one side of the image.
+        vision_width: C1, which the plain projector's shapes do not tell from k*k*C1; None takes its input for C1.
 
     Raises:
-        ValueError: naming every key that is missing, and every one that was not used; or another number of blocks.
+        ValueError: naming every key that is missing, and every one that was not used; or what the shapes do not fit.
     """
     arm: Literal["mbtf+stf", "mlp"] = "mbtf+stf" if any("crosslayer" in name for name in shapes) else "mlp"
     wanted = {f"{layer}.{kind}" for layer in PUBLISHED[arm] for kind in ("weight", "bias")}
@@ -159,11 +175,37 @@ def published_config(shapes: Mapping[str, Sequence[int]], grid: int) -> FusionCo
     if missing or unused:
         raise ValueError(f"missing {missing or 'nothing'}, not used {unused or 'nothing'}")
     # A weight is (out, in): MBTF's first layer reads blocks * C1, STF's k*k*C1, the plain projector's C1.
-    (c3,), (_, width) = shapes["model.mm_projector.2.bias"], shapes["model.mm_projector.0.weight"][:2]
-    if arm == "mlp":
+    hidden, width = shapes["model.mm_projector.0.weight"][:2]
+    c3, narrow = shapes["model.mm_projector.2.weight"][:2]
+    c1 = shapes["model.mm_projector_crosslayer.2.bias"][0] if arm == "mbtf+stf" else vision_width or width
+    if arm == "mlp" and width == c1:
         return FusionConfig(arm, grid, width, c3, preset="released")
-    (c1,) = shapes["model.mm_projector_crosslayer.2.bias"]
+    k = _kernel_size(width, c1, hidden, narrow)
+    if arm == "mlp":
+        raise ValueError(
+            f"without MBTF, its projector reads {width} channels of an encoder of {c1}: stf and tokenconcat of "
+            f"kernel_size {k} have these shapes both, and only mbtf+stf and mlp are published; give a projector with "
+            "mm_projector_crosslayer, or the encoder that it reads"
+        )
     blocks = shapes["model.mm_projector_crosslayer.0.weight"][1] // c1
     if blocks != len(RELEASED_BLOCKS):
-        raise ValueError(f"it reads {blocks} blocks, the published one {len(RELEASED_BLOCKS)}")
-    return FusionConfig(arm, grid, c1, c3, preset="released", kernel_size=round((width // c1) ** 0.5))
+        raise ValueError(f"it reads {blocks} blocks, the published one {len(RELEASED_BLOCKS)}; take one that does")
+    own = None if hidden == 4 * c3 else hidden
+    return FusionConfig(arm, grid, c1, c3, preset="released", kernel_size=k, hidden_width=own)
+
+
+def _kernel_size(width: int, c1: int, hidden: int, narrow: int) -> int:
+    """k of a projector that reads k*k*C1 channels.
+
+    Raises:
+        ValueError: if it reads another number, or its second layer does not read all that its first one writes.
+    """
+    k = math.isqrt(width // c1)
+    if k * k * c1 != width:
+        raise ValueError(f"its projector reads {width} channels, no k*k of the encoder's {c1}; take another encoder")
+    if narrow != hidden:
+        raise ValueError(
+            f"its first layer writes {hidden} channels and its second reads {narrow}: kernel_size {k} with "
+            f"fused_tokens {hidden / narrow:g}, where the published one has 1; take one of one token per window"
+        )
+    return k

@@ -15,7 +15,8 @@ from training.benchmarks import AVERAGED, BENCHMARKS, Source, open_benchmark, pa
 from training.benchmarks.own import OwnQuestions
 from training.benchmarks.predictions import Predictions, read_predictions
 from training.benchmarks.questions import Benchmark
-from training.benchmarks.scores import score_file
+from training.benchmarks.report import describe
+from training.benchmarks.scores import averages, score_file
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
@@ -37,7 +38,8 @@ def read(
 
 
 def scores(benchmark: Benchmark, predictions: Predictions) -> dict[str, float | None]:
-    return {name: scored.report()["score"] for name, scored in benchmark.score(predictions.answers).items()}
+    scored = benchmark.score(predictions.answers) | benchmark.score_rows(predictions.rows)
+    return {name: score.report()["score"] for name, score in scored.items()}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def test_pope_knows_llavas_ids_splits_and_its_own_files(data: Path, tmp_path: Pa
     folder = tmp_path / "own"
     folder.mkdir()
     for kind, count in (("random", 3), ("popular", 2), ("adversarial", 2)):
-        rows = [{"question": f"is there a dog{n} in the image?", "answer": "yes"} for n in range(count)]
+        rows = [{"question": f"is there a dog{n} in the image?", "answer": "yes"} for n in range(1, count + 1)]
         (folder / f"coco_pope_{kind}_answers.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result = read_predictions(folder, pope)
     assert len(result.answers) == 7
@@ -160,6 +162,168 @@ def test_text_vqa_asked_twice_is_answered_twice(data: Path, tmp_path: Path) -> N
     result = read(text, tmp_path, said)
     assert list(result.answers) == ["34602", "34604"]
     assert not result.duplicates
+
+
+def test_science_qa_reads_letters_under_any_key_and_the_table_that_its_accuracy_comes_from(
+    data: Path, tmp_path: Path
+) -> None:
+    sqa = opened(data, "scienceqa")
+    letters = {"4": "B", "5": "A", "11": "C"}
+    for key in ("text", "output", "response", "pred", "prediction", "answer"):
+        rows = [{"question_id": id, key: letter} for id, letter in letters.items()]
+        assert scores(sqa, read(sqa, tmp_path, rows))["all"] == 100.0, key
+    for name in ("said.json", "said.csv"):
+        if name == "said.json":
+            result = read(sqa, tmp_path, letters, name)
+        else:
+            table = "question_id,prediction\n" + "".join(f"{id},{letter}\n" for id, letter in letters.items())
+            (tmp_path / name).write_text(table)
+            result = read_predictions(tmp_path / name, sqa)
+        assert scores(sqa, result)["all"] == 100.0
+    both = {"outputs": letters, "results": {"4": 0, "5": 1, "11": 2}}
+    for acc, expected in ((100, 100.0), (33.3, 100 / 3)):
+        assert scores(sqa, read(sqa, tmp_path, {"acc": acc, **both}, "own.json"))["all"] == pytest.approx(expected)
+
+
+def test_a_reply_beats_the_truth_beside_it_and_two_replies_are_refused(data: Path, tmp_path: Path) -> None:
+    gqa = opened(data, "gqa")
+    for key in ("output", "pred", "response", "prediction", "text"):
+        rows = [{"question_id": id, "answer": "yes", key: "no"} for id in ("201", "202", "203")]
+        assert scores(gqa, read(gqa, tmp_path, rows))["accuracy"] == 0.0, key
+    rows = [{"question_id": "201", "text": "Is it red?", "answer": "yes"}]
+    assert read(gqa, tmp_path, rows).answers["201"].text == "yes"
+    rows = [{"question_id": "201", "pred": "yes", "response": "no"}, {"question_id": "202", "text": "cat"}]
+    assert "pred differ" in read(gqa, tmp_path, rows).malformed[0]
+
+
+@pytest.mark.parametrize("odd", ["null", "NaN", "3", "true", "[]", "{}", "-Infinity"])
+@pytest.mark.parametrize("name", ["pope", "mme", "mmbench"])
+def test_what_is_no_text_is_no_answer(data: Path, tmp_path: Path, name: str, odd: str) -> None:
+    bench = opened(data, name)
+    first, second = (json.dumps({"question_id": q.id}) for q in bench.questions[:2])
+    (tmp_path / "said.jsonl").write_text(f'{first[:-1]}, "text": {odd}}}\n{second[:-1]}, "text": "yes"}}')
+    result = read_predictions(tmp_path / "said.jsonl", bench)
+    assert list(result.answers) == [bench.questions[1].id]
+    assert len(result.malformed) == 1
+    assert "text was expected" in result.malformed[0]
+
+
+def test_an_empty_column_of_a_spreadsheet_is_no_answer(data: Path, tmp_path: Path) -> None:
+    book = Workbook()
+    book.active.append(["index", "prediction"])
+    for index in (1, 1000001, 2, 1000002, 2000002):
+        book.active.append([index, None])
+    book.save(tmp_path / "said.xlsx")
+    with pytest.raises(ValueError, match=r"no prediction for mmbench dev: found said\.xlsx row 2: prediction is null"):
+        read_predictions(tmp_path / "said.xlsx", opened(data, "mmbench"))
+
+
+def test_another_benchmarks_answers_are_refused_by_what_they_name(data: Path, tmp_path: Path) -> None:
+    gqa, vizwiz = opened(data, "gqa"), opened(data, "vizwiz", "val")
+    ids = ("201", "202", "203")
+    prompts = [{"question_id": id, "prompt": f"How many boats are on sea {id}?", "text": "yes"} for id in ids]
+    with pytest.raises(ValueError, match="3 of 3 answers name another prompt or image than the question of gqa"):
+        read(gqa, tmp_path, prompts)
+    images = [{"question_id": id, "image": f"COCO_{id}.jpg", "text": "yes"} for id in ids]
+    with pytest.raises(ValueError, match=r"3 of 3.*COCO_201"):
+        read(gqa, tmp_path, images)
+    with pytest.raises(ValueError, match="only 1 of 3 answers are to questions of gqa"):
+        read(gqa, tmp_path, [{"question_id": id, "text": "yes"} for id in ("201", "9", "10")])
+    with pytest.raises(ValueError, match="no prediction for vizwiz val"):
+        read(vizwiz, tmp_path, [{"question_id": 0, "prompt": "Which colour has the sky?", "text": "blue"}])
+    templates = [
+        {"question_id": id, "prompt": f"USER: {q} ASSISTANT:", "text": "yes"}
+        for id, q in zip(ids, ("is it red?", "What is it?\\n", "A boat?"), strict=True)
+    ]
+    result = read(gqa, tmp_path, templates)
+    assert len(result.answers) == 3
+    assert result.notes[0].startswith("1 of 3 answers name another prompt or image")
+
+
+def test_odd_files_are_named_without_a_traceback(data: Path, tmp_path: Path) -> None:
+    for name in ("gqa", "pope", "textvqa", "vizwiz", "scienceqa", "mme", "mmbench"):
+        bench = opened(data, name)
+        rows = [{"question_id": bench.questions[0].id, "text": "x"}, {"image": ["a"], "text": "x"}]
+        rows += [{"question_id": {}, "text": "x"}, {"row": "x", "question": "y", "answer": "z", "category": "random"}]
+        assert len(read(bench, tmp_path, rows).malformed) >= 2
+    for text in ("[" * 200_000, '{"a":' * 200_000, '{"question_id": "201", "text": "yes"}\n' + "[" * 200_000):
+        (tmp_path / "deep.jsonl").write_text(text)
+        if "201" in text:
+            assert "nested too deep" in read_predictions(tmp_path / "deep.jsonl", opened(data, "gqa")).malformed[0]
+        else:
+            with pytest.raises(ValueError, match="nested too deep"):
+                read_predictions(tmp_path / "deep.jsonl", opened(data, "gqa"))
+    (tmp_path / "latin.jsonl").write_bytes('{"question_id": "201", "text": "caf\xe9"}'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.jsonl is not UTF-8"):
+        read_predictions(tmp_path / "latin.jsonl", opened(data, "gqa"))
+    (tmp_path / "half.jsonl").write_text('{"question_id": "201", "text": "\\ud800"}\n{"id": "202", "x": 1}')
+    result = read_predictions(tmp_path / "half.jsonl", opened(data, "gqa"))
+    assert result.answers["201"].text == "?"
+    assert result.malformed[0].endswith("it has 'id', 'x'")
+
+
+def test_pope_aligns_a_file_with_faults_and_pairs_rows_as_llava_does(tmp_path: Path) -> None:
+    folder = tmp_path / "pope"
+    folder.mkdir()
+    for kind in ("random", "popular", "adversarial"):
+        rows = [
+            {
+                "question_id": n,
+                "image": f"{n // 6}.jpg",
+                "text": f"Is there a {kind[: n % 3 + 1]}{n} in it?",
+                "label": "yes",
+            }
+            for n in range(12)
+        ]
+        (folder / f"coco_pope_{kind}.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    pope = open_benchmark("pope", folder)
+    order = ("popular", "random", "adversarial")
+    asked = [q for kind in order for q in pope.questions if q.group == kind]
+    said = [{"question_id": n, "prompt": q.text.replace("\n", "\\n"), "text": "Yes"} for n, q in enumerate(asked)]
+    faulty = [*said[:5], said[4], *said[5:20], *said[21:]]  # one twice, one missing
+    for name in ("said.jsonl", "said.json"):
+        result = read(pope, tmp_path, faulty, name)
+        assert len(result.answers) == 35
+        assert result.missing == [asked[20].id]
+        assert scores(pope, result)["f1_row_order"] is not None
+    (tmp_path / "cut.jsonl").write_text("\n".join(["{", *map(json.dumps, said[1:])]))  # a damaged line
+    assert len(read_predictions(tmp_path / "cut.jsonl", pope).answers) == 35
+    with pytest.raises(ValueError, match=r"llava_pope_test.jsonl .*tells what the ids mean"):
+        read(pope, tmp_path, said[::-1])
+    rows = [{"question_id": q.id, "text": "No" if q.id == "random/0" else "Yes"} for q in pope.questions]
+    twice = read(pope, tmp_path, [rows[1], *rows])  # LLaVA pairs the n-th answer with the n-th label
+    counts = pope.score_rows(twice.rows)["f1_row_order"].counts()["random"]
+    assert dict(counts) == {("yes", "yes"): 11, ("no", "yes"): 1}
+    assert len(twice.notes) == 0
+    assert "commit e3e3926, with 2910" in read(pope, tmp_path, rows[:30]).notes[0]
+
+
+def test_a_folder_of_llavas_evaluation_is_enough_to_score(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "textvqa", tmp_path / "textvqa")
+    (tmp_path / "textvqa" / "TextVQA_Rosetta_OCR_v0.2_val.json").unlink()
+    text = opened(tmp_path, "textvqa")
+    assert len(read(text, tmp_path, [{"question_id": 34602, "text": "nokia"}]).answers) == 1
+    with pytest.raises(ValueError, match="Rosetta_OCR"):
+        text.to_ask()
+    shutil.copytree(data / "vizwiz", tmp_path / "vizwiz")
+    for path in (tmp_path / "vizwiz").rglob("val.json"):
+        path.unlink()
+    assert opened(tmp_path, "vizwiz").split == "test"
+    listed = [{"question_id": 70, "image": "COCO_test2015_000000000007.jpg", "text": "Is it?" + SHORT, "category": "x"}]
+    (tmp_path / "vqav2").mkdir()
+    for subset in ("test-dev2015", "test2015"):
+        (tmp_path / "vqav2" / f"llava_vqav2_mscoco_{subset}.jsonl").write_text(json.dumps(listed[0]))
+    (question,) = opened(tmp_path, "vqav2").questions
+    assert (question.id, question.image, question.text) == ("70", listed[0]["image"], listed[0]["text"])
+
+
+def test_the_score_of_an_incomplete_file_stands_beside_its_share(data: Path, tmp_path: Path) -> None:
+    said = tmp_path / "said.jsonl"
+    said.write_text('{"question_id": "201", "text": "yes"}')
+    report = score_file(opened(data, "gqa"), said, out=tmp_path / "gqa.jsonl")
+    assert "1 of 3 questions answered, the rest counts as wrong" in describe(report)
+    assert "n=3, 33.3% answered" in describe(report)
+    assert "33.33, 33.3% answered" in averages(tmp_path)
 
 
 def test_a_limit_leaves_the_rest_of_a_file_alone(data: Path, tmp_path: Path) -> None:

@@ -6,14 +6,15 @@ import base64
 import binascii
 import csv
 import io
+import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 from training.benchmarks.metrics import Scored, option_letter, science_qa_choice
-from training.benchmarks.questions import Answers, Benchmark, Found, Question, read_json
+from training.benchmarks.questions import Answer, Answers, Benchmark, Found, Question, identifier, read_json
 
 LETTER = "\nAnswer with the option's letter from the given choices directly."
 LETTERS = "ABCDEFGHI"
@@ -30,6 +31,7 @@ class ScienceQA(Benchmark):
     folders = ("scienceqa", "ScienceQA")
     splits = ("test", "val", "minival", "train")
     max_new_tokens = 1024
+    numbers = True  # indices, in ScienceQA's own results
 
     def read(self) -> list[Question]:
         """`problems.json`, `pid_splits.json` and `images/<split>/<id>/image.png`."""
@@ -47,16 +49,45 @@ class ScienceQA(Benchmark):
         for q in self.questions:
             index, count = q.truth
             answer = answers.get(q.id)
-            if answer is not None and answer.final:  # an index, as in ScienceQA's own results
-                choice: int | None = int(answer.text) if answer.text.isdigit() else None
-            else:
-                choice = None if answer is None else science_qa_choice(answer.text, count)
-            right[q.id] = float(choice == index)
+            right[q.id] = float(answer is not None and _choice(answer, count) == index)
         seen = {q.id: ("", right[q.id]) for q in self.questions if q.image is not None}
         return {
             "img": Scored("accuracy on the questions with an image", seen),
             "all": Scored("accuracy on all questions", {id: ("", hit) for id, hit in right.items()}),
         }
+
+    def table_of(self, whole: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """Results hold texts as `outputs`, indices as `results`, or both: then the one from which their `acc` comes."""
+        tables = {
+            key: whole[name] for key, name in (("text", "outputs"), ("answer", "results")) if _is_table(whole.get(name))
+        }
+        if not tables:
+            return super().table_of(whole)
+        stated = whole.get("acc")
+        if len(tables) == 1 or not isinstance(stated, int | float):
+            return next(iter(tables.items()))
+        return min(tables.items(), key=lambda table: abs(self._accuracy(*table) - stated))
+
+    def _accuracy(self, key: str, table: Mapping[str, Any]) -> float:
+        """Percent right of a table of results; 0 if it answers no question."""
+        hits = []
+        for id, value in table.items():
+            if id in self._by_id:
+                index, count = self._by_id[id].truth
+                answer = Answer(identifier(value), final=key == "answer")
+                hits.append(_choice(answer, count) == index)
+        return 100 * sum(hits) / max(1, len(hits))
+
+
+def _is_table(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value)
+
+
+def _choice(answer: Answer, count: int) -> int | None:
+    """The index that an answer names, as a number in a file of results, or by its letter as LLaVA reads it."""
+    if answer.final and re.fullmatch("[0-9]{1,2}", answer.text.strip()):
+        return int(answer.text)
+    return science_qa_choice(answer.text.strip() if answer.final else answer.text, count)
 
 
 def _science_question(id: str, problem: dict[str, Any]) -> Question:
@@ -77,8 +108,9 @@ def _predictions_of_spreadsheet(path: Path, malformed: list[str]) -> Iterator[Fo
     from openpyxl import load_workbook
 
     try:
-        rows = load_workbook(path, read_only=True, data_only=True).active.iter_rows(values_only=True)
-        names = [str(name) for name in next(rows)]
+        sheet = load_workbook(path, read_only=True, data_only=True).active
+        first, *rows = list(sheet.iter_rows(values_only=True))
+        names = [str(name) for name in first]
     except Exception as error:  # openpyxl raises whatever its zip and XML readers meet
         raise ValueError(f"{path} is not a spreadsheet: {error}; give the .xlsx that MMBench's server takes") from error
     if "index" not in names or "prediction" not in names:
@@ -86,7 +118,7 @@ def _predictions_of_spreadsheet(path: Path, malformed: list[str]) -> Iterator[Fo
     for number, values in enumerate(rows, 2):
         if any(value is not None for value in values):
             record = dict(zip(names, values, strict=False))
-            told = {"index": record["index"], "prediction": record["prediction"]}
+            told = {key: record.get(key) for key in ("index", "prediction", "question") if key in names}
             yield Found(f"{path.name} row {number}", told)
 
 
@@ -217,13 +249,16 @@ def options_of(row: dict[str, str]) -> dict[str, str]:
 def _read_table(path: Path) -> list[dict[str, str]]:
     """MMBench's rows, as texts without None; ValueError if columns are missing or an index is no number."""
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # images are long fields
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t"))
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file, delimiter="\t"))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not MMBench's table: {error}; download it again") from error
     needed = {"index", "question", "image", "A", "B"}
     if not rows or not needed <= rows[0].keys():
         found = f"its columns are {', '.join(rows[0])}" if rows else "it has no rows"
         raise ValueError(f"{path} is not MMBench's table: {found}; give one with {', '.join(sorted(needed))}")
-    wrong = [row["index"] for row in rows if not (row["index"] or "").strip().isdigit()]
+    wrong = [row["index"] for row in rows if not (row["index"] or "").strip().isdecimal()]
     if wrong:
         raise ValueError(f"{path}: index {wrong[0]!r} is not a number; download the table again")
     return [

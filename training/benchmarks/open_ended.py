@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from training.benchmarks.metrics import Scored, evalai, gqa_answer, vqa_accuracy, vqa_eval
-from training.benchmarks.questions import SHORT, Answer, Answers, Benchmark, Question, read_json, to_json
+from training.benchmarks.questions import (
+    SHORT,
+    Answer,
+    Answers,
+    Benchmark,
+    Question,
+    identifier,
+    read_json,
+    read_json_lines,
+    to_json,
+)
 
 NOTHING = Answer("", final=True)
+_TEXTVQA = "https://textvqa.org/dataset"
+_OCR = "TextVQA_Rosetta_OCR_v0.2_val.json"
 
 
 class GQA(Benchmark):
@@ -19,6 +32,7 @@ class GQA(Benchmark):
     name = "gqa"
     folders = ("gqa",)
     splits = ("testdev_balanced",)
+    numbers = True  # "2" is an answer, and so is 2
 
     def read(self) -> list[Question]:
         """`testdev_balanced_questions.json` and `images/`."""
@@ -63,15 +77,15 @@ class TextVQA(Benchmark):
     name = "textvqa"
     folders = ("textvqa", "TextVQA")
     splits = ("val",)
+    numbers = True  # "2" is an answer, and so is 2
 
     def read(self) -> list[Question]:
         """`TextVQA_0.5.1_val.json`, `TextVQA_Rosetta_OCR_v0.2_val.json` and `train_images/`."""
-        origin = "https://textvqa.org/dataset"
-        questions = self.find(origin, "TextVQA_0.5.1_val.json")
-        words = self.find(origin, "TextVQA_Rosetta_OCR_v0.2_val.json")
+        questions = self.find(_TEXTVQA, "TextVQA_0.5.1_val.json")
+        words = self.folder / _OCR  # needed to ask, not to score
         self.image_folder = self.folder / "train_images"
         self.check()
-        seen = {row["image_id"]: row["ocr_tokens"] for row in read_json(words)["data"]}
+        seen = {row["image_id"]: row["ocr_tokens"] for row in read_json(words)["data"]} if words.exists() else {}
         rows = read_json(questions)["data"]
         self._asked: dict[tuple[str, str], list[str]] = defaultdict(list)
         for row in rows:
@@ -86,12 +100,18 @@ class TextVQA(Benchmark):
             for row in rows
         ]
 
+    def to_ask(self) -> Sequence[Question]:
+        """The questions, whose prompts need the OCR tokens."""
+        self.find(_TEXTVQA, _OCR)
+        self.check()
+        return super().to_ask()
+
     def identify(self, record: Mapping[str, Any], taken: Container[str]) -> str | None:
         """LLaVA's predictions name the image, and the question within the prompt."""
         known = super().identify(record, taken)
         if known is not None:
             return known
-        lines = str(record.get("prompt", "")).split("\n")
+        lines = str(record.get("prompt", "")).replace("\\n", "\n").removeprefix("<image>\n").split("\n")
         first = lines[1] if lines[0].startswith("Reference OCR token:") and len(lines) > 1 else lines[0]
         ids = self._asked.get((str(record.get("question_id")), first.lower()), [])
         return next((id for id in ids if id not in taken), ids[-1] if ids else None)
@@ -117,21 +137,24 @@ class VQAv2(Benchmark):
     name = "vqav2"
     folders = ("vqav2", "VQAv2")
     splits = ("val", "test-dev", "test")
+    numbers = True  # "2" is an answer, and so is 2
 
     def read(self) -> list[Question]:
-        """`v2_OpenEnded_mscoco_*_questions.json`, `v2_mscoco_val2014_annotations.json`; `val2014/` or `test2015/`."""
+        """`v2_OpenEnded_mscoco_*_questions.json` or, for test, LLaVA's `llava_vqav2_mscoco_*.jsonl`;
+        `v2_mscoco_val2014_annotations.json`; `val2014/` or `test2015/`.
+        """
         origin = "https://visualqa.org/download.html"
         subset = {"val": "val2014", "test-dev": "test-dev2015", "test": "test2015"}[self.split]
-        path = self.find(origin, f"v2_OpenEnded_mscoco_{subset}_questions.json")
+        path = self._find_questions(origin, subset)
         truth: dict[Any, Any] = {}
         images = "val2014" if self.split == "val" else "test2015"
-        every = self.find(origin, "v2_OpenEnded_mscoco_test2015_questions.json") if self.split == "test-dev" else path
+        every = self._find_questions(origin, "test2015") if self.split == "test-dev" else path
         annotations = self.find(origin, "v2_mscoco_val2014_annotations.json") if self.split == "val" else None
         self.image_folder = self.folder / images
         self.check()
         if annotations is not None:
             truth = {row["question_id"]: row for row in read_json(annotations)["annotations"]}
-        self._every = [row["question_id"] for row in read_json(every)["questions"]]
+        self._every = {str(row["question_id"]): row["question_id"] for row in _vqav2_rows(every)}
         return [
             Question(
                 str(row["question_id"]),
@@ -140,8 +163,18 @@ class VQAv2(Benchmark):
                 truth.get(row["question_id"], {}).get("answers"),
                 truth.get(row["question_id"], {}).get("answer_type", ""),
             )
-            for row in read_json(path)["questions"]
+            for row in _vqav2_rows(path)
         ]
+
+    def _find_questions(self, origin: str, subset: str) -> Path:
+        """The official list of questions of a subset, or LLaVA's."""
+        return self.find(origin, f"v2_OpenEnded_mscoco_{subset}_questions.json", f"llava_vqav2_mscoco_{subset}.jsonl")
+
+    def identify(self, record: Mapping[str, Any], taken: Container[str]) -> str | None:
+        """By the id; a file for the server has all test2015 questions, of which test-dev asks some."""
+        known = super().identify(record, taken)
+        id = identifier(record.get("question_id"))
+        return known or (id if id in self._every else None)
 
     def score(self, answers: Answers) -> dict[str, Scored]:
         """VQA accuracy, normalised, and as the official `vqaEval` has it."""
@@ -149,7 +182,9 @@ class VQAv2(Benchmark):
 
     def server_file(self, answers: Answers) -> tuple[str, bytes]:
         """EvalAI's: every question of the split (of test2015 for test-dev), '' for those without an answer."""
-        rows = [{"question_id": id, "answer": processed(answers.get(str(id), NOTHING))} for id in self._every]
+        rows = [
+            {"question_id": number, "answer": processed(answers.get(id, NOTHING))} for id, number in self._every.items()
+        ]
         return f"vqav2_{self.split}.json", to_json(rows)
 
 
@@ -159,6 +194,7 @@ class VizWiz(Benchmark):
     name = "vizwiz"
     folders = ("vizwiz", "VizWiz")
     splits = ("val", "test")
+    numbers = True  # "2" is an answer, and so is 2
 
     def read(self) -> list[Question]:
         """`Annotations/val.json` (or `val.json`) and the images in `val/`; the same for test."""
@@ -181,13 +217,15 @@ class VizWiz(Benchmark):
         ]
 
     def identify(self, record: Mapping[str, Any], taken: Container[str]) -> str | None:
-        """By the image, which has one question; or by the row of a test file, as a number."""
+        """By the image, which has one question; or by the row of a test file, as a number, if its prompt agrees."""
         for key in ("image", "question_id"):
             if (name := str(record.get(key))) in self._by_id:
                 return name
         number = str(record.get("question_id"))
-        if re.fullmatch(r"\d{1,9}", number) and int(number) < len(self._rows):
-            return str(self._rows[int(number)])
+        if re.fullmatch(r"\d{1,9}", number) and int(number) < len(self._rows) and "image" not in record:
+            question = self._by_id[self._rows[int(number)]]
+            prompt = str(record.get("prompt", question.text)).replace("\\n", "\n")
+            return question.id if question.text.partition("\n")[0].strip() in prompt else None
         return None
 
     def score(self, answers: Answers) -> dict[str, Scored]:
@@ -198,6 +236,21 @@ class VizWiz(Benchmark):
         """EvalAI's: image and answer of every row."""
         rows = [{"image": name, "answer": processed(answers.get(name, NOTHING))} for name in self._rows]
         return f"vizwiz_{self.split}.json", to_json(rows)
+
+
+def _vqav2_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows with question_id, image_id and question, of an official list or of LLaVA's, whose images are file names."""
+    if path.suffix == ".json":
+        rows: list[dict[str, Any]] = read_json(path)["questions"]
+        return rows
+    return [
+        {
+            "question_id": row["question_id"],
+            "image_id": int(Path(row["image"]).stem.rpartition("_")[2]),
+            "question": row["text"].removesuffix(SHORT),
+        }
+        for row in read_json_lines(path)
+    ]
 
 
 def processed(answer: Answer) -> str:
@@ -222,4 +275,4 @@ def vqa_scores(questions: list[Question], answers: Answers) -> dict[str, Scored]
 
 
 def _number(id: str) -> int | str:
-    return int(id) if id.isdigit() else id
+    return int(id) if id.isdecimal() else id

@@ -25,6 +25,7 @@ class OwnQuestions(Benchmark):
     name = "own"
     folders = ("own",)
     splits = ("all",)
+    numbers = True
 
     def __init__(self, folder: Path, split: str | None = None, images: Path | None = None) -> None:
         self._images = images
@@ -89,6 +90,7 @@ class OwnQuestions(Benchmark):
         whole = report["scores"]["accuracy"]
         return {
             "questions": report["questions"],
+            "answered": report["answered"],
             "scored": whole["units"],
             **_fraction(whole),
             "categories": {

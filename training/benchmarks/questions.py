@@ -15,6 +15,10 @@ from training.benchmarks.metrics import Scored
 from training.benchmarks.report import Report
 from training.model.markers import IMAGE
 
+# The keys of a reply: what a model said, and then what is post-processed already, as servers take it. `answer` is the
+# truth in many files: it counts only where no other key is there.
+SAID = ("text", "output", "response", "pred")
+REPLIES = (*SAID, "prediction", "answer")
 SHORT = "\nAnswer the question using a single word or phrase."
 
 
@@ -55,6 +59,14 @@ class Answer(NamedTuple):
 Answers = Mapping[str, Answer]  # by the question's id
 
 
+class Row(NamedTuple):
+    """One reply as it stands in a file: its record, its question's id (None if there is none), the answer."""
+
+    record: Mapping[str, Any]
+    question: str | None
+    answer: Answer
+
+
 class Found(NamedTuple):
     """One record of a file of predictions, whoever wrote it, and its place for a message."""
 
@@ -65,10 +77,15 @@ class Found(NamedTuple):
 Reader = Callable[[Path, list[str]], Iterator[Found]]  # records of a file; what is no record goes to the list
 
 
+class MissingFilesError(ValueError):
+    """Official files are not in the folder."""
+
+
 class Benchmark(ABC):
     """One benchmark in `folder` (or in the folder of its name below it), on `split`.
 
-    A kind declares the class variables, and writes `read` and `score`; the other methods have a default.
+    A kind declares the class variables, and writes `read` and `score`; the other methods have a default. Without a
+    `split` it is the first whose files are there.
 
     Attributes:
         questions: in the official order.
@@ -83,25 +100,35 @@ class Benchmark(ABC):
     folders: ClassVar[tuple[str, ...]]  # what its folder may be called
     splits: ClassVar[tuple[str, ...]]  # the first one is the default
     max_new_tokens: ClassVar[int] = 128
-    prediction_files: ClassVar[Mapping[str, Reader]] = {}  # by their ending, beside JSON and JSON lines
+    prediction_files: ClassVar[Mapping[str, Reader]] = {}  # by their ending, beside JSON, JSON lines and tables
+    numbers: ClassVar[bool] = False  # whether a reply may be a number instead of a text
+    hint: ClassVar[str] = ""  # what to do where answers find no question
 
     def __init__(self, folder: Path, split: str | None = None) -> None:
         if split is not None and split not in self.splits:
             raise ValueError(f"{self.name} has no split {split!r}; choose from {', '.join(self.splits)}")
-        self.split = split or self.splits[0]
         below = [folder / name for name in self.folders if (folder / name).is_dir()]
         self.folder = below[0] if below else folder
-        self._missing: list[str] = []
-        self.image_folder = self.folder
-        try:
-            self.questions = self.read()
-        except (KeyError, TypeError, AttributeError, IndexError) as error:
-            raise ValueError(
-                f"the files of {self.name} {self.split} in {self.folder} are not in the official layout: "
-                f"{type(error).__name__} {error}; download them again"
-            ) from error
+        self.questions = self._read_first([split] if split else list(self.splits))
         self._by_id = {question.id: question for question in self.questions}
         self.kept = frozenset(self._by_id)
+
+    def _read_first(self, splits: Sequence[str]) -> list[Question]:
+        """The questions of the first split whose files are there; if none's are, the files of the first are named."""
+        absent: list[MissingFilesError] = []
+        for self.split in splits:
+            self._missing: list[str] = []
+            self.image_folder = self.folder
+            try:
+                return self.read()
+            except MissingFilesError as error:
+                absent.append(error)
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                raise ValueError(
+                    f"the files of {self.name} {self.split} in {self.folder} are not in the official layout: "
+                    f"{type(error).__name__} {error}; download them again"
+                ) from error
+        raise absent[0]
 
     @abstractmethod
     def read(self) -> list[Question]:
@@ -110,6 +137,18 @@ class Benchmark(ABC):
     @abstractmethod
     def score(self, answers: Answers) -> dict[str, Scored]:
         """Scores by name, the headline first; a question without an answer counts as wrong."""
+
+    def score_rows(self, rows: Sequence[Row]) -> dict[str, Scored]:
+        """Scores that the order of a file decides, beside those of `score`."""
+        return {}
+
+    def table_of(self, whole: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
+        """The key of a reply, and id -> reply, in a file that is one JSON object."""
+        return "answer", whole
+
+    def remarks(self, missing: int, unknown: int) -> list[str]:
+        """What a person should know of answers of which some are missing, or find no question."""
+        return []
 
     def arrange(self, records: Sequence[Mapping[str, Any]]) -> None:  # noqa: B027 - most orders tell nothing
         """Look at all predictions of a file before any is identified, where their order tells something."""
@@ -214,16 +253,42 @@ class Benchmark(ABC):
         """Raise for all files that `find` did not find.
 
         Raises:
-            ValueError: naming them, what to download and where it goes.
+            MissingFilesError: naming them, what to download and where it goes.
         """
         if self._missing:
             missing = "\n  ".join(self._missing)
-            raise ValueError(f"{self.name} {self.split} needs, in {self.folder} (--data); download it:\n  {missing}")
+            raise MissingFilesError(
+                f"{self.name} {self.split} needs, in {self.folder} (--data); download it:\n  {missing}"
+            )
 
 
 def identifier(value: Any) -> str:
     """An id as text: spreadsheets turn 241 into 241.0."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+def read_text(path: Path) -> str:
+    """A text file.
+
+    Raises:
+        ValueError: if it is not UTF-8, naming it.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
+
+
+def from_json(text: str) -> Any:
+    """A JSON value.
+
+    Raises:
+        ValueError: if the text is none, or is nested too deep to be read.
+    """
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("its brackets are nested too deep") from None
 
 
 def read_json(path: Path) -> Any:
@@ -232,8 +297,9 @@ def read_json(path: Path) -> Any:
     Raises:
         ValueError: if it is none, naming it.
     """
+    text = read_text(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
+        return from_json(text)
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {error}; mend or replace it") from error
 
@@ -245,11 +311,11 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
         ValueError: naming the line that is not one.
     """
     records = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            record = json.loads(line)
+            record = from_json(line)
         except ValueError as error:
             raise ValueError(f"{path}:{number} is not JSON: {error}; mend or delete that line") from error
         if not isinstance(record, dict):
@@ -262,4 +328,4 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
 
 def to_json(value: Any) -> bytes:
     """As the servers read it."""
-    return json.dumps(value, ensure_ascii=False).encode()
+    return json.dumps(value, ensure_ascii=False).encode(errors="replace")

@@ -27,7 +27,9 @@ class Report(TypedDict):
 
     Attributes:
         headline: name of the first score; `score` (in percent, or MME's points) and `interval` are its.
+        answered: how many questions have an answer; the others count as wrong.
         scores: every score by its name.
+        notes: what a person should know of the answers beside their problems.
         model, predictions: whose answers, in which file. against: other answers.
     """
 
@@ -40,6 +42,7 @@ class Report(TypedDict):
     interval: tuple[float, float] | None
     scores: dict[str, ScoreReport]
     problems: dict[str, Problem]
+    notes: list[str]
     model: NotRequired[str | None]
     predictions: NotRequired[str]
     against: NotRequired[Comparison]
@@ -48,14 +51,15 @@ class Report(TypedDict):
 def describe(report: Report) -> str:
     """A report for a person."""
     answered = f"{report['answered']} of {report['questions']} questions answered"
-    lines = [f"{report['benchmark']} {report['split']}: {answered}"]
+    share = share_of(report["answered"], report["questions"])
+    lines = [f"{report['benchmark']} {report['split']}: {answered}{', the rest counts as wrong' if share else ''}"]
     for name, score in report["scores"].items():
         if score["score"] is None or score["interval"] is None:
             lines.append(f"  {name:<22} -       truth not in the official files; see the file for the server")
             continue
         low, high = score["interval"]
         lines.append(
-            f"  {name:<22} {score['score']:7.2f}  [{low:.2f}, {high:.2f}]  n={score['units']}  {score['what']}"
+            f"  {name:<22} {score['score']:7.2f}  [{low:.2f}, {high:.2f}]  n={score['units']}{share}  {score['what']}"
         )
     for name, pair in report["against"]["differences"].items() if "against" in report else ():
         if pair["difference"] is not None and pair["interval"] is not None:
@@ -67,4 +71,10 @@ def describe(report: Report) -> str:
     for kind, problem in report["problems"].items():
         if problem["count"]:
             lines.append(f"  {kind}: {problem['count']}, first {'; '.join(problem['first'])}")
+    lines += [f"  note: {note}" for note in report["notes"]]
     return "\n".join(lines)
+
+
+def share_of(answered: int, questions: int) -> str:
+    """Beside the score of an incomplete file: how much of it was answered; nothing for a whole one."""
+    return f", {100 * answered / questions:.1f}% answered" if answered < questions else ""

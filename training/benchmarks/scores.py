@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 from training.benchmarks import BENCHMARKS, paper_average
+from training.benchmarks.metrics import Scored
 from training.benchmarks.predictions import Predictions, read_predictions
-from training.benchmarks.questions import Benchmark
-from training.benchmarks.report import Comparison, Report
+from training.benchmarks.questions import Benchmark, read_json
+from training.benchmarks.report import Comparison, Report, share_of
 
 
 def score_file(
@@ -49,7 +50,7 @@ def scores_beside(answers: Path) -> Path:
 
 def report_on(benchmark: Benchmark, predictions: Predictions) -> Report:
     """Scores with counts and intervals, and what was wrong with the predictions."""
-    scores = {name: scored.report() for name, scored in benchmark.score(predictions.answers).items()}
+    scores = {name: scored.report() for name, scored in _scored(benchmark, predictions).items()}
     headline = next(iter(scores))
     return {
         "benchmark": benchmark.name,
@@ -61,13 +62,19 @@ def report_on(benchmark: Benchmark, predictions: Predictions) -> Report:
         "interval": scores[headline]["interval"],
         "scores": scores,
         "problems": predictions.problems(),
+        "notes": predictions.notes,
     }
+
+
+def _scored(benchmark: Benchmark, predictions: Predictions) -> dict[str, Scored]:
+    """Every score, the headline first."""
+    return benchmark.score(predictions.answers) | benchmark.score_rows(predictions.rows)
 
 
 def compare(benchmark: Benchmark, mine: Predictions, theirs: Predictions) -> Comparison:
     """Paired differences of every score, and what was wrong with the other predictions."""
-    others = benchmark.score(theirs.answers)
-    mine_scored = benchmark.score(mine.answers)
+    others = _scored(benchmark, theirs)
+    mine_scored = _scored(benchmark, mine)
     return {
         "differences": {name: scored.against(others[name]) for name, scored in mine_scored.items() if name in others},
         "problems": theirs.problems(),
@@ -85,8 +92,13 @@ def averages(folder: Path) -> str:
     for name, kind in BENCHMARKS.items():
         path = scores_beside(kind.answers_in(folder))
         if path.exists():
-            headline, score = kind.headline(json.loads(path.read_text(encoding="utf-8")))
-            rows.append(f"{name:<12} {headline:<12} {'-' if score is None else f'{score:.2f}':>8}")
+            scores = read_json(path)
+            try:
+                headline, score = kind.headline(scores)
+            except (KeyError, TypeError) as error:
+                raise ValueError(f"{path} holds no scores of {name}: {error!r}; delete it and score again") from error
+            share = share_of(scores.get("answered", 0), scores.get("questions", 0))
+            rows.append(f"{name:<12} {headline:<12} {'-' if score is None else f'{score:.2f}':>8}{share}")
             values[name] = score
     if not rows:
         raise ValueError(

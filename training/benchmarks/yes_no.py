@@ -6,17 +6,19 @@ import glob
 import json
 from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
+from difflib import SequenceMatcher
 from itertools import permutations
 from pathlib import Path
 from typing import Any, ClassVar
 
 from training.benchmarks.metrics import Scored, mean_f1, mean_percent, mme_answer, mme_total, pope_answer
-from training.benchmarks.questions import SHORT, Answers, Benchmark, Found, Question, read_json_lines
+from training.benchmarks.questions import SHORT, Answers, Benchmark, Found, Question, Row, read_json_lines, read_text
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+_IN_A_ROW = 3  # one prompt, or two, recur elsewhere
 _ASK = "Please answer yes or no."
 
 
@@ -30,6 +32,9 @@ class POPE(Benchmark):
     folders = ("pope", "POPE")
     splits = ("coco",)
     kinds = ("random", "popular", "adversarial")
+    hint = (
+        "put LLaVA's llava_pope_test.jsonl into the folder, which tells what the ids mean, or give each line an image"
+    )
 
     def read(self) -> list[Question]:
         """`coco/coco_pope_{random,popular,adversarial}.json`, and COCO's `val2014/`."""
@@ -52,18 +57,28 @@ class POPE(Benchmark):
         self._unique = len(self._plain_ids) == len(questions)
         listed = self.folder / "llava_pope_test.jsonl"  # LLaVA's question file tells what its ids mean
         self._listed = {str(row["question_id"]): row for row in read_json_lines(listed)} if listed.is_file() else {}
-        self._arranged: list[str] = []
+        self._arranged: dict[tuple[Any, Any], str] = {}
         return questions
 
     def arrange(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Without LLaVA's question file, the prompts of a whole file of answers tell the order of the splits."""
-        self._arranged = []
-        # LLaVA answers the three splits one after another; which comes first is not said, so all six orders are tried.
+        """Without LLaVA's question file, the prompts of a whole file of answers tell the order of the splits.
+
+        Lines may be missing, repeated or damaged: what agrees with the order of the questions for a while is aligned.
+        """
+        self._arranged = {}
+        if self._listed or any("image" in record for record in records):
+            return
         asked = [_plain(str(record.get("prompt", ""))) for record in records]
-        for order in permutations(self.kinds):
-            rows = [q for kind in order for q in self._rows[kind]]
-            if [_plain(q.text) for q in rows] == asked:
-                self._arranged = [q.id for q in rows]
+        # LLaVA answers the three splits one after another; which comes first is not said, so all six orders are tried.
+        found = [
+            aligned(asked, [(q.id, _plain(q.text)) for kind in order for q in self._rows[kind]])
+            for order in permutations(self.kinds)
+        ]
+        longest = max(found, key=len)
+        whole = len(longest) == len(asked) == sum(map(len, self._rows.values()))
+        if not whole and (2 * len(longest) < len(asked) or any(len(f) == len(longest) and f != longest for f in found)):
+            return  # another order, or one that the prompts do not tell
+        self._arranged = {(records[row].get("file"), records[row].get("row")): id for row, id in longest.items()}
 
     def identify(self, record: Mapping[str, Any], taken: Container[str]) -> str | None:
         """By split and question, as far as the record, LLaVA's question file or the name of the file tell them."""
@@ -71,27 +86,42 @@ class POPE(Benchmark):
         if id in self._by_id:
             return id
         told = {**record, **{key: value for key, value in self._listed.get(id, {}).items() if key != "question_id"}}
-        kind = told.get("category", next((kind for kind in self.kinds if kind in str(record.get("file", ""))), None))
+        kind = self._kind(record)
         if "image" in told:
             text = _plain(str(told.get("prompt", told.get("question", told.get("text", "")))))
             asked = [a for a in self._asked.get((told["image"], text), []) if kind is None or a.startswith(f"{kind}/")]
-            return next((a for a in asked if a not in taken), asked[-1] if asked else None)
+            fallback = f"{kind}/{id}" if f"{kind}/{id}" in self._by_id else None
+            return next((a for a in asked if a not in taken), asked[-1] if asked else fallback)
         if "question_id" in record:
             # Ids begin anew in each split of POPE's files: one names a question only together with its split.
             if kind is not None or self._unique:
                 found = self._plain_ids.get(id) if kind is None else f"{kind}/{id}"
                 return found if found in self._by_id else None
-            return self._arranged[record["row"]] if self._arranged and "row" in record else None
+            return self._arranged.get((record.get("file"), record.get("row")))
         rows = self._rows.get(str(kind), [])  # POPE's own files: question and answer, in the order of the labels
-        return rows[record["row"]].id if record.get("row", len(rows)) < len(rows) else None
+        row = record.get("row")
+        return rows[row].id if isinstance(row, int) and 0 <= row < len(rows) else None
+
+    def _kind(self, record: Mapping[str, Any]) -> str | None:
+        """The split of a record, as LLaVA's question file, the record or the name of its file tell it."""
+        listed = self._listed.get(str(record.get("question_id")), record)
+        told = listed.get("category", next((kind for kind in self.kinds if kind in str(record.get("file", ""))), None))
+        return None if told is None else str(told)
+
+    def remarks(self, missing: int, unknown: int) -> list[str]:
+        """POPE's labels have two versions, which do not pair."""
+        if not missing and not unknown:
+            return []
+        return [
+            f"these labels have {len(self._rows['random'])} random questions; LLaVA-1.5 used those of commit e3e3926, "
+            "with 2910, the newest have 3000: answers to another version leave questions missing or unknown"
+        ]
 
     def score(self, answers: Answers) -> dict[str, Scored]:
-        """F1, paired by question; by row order as LLaVA's script pairs; accuracy; F1 of each split."""
+        """F1, paired by question; accuracy; F1 of each split."""
         said = {id: pope_answer(answer.text) for id, answer in answers.items()}
         units = {q.id: (q.group, (said.get(q.id, _other(q.truth)), q.truth)) for q in self.questions}
         scores = {"f1": Scored("mean F1 of the three splits, paired by question", units, mean_f1)}
-        if rows := self._in_row_order(said):
-            scores["f1_row_order"] = Scored("mean F1 of the three splits, paired by the order of rows", rows, mean_f1)
         for kind in self.kinds:
             part = {id: unit for id, unit in units.items() if unit[0] == kind}
             scores[f"f1_{kind}"] = Scored(f"F1, {kind}", part, mean_f1)
@@ -99,24 +129,29 @@ class POPE(Benchmark):
         scores["accuracy"] = Scored("accuracy over all questions", hits, mean_percent)
         return scores
 
-    def _in_row_order(self, said: Mapping[str, str]) -> dict[str, tuple[str, tuple[str, str]]]:
-        """The n-th answer of a split (in the file's order) against the n-th label; nothing if a split has none.
+    def score_rows(self, rows: Sequence[Row]) -> dict[str, Scored]:
+        """F1 as LLaVA's script pairs: the n-th answer of a split in the file against its n-th label.
 
-        Where the file leaves an answer out, all later ones of its split meet the wrong label: `f1` has no such flaw.
+        Where the file leaves an answer out or repeats one, all later ones of its split meet the wrong label: `f1` has
+        no such flaw. Nothing if a split has no answer.
         """
         given: dict[str, list[str]] = defaultdict(list)
         truths: dict[str, list[str]] = defaultdict(list)
-        for id, answer in said.items():
-            given[self._by_id[id].group].append(answer)
+        for record, id, answer in rows:
+            if id is None or id in self.kept:
+                given[self._kind(record) or "" if id is None else self._by_id[id].group].append(
+                    pope_answer(answer.text)
+                )
         for q in self.questions:
             truths[q.group].append(q.truth)
         if any(not given[kind] for kind in truths):
             return {}
-        return {
+        units = {
             f"{kind}#{n}": (kind, pair)
             for kind in truths
             for n, pair in enumerate(zip(given[kind], truths[kind], strict=False))
         }
+        return {"f1_row_order": Scored("mean F1 of the three splits, paired by the order of rows", units, mean_f1)}
 
     def server_file(self, answers: Answers) -> tuple[str, bytes]:
         """Lines of question and answer, split after split: what POPE's `evaluate.py` reads."""
@@ -133,6 +168,17 @@ class POPE(Benchmark):
         return "pope_coco.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
+def aligned(asked: Sequence[str], rows: Sequence[tuple[str, str]]) -> dict[int, str]:
+    """Row of `asked` -> id, where three or more in a row are the texts of `rows` (id, text) in their order."""
+    matcher = SequenceMatcher(None, asked, [text for _, text in rows], autojunk=False)
+    return {
+        block.a + n: rows[block.b + n][0]
+        for block in matcher.get_matching_blocks()
+        if block.size >= _IN_A_ROW
+        for n in range(block.size)
+    }
+
+
 def _label(row: Mapping[str, Any]) -> str:
     """The truth, `yes` or `no`: what is not "no" is yes."""
     return "no" if row["label"] == "no" else "yes"
@@ -145,13 +191,13 @@ def _other(truth: str) -> str:
 
 def _plain(text: str) -> str:
     """A question without what prompts add to it, and with single spaces."""
-    bare = text.replace(SHORT.strip(), "").replace(_ASK, "")
+    bare = text.replace("\\n", "\n").replace(SHORT.strip(), "").replace(_ASK, "").replace("<image>", "")
     return " ".join(bare.split())
 
 
 def _mme_lines(path: Path, malformed: list[str]) -> Iterator[Found]:
     """MME's results: <category>.txt with image, question, truth and answer, separated by tabs."""
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         fields = line.rstrip("\r\n").split("\t")
@@ -225,7 +271,7 @@ def _mme_questions(category: str, path: Path, images: Path, root: Path) -> list[
     image = next((p for p in sorted(images.glob(f"{glob.escape(path.stem)}.*")) if p.suffix != ".txt"), None)
     name = str((image or images / f"{path.stem}.jpg").relative_to(root))
     questions = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n")):
+    for number, line in enumerate(read_text(path).split("\n")):
         if not line.strip():
             continue
         text, tab, truth = line.strip().rpartition("\t")

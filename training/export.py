@@ -3,7 +3,7 @@
 
 The folder that comes out is an ordinary Hugging Face model: weights, configuration, tokenizer, processor, the code that
 runs them, and a card with the run's settings, losses and scores. A run that is not finished is taken from its newest
-checkpoint.
+checkpoint, whatever engine and number of ranks wrote it.
 """
 
 from __future__ import annotations

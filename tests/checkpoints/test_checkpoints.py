@@ -70,12 +70,14 @@ def runs(
 
     remote = {"checkpoint.remote": f"s3://{BUCKET}/some/run", "checkpoint.autoresume": False}
     kill = {"signal": signal.SIGKILL, "at": 8}
+    late = {**remote, "checkpoint.remote": f"s3://{BUCKET}/late", "steps": 3}
     first = [
         job("whole"),
         job("term", signal=signal.SIGTERM, at=5, rank=1),
         job("usr1", {"parallelism": "zero2"}, signal=signal.SIGUSR1, at=5),
         job("damaged", **kill),
         job("unmarked", {"parallelism": "fsdp"}, **kill),
+        job("late", {**late, "checkpoint.remote_patience_s": 0.1}),
         job("bucket", {**remote, "steps": 9}),
     ]
     # The bucket does not answer until the last run has complained of it.
@@ -104,6 +106,7 @@ def runs(
         job("unmarked", {"parallelism": "fsdp"}),
         job("other-ranks", {"parallelism": "zero2"}, ranks=1),
         job("bucket", {**remote, "checkpoint.autoresume": True}),
+        job("late", {**late, "checkpoint.autoresume": True}),
     ]
     codes = run_jobs(folder / "again", again, bucket["environment"])
     (folder / "codes-again.json").write_text(json.dumps(codes))
@@ -161,12 +164,12 @@ def test_a_bucket_that_failed_has_the_last_checkpoint_in_the_end_and_an_empty_di
     runs: Path, read_log: Callable[..., Any], bucket: dict[str, Any]
 ) -> None:
     codes = json.loads((runs / "codes.json").read_text()), json.loads((runs / "codes-again.json").read_text())
-    assert codes[0][5] == [0, 0], (runs / "before-loss" / "output").read_text()[-3000:]
+    assert codes[0][6] == [0, 0], (runs / "before-loss" / "output").read_text()[-3000:]
     assert COMPLAINT in (runs / "before-loss" / "output").read_text()
     assert codes[1][5] == [0, 0], (runs / "bucket" / "output").read_text()[-3000:]
     after = losses(read_log(runs / "bucket"))
     assert min(after) == 10  # steps 1 to 9 were not repeated
-    found = bucket["client"].list_objects_v2(Bucket=BUCKET)["Contents"]
+    found = bucket["client"].list_objects_v2(Bucket=BUCKET, Prefix="some/run/")["Contents"]
     kept: dict[str, set[str]] = {}
     assert "some/run/another.txt" in {entry["Key"] for entry in found}
     for entry in found:
@@ -178,3 +181,15 @@ def test_a_bucket_that_failed_has_the_last_checkpoint_in_the_end_and_an_empty_di
     assert all("composer.pt" in kept[name] for name in whole), kept
     # Two are kept, of others nothing, also not of uploads that were slow, and so were overtaken.
     assert len(whole) <= 2 and whole == sorted(kept), kept
+
+
+def test_a_run_whose_bucket_failed_at_the_end_brings_it_its_last_checkpoint_with_the_same_command(
+    runs: Path, bucket: dict[str, Any]
+) -> None:
+    codes = json.loads((runs / "codes.json").read_text()), json.loads((runs / "codes-again.json").read_text())
+    said = (runs / "late" / "output").read_text()
+    assert codes[0][5][0] == 1 and codes[1][6] == [0, 0], said[-3000:]
+    assert "did not take the last checkpoint within 0.1 s" in said
+    assert said.split("trained   all 3 steps are done")[1].count("done      loss") == 1
+    found = bucket["client"].list_objects_v2(Bucket=BUCKET, Prefix="late/")["Contents"]
+    assert {"late/ba00000003/composer.pt", "late/ba00000003/complete.json"} == {entry["Key"] for entry in found}

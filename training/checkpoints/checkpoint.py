@@ -40,6 +40,7 @@ from training.checkpoints.mark import (
     write_mark,
 )
 from training.checkpoints.remote import Remote
+from training.checkpoints.resume import in_bucket
 from training.config import CheckpointSettings
 from training.cost.memory import CHECKPOINT
 from training.engines.base import Engine
@@ -141,6 +142,18 @@ class Checkpoints(Callback):  # type: ignore[misc]
             self._mark_remote()
             self._remote.wait(self.settings.remote_patience_s)
 
+    def upload_again(self, state: State, logger: Logger) -> None:
+        """Bring the last checkpoint of a run that was cut off after it to the bucket, if that lacks it. A collective.
+
+        Raises:
+            OSError: if the bucket cannot be read, or as `fit_end`.
+        """
+        target = self.folder / f"ba{state.timestamp.batch.value:08d}"
+        if self._remote is not None and not in_bucket(self._remote, target.name):
+            seen = dist.all_gather_object(file_sizes(target) if _is_local_leader() else {})
+            self._upload(target, _holders(seen))
+            self.fit_end(state, logger)
+
     def save(self, state: State) -> None:
         """Write a checkpoint. A collective. Without room on a node's disk nothing is written, and training goes on."""
         step = state.timestamp.batch.value
@@ -175,9 +188,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         me = dist.get_global_rank()
         mine = file_sizes(target) if _is_local_leader() else {}
         seen: list[dict[str, int]] = dist.all_gather_object(mine)
-        holders = {
-            name: [rank for rank, files in enumerate(seen) if name in files] for name in sorted(set().union(*seen))
-        }
+        holders = _holders(seen)
         load = dist.all_gather_object(load)[0]
         sha256: dict[str, str] | None = None
         if self.settings.verify:
@@ -191,11 +202,17 @@ class Checkpoints(Callback):  # type: ignore[misc]
                 sync(target / name)
             write_mark(target, Mark(step, self.engine.name, self.engine.ranks, load, files, sha256))
             self._rotate()
-            if self._remote is not None:
-                self._remote.upload(target, [name for name, ranks in holders.items() if ranks[0] == me])
-        if self._remote is not None:
-            self._unmarked.append(target)
+        self._upload(target, holders)
         dist.barrier()
+
+    def _upload(self, target: Path, holders: dict[str, list[int]]) -> None:
+        """Send a checkpoint to the bucket, if there is one: each file by the lowest rank that sees it."""
+        if self._remote is None:
+            return
+        if _is_local_leader():
+            me = dist.get_global_rank()
+            self._remote.upload(target, [name for name, ranks in holders.items() if ranks[0] == me])
+        self._unmarked.append(target)
 
     def _mark_remote(self) -> None:
         """Upload the mark of the newest checkpoint once every node has uploaded its files. A collective.
@@ -244,6 +261,11 @@ class Checkpoints(Callback):  # type: ignore[misc]
                 state.timestamp.batch.value, need / 1e9, self.folder, free / 1e9,
             )  # fmt: skip
         return bool(short)
+
+
+def _holders(seen: list[dict[str, int]]) -> dict[str, list[int]]:
+    """What each rank sees of a checkpoint, files and bytes -> each file, and the ranks that see it."""
+    return {name: [rank for rank, files in enumerate(seen) if name in files] for name in sorted(set().union(*seen))}
 
 
 def _is_local_leader() -> bool:

@@ -93,6 +93,16 @@ def newest_on_disk(folder: Path) -> tuple[Path, Mark] | None:
     return None
 
 
+def in_bucket(remote: Remote, name: str) -> bool:
+    """Whether the bucket has a whole checkpoint of that name. A collective.
+
+    Raises:
+        OSError: if it cannot be read.
+    """
+    (found,) = _together(dist.get_global_rank() == 0, lambda: name in remote.marked(MARK))
+    return found
+
+
 def _copies(folder: Path, remote: Remote | None) -> list[tuple[str, bool]]:
     """Names of checkpoints with a mark, newest first; for each on disk (False) and in the bucket (True), if there."""
     here = [path.name for path in checkpoint_folders(folder) if (path / MARK).is_file()]

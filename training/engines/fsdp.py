@@ -77,19 +77,22 @@ class Fsdp(Engine):
     def saved_weights(cls, checkpoint: Path, load: str) -> dict[str, Tensor]:
         """The weights of all ranks' shards: PyTorch's reader finds the parts of each in the files."""
         import torch
-        from torch.distributed import checkpoint as sharded
+        from torch.distributed.checkpoint.api import CheckpointException
+        from torch.distributed.checkpoint.filesystem import FileSystemReader
+        from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+        from torch.distributed.checkpoint.state_dict_loader import load as read_parts
 
-        reader, before = sharded.FileSystemReader(checkpoint / load), f"state.model.{INNER}"
+        reader, before = FileSystemReader(checkpoint / load), f"state.model.{INNER}"
         weights = {
             key: torch.empty(known.size, dtype=known.properties.dtype)
             for key, known in reader.read_metadata().state_dict_metadata.items()
-            if key.startswith(before) and isinstance(known, sharded.TensorStorageMetadata)
+            if key.startswith(before) and isinstance(known, TensorStorageMetadata)
         }
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is")  # one process is what is wanted
             try:
-                sharded.load(weights, storage_reader=reader)
-            except sharded.CheckpointException as error:  # no Exception to Python
+                read_parts(weights, storage_reader=reader)
+            except CheckpointException as error:  # no Exception to Python
                 raise OSError(f"{checkpoint / load} cannot be read: {error}; name an older checkpoint") from error
         return {key.removeprefix(before): weight for key, weight in weights.items()}
 

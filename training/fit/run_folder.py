@@ -226,8 +226,8 @@ def what_it_holds(config: TrainConfig) -> str | None:
     if dist.get_global_rank() == 0 and (run / SUMMARY).is_file() and all((run / part).is_dir() for part in parts):
         summary = read_as(Summary, run / SUMMARY)
         found = (
-            f"complete  {run} holds {' and '.join(f'{part}/' for part in parts)} of {summary.steps} steps, loss "
-            f"{summary.loss_first:.4f} -> {summary.loss_last:.4f}; nothing is left to do"
+            f"complete  {run} holds {' and '.join(f'{part}/' for part in parts)} of {summary.steps} steps, "
+            f"{summary.course()}; nothing is left to do"
         )
     return dist.all_gather_object(found)[0]  # type: ignore[no-any-return]
 
@@ -247,16 +247,15 @@ def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, step
     if "llm" in config.train:
         export_model(whole, parts.tokenizer, parts.store, run / "model", files=CardFiles(run))
     lines = read_log(run)
-    last = final_loss(lines)
     seconds = sum(line["step_s"] for line in lines)
     summary = Summary(
         steps=steps,
-        loss_first=lines[0]["loss"],
-        loss_last=last,
+        loss_first=lines[0]["loss"] if lines else None,
+        loss_last=final_loss(lines) if lines else None,
         seconds=round(seconds, 2),
-        data_wait=sum(line["data_wait"] * line["step_s"] for line in lines) / seconds,
+        data_wait=sum(line["data_wait"] * line["step_s"] for line in lines) / seconds if lines else 0.0,
         vision_tokens_in=parts.store.encoder.grid**2,
         vision_tokens_out=parts.model.connector.tokens,
     )
     write_whole(run / SUMMARY, summary.model_dump_json(indent=1))
-    print(f"done      loss {summary.loss_first:.4f} -> {summary.loss_last:.4f}; weights in {run}", flush=True)
+    print(f"done      {summary.course()}; weights in {run}", flush=True)

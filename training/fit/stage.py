@@ -65,13 +65,15 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         claim(config, parts)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    if trainer.state.timestamp.batch.value < steps:
-        try:
+    try:
+        if trainer.state.timestamp.batch.value < steps:
             trainer.fit()
-        except OSError as error:
-            sys.exit(f"error: {error}; mend that and run the same command again: it goes on from its last checkpoint")
-    elif rank == 0:
-        print(f"trained   all {steps} steps are done; what is left is to export their weights", flush=True)
+        else:  # it ended after its last step, and before its end was done
+            if rank == 0:
+                print(f"trained   all {steps} steps are done; what is left is to export their weights", flush=True)
+            checkpoints.upload_again(trainer.state, trainer.logger)
+    except OSError as error:
+        sys.exit(f"error: {error}; mend that and run the same command again: it goes on from its last checkpoint")
     if not checkpoints.stopped:
         end(config, parts, engine, trainer.state, steps)
     dist.barrier()

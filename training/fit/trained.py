@@ -66,7 +66,7 @@ def trained_model(
         load_connector(model.connector, run / "connector")
         return model
     learning = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    missing, unused = model.load_state_dict(_weights_of(run, checkpoint), strict=False)
+    missing, unused = model.load_state_dict(_weights_of(config, run, checkpoint), strict=False)
     lost = sorted(learning.intersection(missing))
     if lost or unused:
         raise ValueError(
@@ -78,10 +78,11 @@ def trained_model(
     return model
 
 
-def _weights_of(run: Path, checkpoint: Path | None) -> dict[str, torch.Tensor]:
+def _weights_of(config: TrainConfig, run: Path, checkpoint: Path | None) -> dict[str, torch.Tensor]:
     """The weights that learn in a checkpoint of any engine, read by one process; nothing that it names is run.
 
     Args:
+        config: of the run.
         run: whose newest sound checkpoint is read, if none is named.
         checkpoint: a folder, or a composer.pt that holds whole weights.
 
@@ -93,7 +94,7 @@ def _weights_of(run: Path, checkpoint: Path | None) -> dict[str, torch.Tensor]:
     from training.checkpoints.safe import only_data, refuse_code
     from training.engines import engine_class
 
-    folder, load, engine = _chosen(run, checkpoint)
+    folder, load, engine = _chosen(config, run, checkpoint)
     if checkpoint is None or checkpoint.is_dir():
         refuse_code(folder, engine)
     try:
@@ -107,10 +108,11 @@ def _weights_of(run: Path, checkpoint: Path | None) -> dict[str, torch.Tensor]:
         ) from error
 
 
-def _chosen(run: Path, checkpoint: Path | None) -> tuple[Path, str, str]:
+def _chosen(config: TrainConfig, run: Path, checkpoint: Path | None) -> tuple[Path, str, str]:
     """Folder, what is loaded of it, and engine, of the checkpoint that is named, or of the newest sound one."""
     from training.checkpoints.mark import flaws, read_mark
     from training.checkpoints.resume import newest_on_disk
+    from training.engines import engine_of
 
     if checkpoint is None:
         found = newest_on_disk(run / "checkpoints")
@@ -121,7 +123,7 @@ def _chosen(run: Path, checkpoint: Path | None) -> tuple[Path, str, str]:
             )
         return found[0], found[1].load, found[1].engine
     if checkpoint.is_file():
-        return checkpoint.parent, checkpoint.name, "ddp"
+        return checkpoint.parent, checkpoint.name, engine_of(config, ranks=1).name
     mark = read_mark(checkpoint)
     bad = {"complete.json": "is missing or damaged"} if mark is None else flaws(checkpoint, mark)
     if mark is None or bad:

@@ -31,12 +31,18 @@ class Summary(BaseModel):
     """`summary.json`: what a stage has come to."""
 
     steps: int
-    loss_first: float  # of the first step
-    loss_last: float  # see `final_loss`
+    loss_first: float | None  # of the first step; None where the log is lost, as on the new disk of a lost node
+    loss_last: float | None  # see `final_loss`
     seconds: float  # of all steps
     data_wait: float  # share of them that waited for data
     vision_tokens_in: int
     vision_tokens_out: int
+
+    def course(self) -> str:
+        """How the loss went, for a person."""
+        if self.loss_first is None or self.loss_last is None:
+            return f"loss not known, there is no {LOG}"
+        return f"loss {self.loss_first:.4f} -> {self.loss_last:.4f}"
 
 
 def write_whole(path: Path, text: str) -> None:

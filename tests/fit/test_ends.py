@@ -1,0 +1,104 @@
+"""What is left when all steps are done can be done again: by the same command, in one process; ranks: tests/engines."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from pipeline.schema import EncoderSpec
+from training.config import TrainConfig
+from training.fit import stage
+from training.fit.callbacks import StepLog
+from training.release.folder import replaced_folder
+
+STEPS = 3
+
+
+@pytest.fixture
+def store(tmp_path: Path, parts: Path, new_store: Callable[..., Path]) -> Path:
+    """A store of an encoder that lies beside it, and may be gone at the end."""
+    shutil.copytree(parts / "clip", tmp_path / "clip")
+    encoder = EncoderSpec(id=str(tmp_path / "clip"), revision="0", blocks=4, width=32, image_size=32, patch_size=8)
+    return new_store(tmp_path / "store", encoder, (1, 2, 4), 40)
+
+
+@pytest.fixture
+def config(tmp_path: Path, store: Path, settings: Callable[..., Any]) -> TrainConfig:
+    return TrainConfig.model_validate(settings(tmp_path / "run", 2, {"data.store": str(store), "steps": STEPS}))
+
+
+def test_an_end_that_failed_is_done_by_the_same_command_and_a_complete_run_says_so(
+    config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(config.run)
+    (tmp_path / "clip").rename(tmp_path / "away")
+    with pytest.raises(SystemExit, match=r"error: .*\nall steps are done: mend that and run the same command again"):
+        stage.train(config)
+    assert (run / "connector").is_dir() and not (run / "model").exists() and not (run / "summary.json").exists()
+    (tmp_path / "away").rename(tmp_path / "clip")
+    (run / ".model.0123abcd").mkdir()  # as a process leaves it that is killed while it exports
+    capsys.readouterr()
+    stage.train(config)
+    assert "trained   all 3 steps are done" in (said := capsys.readouterr().out) and "done      loss" in said
+    assert not any(path.name.startswith(".") for path in run.iterdir())
+    weights = load_file(run / "model" / "model.safetensors")
+
+    shutil.rmtree(run / "model")  # and what is lost of the end comes back, even where the log is lost too
+    (run / "log.jsonl").unlink()
+    stage.train(config)
+    assert "done      loss not known" in capsys.readouterr().out
+    again = load_file(run / "model" / "model.safetensors")
+    assert all(weight.equal(again[name]) for name, weight in weights.items())
+
+    monkeypatch.setattr(stage, "open_parts", None)  # neither store nor model is opened
+    shutil.rmtree(tmp_path / "store")
+    stage.train(config)
+    assert f"complete  {run} holds connector/ and model/ of 3 steps" in capsys.readouterr().out
+
+
+def test_a_stop_in_the_last_step_leaves_the_end_to_the_same_command(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = StepLog.batch_end
+
+    def write_and_stop(self: StepLog, state: Any, logger: Any) -> None:
+        write(self, state, logger)
+        if state.timestamp.batch.value == STEPS:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
+        patch.setattr(StepLog, "batch_end", write_and_stop)
+        stage.train(config)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert not (Path(config.run) / "summary.json").exists()
+    capsys.readouterr()
+    stage.train(config)
+    said = capsys.readouterr().out
+    assert "step " not in said.partition("trained")[2] and "done      loss" in said
+
+
+def test_what_a_killed_export_leaves_is_swept_and_never_taken_for_whole(tmp_path: Path) -> None:
+    def left(name: str) -> None:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+
+    for name in (".model.00000001", ".model.00000002.gone", ".model.mine", ".models.00000001"):
+        left(name)
+    left(".model.00000003.old")  # moved away for a new one, which did not come
+    with pytest.raises(KeyError), replaced_folder(tmp_path / "model") as fresh:
+        assert (tmp_path / "model" / "file").read_text() == ".model.00000003.old"
+        (fresh / "file").write_text("new")
+        raise KeyError
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.mine", ".models.00000001", "model"]
+    assert (tmp_path / "model" / "file").read_text() == ".model.00000003.old"
+    with pytest.raises(FileNotFoundError), replaced_folder(tmp_path / "model") as first:
+        with replaced_folder(tmp_path / "model") as second:
+            (second / "file").write_text("second")
+        (first / "file").write_text("first")  # another process has begun meanwhile: this one fails
+    assert (tmp_path / "model" / "file").read_text() == "second"

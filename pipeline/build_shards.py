@@ -50,6 +50,8 @@ def main() -> None:
         build(config, dataset, spec)
     except (ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the shards that are done stay, run the same command again")
 
 
 def parse_arguments() -> argparse.Namespace:

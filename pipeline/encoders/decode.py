@@ -67,25 +67,38 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ValueError: with the path and a reason, if it is no readable image. OSError: if it cannot be read.
     """
+    try:
+        return load_image(read_image(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of a local file, which need not be there nor end: a link may lead to a device.
+
+    Raises:
+        ValueError: with a reason, if it is not a file of at most MAX_BYTES. OSError: if it cannot be read.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a FIFO would be waited for
     try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "a folder, not an image", str(path))
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: a device, a pipe or a socket; give a file")
-        if status.st_size > MAX_BYTES:
-            raise ValueError(
-                f"{path}: {status.st_size:,} bytes, images of up to {MAX_BYTES:,} are read; make it smaller"
-            )
+            raise ValueError(f"{path} is a device, a pipe or a socket; give a file")
+        check_bytes(status.st_size)
         with open(descriptor, "rb", closefd=False) as file:
-            data = file.read(status.st_size)
+            return file.read(status.st_size)
     finally:
         os.close(descriptor)
-    try:
-        return load_image(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+
+
+def check_bytes(size: int) -> None:
+    """Raise ValueError for a file that is not to be read, for its size in bytes."""
+    if size == 0:  # so say the endless files of /proc
+        raise ValueError("empty file")
+    if size > MAX_BYTES:
+        raise ValueError(f"file of {size:,} bytes, images of up to {MAX_BYTES:,} are read; make it smaller")
 
 
 def load_image(data: bytes) -> Image.Image:

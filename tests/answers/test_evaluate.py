@@ -54,6 +54,7 @@ def test_batches_processes_and_a_crash_change_no_answer(exported: Path, data: Pa
     ]
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_a_damaged_image_costs_its_own_question_only(
     exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -15,7 +15,7 @@ import struct
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,11 +59,13 @@ class ImageSource:
             MissingImageError: if no root has it. ValueError: if the archive's copy is damaged.
             OSError: for what is no fact of the image: permission, network, disk, a root that is not there (any more).
         """
+        from pipeline.encoders.decode import check_bytes
+
         for number, (root, storage) in enumerate(zip(self._roots, self._storages, strict=True)):
             if is_zip(root):
                 place = places[number] if places else None
                 if place is not None:
-                    _check_size(place[2])
+                    check_bytes(place[2])
                     return _read_member(storage, root.rpartition("/")[2], ZipMember(*place))
                 continue
             for spelling in spellings(name):
@@ -71,7 +73,7 @@ class ImageSource:
                 if path is not None and not is_file(path):
                     continue
                 if path is not None:
-                    _check_size(path.stat().st_size)
+                    check_bytes(path.stat().st_size)
                 try:
                     return storage.read(spelling)
                 except OSError as error:
@@ -80,15 +82,11 @@ class ImageSource:
             if "://" not in root and not Path(root).is_dir():
                 host = os.uname().nodename
                 raise OSError(errno.ENOTCONN, f"the image folder {root} is not there on {host}; mount it")
+        if name.startswith("data:"):
+            raise MissingImageError(
+                f"missing image: {name[:40]!r} holds the image itself; write it to a file, name that"
+            )
         raise MissingImageError("missing image: no image folder or archive has it; add it to one")
-
-
-def _check_size(size: int) -> None:
-    """Raise ValueError for a file that is larger than any image."""
-    from pipeline.encoders.decode import MAX_BYTES
-
-    if size > MAX_BYTES:
-        raise ValueError(f"file of {size:,} bytes, images of up to {MAX_BYTES:,} are read; make it smaller")
 
 
 def spellings(name: str) -> tuple[str, ...]:
@@ -227,9 +225,29 @@ def absent_images(roots: tuple[str, ...], names: Iterable[str]) -> list[str]:
 
 def compare_names(roots: tuple[str, ...], absent: Sequence[str]) -> str:
     """Names that are asked for beside names that are there, for a message about images that are missing."""
-    some = {root: _index_zip(root) if is_zip(root) else Storage(root).first(SHOWN) for root in roots}
-    there = [f"{root} holds {', '.join(_shown(names)) or 'nothing'}" for root, names in some.items()]
+    there = [f"{root} holds {', '.join(_shown(_names_in(root))) or 'nothing'}" for root in roots]
     return f"asked for {', '.join(_shown(absent))}; " + "; ".join(there)
+
+
+def _names_in(root: str) -> Iterable[str]:
+    """Names in a root as they are spelled there, the first ones at least."""
+    if is_zip(root):
+        return _index_zip(root)
+    return Storage(root).first(SHOWN) if "://" in root else _walk(Path(root))
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Names of the files below `root`, linked folders included: each real folder once, so that loops end."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        paths = [Path(folder, file) for file in sorted(files)]
+        yield from (path.relative_to(root).as_posix() for path in paths if path.is_file())
 
 
 def _shown(names: Iterable[str]) -> list[str]:

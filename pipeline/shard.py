@@ -96,6 +96,13 @@ class TarWriter:
             self._digest.update(part)
 
 
+def image_member(key: str, image: str) -> str:
+    """The member of a sample's source image: it ends as the image's name, where that is plain and a tar can hold it."""
+    suffix = image.rpartition(".")[2].lower()
+    name = f"{key}.{suffix}"
+    return name if suffix.isalnum() and suffix != "json" and len(name.encode()) <= tarfile.LENGTH_NAME else f"{key}.img"
+
+
 def sample_json(sample: Sample) -> bytes:
     """The `<key>.json` member of a sample: canonical, so that equal samples have equal bytes."""
     return sample.model_dump_json(by_alias=True).encode()

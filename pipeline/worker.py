@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import tarfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -42,7 +41,7 @@ from pipeline.schema import (
     claim_path,
     tar_path,
 )
-from pipeline.shard import TarWriter, members, sample_json, sha256_of
+from pipeline.shard import TarWriter, image_member, members, sample_json, sha256_of
 from pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -115,7 +114,8 @@ class ShardWorker:
             self.report("the writing of its files")
             made = self._publish(commit, folder, base)
         self.storage.delete(claim_path(shard))
-        failures = [failure for failure in commit.failures if failure.kind != "retried"]
+        # An added column fails for no sample of its own.
+        failures = [failure for failure in commit.failures if base and failure.kind != "retried"]
         outcome |= {
             "images": sum(image is not None for image in commit.images),
             "samples": len(commit.keys),
@@ -337,7 +337,7 @@ class _ShardInTheMaking:
                 else:
                     writer.add(f"{item.key}.{name}.{self.spec.codec}", payloads[name][row])
             if item.data is not None and SAMPLES in self.writers:
-                self.writers[SAMPLES].attach(f"{item.key}.{_suffix(item)}", item.data)
+                self.writers[SAMPLES].attach(image_member(item.key, item.image or ""), item.data)
             row += item.image is not None  # text has no row
 
     def finish(self) -> Commit:
@@ -352,13 +352,6 @@ class _ShardInTheMaking:
             failures=tuple(self.failures),
             store=self.spec.digest,
         )
-
-
-def _suffix(item: _Item) -> str:
-    """What a stored image's member ends in: as its file where that is plain, and fits into a tar's name."""
-    suffix = (item.image or "").rpartition(".")[2].lower()
-    fits = len(f"{item.key}.{suffix}".encode()) <= tarfile.LENGTH_NAME
-    return suffix if suffix.isalnum() and suffix != "json" and fits else "img"
 
 
 def to_host(payloads: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -44,7 +44,7 @@ TURNS = {  # what undoes each orientation
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG, JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"  # what their files begin with
 TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
 # Ways to pack a TIFF that notice damage. Of the others libtiff leaves pixels as the memory was.
 NOTICES_DAMAGE = {"raw", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "packbits"}
@@ -67,25 +67,38 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ValueError: with the path and a reason, if it is no readable image. OSError: if it cannot be read.
     """
+    try:
+        return load_image(read_image(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def read_image(path: Path) -> bytes:
+    """The bytes of a local file, which need not be there nor end: a link may lead to a device.
+
+    Raises:
+        ValueError: with a reason, if it is not a file of at most MAX_BYTES. OSError: if it cannot be read.
+    """
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # or a FIFO would be waited for
     try:
         status = os.fstat(descriptor)
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(errno.EISDIR, "a folder, not an image", str(path))
         if not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path}: a device, a pipe or a socket; give a file")
-        if status.st_size > MAX_BYTES:
-            raise ValueError(
-                f"{path}: {status.st_size:,} bytes, images of up to {MAX_BYTES:,} are read; make it smaller"
-            )
+            raise ValueError(f"{path} is a device, a pipe or a socket; give a file")
+        check_bytes(status.st_size)
         with open(descriptor, "rb", closefd=False) as file:
-            data = file.read(status.st_size)
+            return file.read(status.st_size)
     finally:
         os.close(descriptor)
-    try:
-        return load_image(data)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+
+
+def check_bytes(size: int) -> None:
+    """Raise ValueError for a file that is not to be read, for its size in bytes."""
+    if size == 0:  # so say the endless files of /proc
+        raise ValueError("empty file")
+    if size > MAX_BYTES:
+        raise ValueError(f"file of {size:,} bytes, images of up to {MAX_BYTES:,} are read; make it smaller")
 
 
 def load_image(data: bytes) -> Image.Image:
@@ -99,9 +112,10 @@ def load_image(data: bytes) -> Image.Image:
     try:
         return upright_rgb(_opened(data))
     except ValueError:
-        with contextlib.suppress(ValueError):
-            if data.startswith(PNG):
-                return upright_rgb(_opened(_essential(data)))
+        for signature, essential in ((PNG, _essential_png), (JPEG, _essential_jpeg)):
+            if data.startswith(signature):
+                with contextlib.suppress(ValueError):
+                    return upright_rgb(_opened(essential(data)))
         raise
 
 
@@ -119,7 +133,9 @@ def upright_rgb(image: Image.Image) -> Image.Image:
         _decode(image)
     _check_bounds(image)  # an icon's header need not say how large its image is
     if expected is not None and expected != hashlib.sha256(image.tobytes()).hexdigest():
-        raise ValueError("damaged, it decodes to other pixels each time")
+        raise ValueError(
+            f"damaged {image.width}x{image.height} TIFF: it decodes to other pixels each time; copy it again"
+        )
     with _reasons():
         turn = TURNS.get(_orientation(image))
         if turn is not None:
@@ -157,8 +173,9 @@ def _check_bounds(image: Image.Image) -> None:
     size = f"{width}x{height} pixels"
     if short < 1:
         raise ValueError(f"{size}: empty")
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{size}: refused as a decompression bomb, more than {MAX_PIXELS:,}; make it smaller")
+    is_slow = any(part[0] in Image.DECODERS for part in getattr(image, "tile", ()))  # decoded by Python
+    if width * height > (MAX_PIXELS // 10 if is_slow else MAX_PIXELS):
+        raise ValueError(f"{size}: refused as a decompression bomb; make it smaller")
     if long > MAX_SIDE or long > MAX_RATIO * short:
         raise ValueError(
             f"{size}: too long; sides of up to {MAX_SIDE:,} are read, and up to {MAX_RATIO:,} times the other; cut it"
@@ -168,7 +185,7 @@ def _check_bounds(image: Image.Image) -> None:
     if not isinstance(wide, int) or not isinstance(high, int) or wide * high > MAX_PIXELS:
         raise ValueError(f"tiles of {wide}x{high} pixels: refused as a decompression bomb; make it smaller")
     if image.format == "EPS":
-        raise ValueError("an EPS file, which only another program can draw; convert it to PNG")
+        raise ValueError(f"{size} of an EPS file, which only another program can draw; convert it to PNG")
 
 
 def _decode(image: Image.Image) -> None:
@@ -233,21 +250,34 @@ def _decoded_elsewhere(image: Image.Image) -> str | None:
     if done.returncode == -signal.SIGKILL or b"MemoryError" in done.stderr:
         raise MemoryError(f"decoding a TIFF of {image.width}x{image.height} pixels")
     if done.returncode < 0:
-        raise ValueError("damaged, its decoder crashes")
+        raise ValueError(f"damaged {image.width}x{image.height} TIFF: its decoder crashes; copy it again")
     return str(done.stdout, "ascii").strip()
 
 
-def _essential(png: bytes) -> bytes:
-    """A PNG with the chunks that its pixels need, and its EXIF if that is whole."""
+def _essential_png(png: bytes) -> bytes:
+    """Only the chunks that the pixels need, and the EXIF if that is whole."""
     kept, at = [PNG], len(PNG)
     while at < len(png):
         kind = png[at + 4 : at + 8]
         end = at + 12 + int.from_bytes(png[at : at + 4], "big")  # its length, its kind, the payload, its checksum
         is_whole = zlib.crc32(png[at + 4 : end - 4]).to_bytes(4, "big") == png[end - 4 : end]
-        if kind[:1].isupper() or (kind == b"eXIf" and is_whole):  # an upper case letter: it is critical
+        if kind in (b"IHDR", b"PLTE", b"IDAT", b"IEND") or (kind == b"eXIf" and is_whole):
             kept.append(png[at:end])
         at = end
     return b"".join(kept)
+
+
+def _essential_jpeg(jpeg: bytes) -> bytes:
+    """Without what applications add (profiles, further images, comments), except EXIF and what tells the colours."""
+    kept, at = [JPEG], len(JPEG)
+    while jpeg[at : at + 1] == b"\xff" and jpeg[at + 1 : at + 2] != b"\xda":  # a segment before the pixels
+        kind = jpeg[at + 1 : at + 2]
+        end = at + 2 + int.from_bytes(jpeg[at + 2 : at + 4], "big")
+        # APP0 to APP15 are 0xE0 to 0xEF: JFIF is 0, EXIF is 1, Adobe's colours are 14. A comment is 0xFE.
+        if not (b"\xe2" <= kind <= b"\xed" or kind in (b"\xef", b"\xfe")):
+            kept.append(jpeg[at:end])
+        at = end
+    return b"".join([*kept, jpeg[at:]])
 
 
 def _from_deep(image: Image.Image) -> Image.Image:

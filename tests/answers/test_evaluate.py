@@ -7,6 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
+from training.answers.answer import answer_all
+from training.benchmarks import Source
+from training.benchmarks.report import describe
+from training.benchmarks.scores import score_file
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -46,6 +52,35 @@ def test_batches_processes_and_a_crash_change_no_answer(exported: Path, data: Pa
         "scienceqa.jsonl",
         "scienceqa.jsonl.run.json",
     ]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
+def test_a_damaged_image_costs_its_own_question_only(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photo = Image.new("RGB", (40, 30), (200, 30, 60))
+    odd = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01"  # an EXIF block that is cut off
+    names = ["a.jpg", "damaged.jpg", "odd.jpg"]
+    for name in names:
+        photo.save(tmp_path / name, exif=odd if name == "odd.jpg" else b"")
+    whole = (tmp_path / "damaged.jpg").read_bytes()
+    (tmp_path / "damaged.jpg").write_bytes(whole[: len(whole) // 2])
+    lines = [json.dumps({"question_id": name, "image": name, "text": "What?"}) + "\n" for name in names]
+    (tmp_path / "q.jsonl").write_text("".join(lines))
+    out = tmp_path / "a.jsonl"
+
+    def answer() -> str:
+        source = Source(names=(), data=None, split=None, questions=tmp_path / "q.jsonl", images=tmp_path, limit=None)
+        (questions,) = source.open()
+        answer_all(str(exported), questions, out, batch_size=1, max_new_tokens=4)
+        return capsys.readouterr().err + describe(score_file(questions, out))
+
+    said = answer()
+    assert "question damaged.jpg is not answered" in said
+    assert "2 of 3 questions answered" in said
+    assert list(texts(out)) == ["a.jpg", "odd.jpg"]
+    (tmp_path / "damaged.jpg").write_bytes(whole)
+    assert "3 of 3 questions answered" in answer()
 
 
 def test_answers_of_another_model_are_not_mixed_in(exported: Path, data: Path, tmp_path: Path) -> None:

@@ -98,6 +98,38 @@ def test_a_bad_record_is_a_failure_with_its_place_and_reason(write: Write, bad: 
     assert reason in dataset.failures[0].reason
 
 
+@pytest.mark.parametrize(
+    "bad",
+    [
+        record("a.jpg", "Nice \ud83d"),
+        record("\udc00.jpg"),
+        {**record("a.jpg"), "id": "\ud83d"},
+        record("://" + "n" * 1_000_000),
+        {**record("a.jpg"), "conversations": [{"from": "human", "value": ["\ud83d"] * 10_000}]},
+    ],
+    ids=["text", "name", "id", "long name", "long value"],
+)
+def test_a_record_with_half_a_character_or_endless_text_is_a_short_failure(write: Write, bad: Any) -> None:
+    dataset = read_dataset((write([bad, record("good.jpg")]),), seed=0, limit=None)
+    assert images(dataset) == ["good.jpg"]
+    assert len(dataset.failures[0].model_dump_json()) < 2_000
+
+
+@pytest.mark.parametrize("value", ["[" * 100_000 + "]" * 100_000, '{"a":' * 5_000 + "1" + "}" * 5_000, "9" * 5_000])
+@pytest.mark.parametrize("name", ["data.json", "data.jsonl"])
+def test_a_record_that_is_too_much_for_the_parser_costs_that_record_only(write: Write, value: str, name: str) -> None:
+    sound = [record("a.jpg", 'a [bracket], a \\ and a "quote"'), record("b.jpg")]
+    lines = [json.dumps(sound[0]), f'{{"image": "c.jpg", "id": {value}}}', json.dumps(sound[1])]
+    text = "\n".join(lines) if name == "data.jsonl" else f"[{','.join(lines)}]"
+    dataset = read_dataset((write(text, name),), seed=0, limit=None)
+    assert sorted(images(dataset), key=str) == ["a.jpg", "b.jpg"]
+    assert [failure.source for failure in dataset.failures] == [f"{name}{':2' if name == 'data.jsonl' else '#1'}"]
+    answers = {r.image: r.conversations[0]["turns"][1]["value"] for r in dataset.records}
+    assert answers["a.jpg"] == sound[0]["id"]
+    with pytest.raises(ValueError, match="its list does not end"):
+        read_dataset((write(f"[{lines[1]},", "cut.json"),), seed=0, limit=None)
+
+
 def test_a_broken_line_costs_that_line_only(write: Write) -> None:
     lines = json.dumps(record("a.jpg")) + "\n{broken\n" + json.dumps(record("b.jpg")) + "\n"
     dataset = read_dataset((write(lines, "data.jsonl"),), seed=0, limit=None)

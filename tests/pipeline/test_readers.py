@@ -13,6 +13,7 @@ import pytest
 import webdataset as wds
 
 from pipeline.manifest import read_manifest
+from pipeline.shard import image_member
 from pipeline.storage import Storage
 
 INSPECT = "pipeline/inspect_shards.py"
@@ -51,6 +52,14 @@ def test_ray_data_reads_the_tars(store: Path, ray_address: str, run: Any) -> Non
     output = run("-c", READ_WITH_RAY, str(store / "block02"))
     rows = json.loads(next(line for line in output.splitlines() if line.startswith("{")))
     assert rows == {f"{number:09d}": 16 * 32 * 2 for number in range(60)}
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [("a.JPG", "jpg"), ("a.webp", "webp"), ("a", "a"), ("a.json", "img"), ("a.b c", "img"), ("a." + "x" * 300, "img")],
+)
+def test_a_stored_image_s_member_ends_as_its_file_where_a_tar_can_hold_that(name: str, suffix: str) -> None:
+    assert image_member("000000007", name) == f"000000007.{suffix}"
 
 
 @pytest.mark.slow  # a build

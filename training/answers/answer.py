@@ -62,7 +62,7 @@ def answer_all(model: str, questions: Questions, out: Path, batch_size: int, max
         max_new_tokens: of an answer; None for the questions' own.
 
     Raises:
-        ValueError: if the model or an image file cannot be read, or `out` is another model's.
+        ValueError: if the model cannot be read, or `out` is another model's.
     """
     process = AnsweringProcess.of_environment()
     asked = questions.to_ask()
@@ -104,15 +104,14 @@ def _with_pictures(batch: Sequence[Asked], questions: Questions) -> list[tuple[A
     """Questions with their images decoded, None for one that has none. One with a damaged image is named and left out.
 
     Raises:
-        ValueError, OSError: if an image file cannot be read.
+        OSError: if an image file cannot be read.
     """
     from pipeline.encoders.decode import load_image
 
     sound: list[tuple[Asked, Image | None]] = []
     for question in batch:
-        data = None if question.image is None else questions.image(question.image)
-        try:
-            sound.append((question, None if data is None else load_image(data)))  # as the features were made
+        try:  # as the features were made
+            sound.append((question, None if question.image is None else load_image(questions.image(question.image))))
         except ValueError as error:
             print(
                 f"question {question.line['question_id']} is not answered: image {question.image}: {error}. Mend or "

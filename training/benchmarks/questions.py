@@ -161,12 +161,14 @@ class Benchmark(ABC):
         """Bytes of an image file.
 
         Raises:
-            ValueError: if it is not there, or its name leads out of the benchmark's folder.
+            ValueError: if it is not there, its name leads out of the benchmark's folder, or it is too large.
         """
+        from pipeline.encoders.decode import read_image
+
         path = find_file(self.image_folder, name)
         if path is None:
             raise ValueError(f"{name} is not a file within {self.image_folder}; put it there, or name one that is")
-        return path.read_bytes()
+        return read_image(path)
 
     def absent_images(self) -> list[str]:
         """Names of images that the questions need and the folder lacks."""

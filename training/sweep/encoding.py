@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from training.release.table import EncodingCost
 from training.sweep.plan import AblationConfig, Encoding, Run
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from pipeline.schema import Column, EncoderSpec
 
 FILE = "encoding.json"  # in the ablation's folder; what stands there is not measured again
@@ -87,16 +90,26 @@ def _encode_all(encoding: Encoding, what: str, columns: Sequence[Column], names:
     import torch
 
     from pipeline.encoder import Encoder
-    from pipeline.encoders.decode import load_image
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     encoder = Encoder(encoding.encoder, None, tuple(columns), "bfloat16" if device == "cuda" else "float32", device)
-    start = time.perf_counter()
+    start, count = time.perf_counter(), 0
     for first in range(0, len(names), encoding.batch_size):
-        batch = [Path(encoding.images, name).read_bytes() for name in names[first : first + encoding.batch_size]]
-        pixels = [torch.from_numpy(encoder.pixels(load_image(data), "pad")) for data in batch]
-        for features in encoder(torch.stack(pixels)).values():  # (batch, tokens, width) of each column
-            features.cpu()
+        paths = [Path(encoding.images, name) for name in names[first : first + encoding.batch_size]]
+        pixels = [torch.from_numpy(encoder.pixels(image, "pad")) for image in _sound(paths)]
+        count += len(pixels)
+        features = encoder(torch.stack(pixels)) if pixels else {}  # {column: (batch, tokens, width)}
+        for value in features.values():
+            value.cpu()
     seconds = time.perf_counter() - start
-    print(f"encoded {len(names)} images for {what} in {seconds:.1f} s", flush=True)
+    print(f"encoded {count} of {len(names)} images for {what} in {seconds:.1f} s", flush=True)
     return seconds
+
+
+def _sound(paths: Sequence[Path]) -> Iterator[Image]:
+    """The images that can be read; the stores lack the others too."""
+    from pipeline.encoders.decode import open_image
+
+    for path in paths:
+        with contextlib.suppress(ValueError, FileNotFoundError):
+            yield open_image(path)

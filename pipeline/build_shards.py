@@ -49,6 +49,8 @@ def main() -> None:
         build(config, dataset, spec, arguments.retry_failed)
     except (ConfigError, ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped; the shards that are done stay, run the same command again")
 
 
 def parse_arguments() -> argparse.Namespace:

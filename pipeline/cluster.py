@@ -13,6 +13,7 @@ from pathlib import Path
 SOCKET_PATH = 107  # bytes, the longest path of a socket
 SOCKET_NAME = "/ray-01234567/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # as Ray makes them
 ANSWERS_IN = 10  # s, what is there
+LONGEST = 300  # characters of a message of Ray's
 
 
 @contextlib.contextmanager
@@ -56,7 +57,7 @@ def _join(address: str, source: str) -> None:
             raise ConnectionError(fault)
         ray.init(address=address)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        raise ValueError(f"no Ray cluster to join at {source}={address}: {_first_line(error)}; {cure}") from error
+        raise ValueError(f"no Ray cluster to join at {source}={address}: {_short(error)}; {cure}") from error
 
 
 def no_answer(gcs_address: str) -> str:
@@ -71,13 +72,13 @@ def no_answer(gcs_address: str) -> str:
         with create_gcs_channel(gcs_address) as channel:
             NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWERS_IN)
     except AuthenticationError as error:
-        return _first_line(error)
+        return _short(error)
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
             return f"no answer within {ANSWERS_IN} s"
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
             return "it asks for a token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
-        return _first_line(error.details() or error.code().name).rpartition("last error: ")[2]
+        return _short(error.details() or error.code().name).rpartition("last error: ")[2]
     return ""
 
 
@@ -86,6 +87,9 @@ def _local(num_gpus: int | None, object_store_memory: int) -> Iterator[None]:
     """A Ray of this process on this machine: it listens on loopback, and only who holds its random token is heard.
 
     Ray reads these variables when it is imported; its processes inherit them.
+
+    Raises:
+        ValueError: if it does not start.
     """
     root = str(Path(__file__).resolve().parent.parent)
     paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
@@ -95,15 +99,18 @@ def _local(num_gpus: int | None, object_store_memory: int) -> Iterator[None]:
     import ray
 
     folder = _private_folder()
-    ray.init(
-        address="local",
-        num_gpus=num_gpus,
-        include_dashboard=False,
-        object_store_memory=object_store_memory,
-        runtime_env={"env_vars": {"PYTHONPATH": paths}},
-        _node_ip_address="127.0.0.1",
-        _temp_dir=str(folder / "ray"),  # Ray opens it to everyone; the folder around it stays closed
-    )
+    try:
+        ray.init(
+            address="local",
+            num_gpus=num_gpus,
+            include_dashboard=False,
+            object_store_memory=object_store_memory,
+            runtime_env={"env_vars": {"PYTHONPATH": paths}},
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder / "ray"),  # Ray opens it to everyone; the folder around it stays closed
+        )
+    except (RuntimeError, ray.exceptions.RayError) as error:
+        raise ValueError(f"Ray does not start here: {_short(error)}; its logs are in {folder}") from error
     yield
     shutil.rmtree(folder, ignore_errors=True)  # after a failure Ray's logs stay
 
@@ -116,7 +123,7 @@ def _private_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="ray-", dir=place))
 
 
-def _first_line(error: object) -> str:
-    """What an error says, without the paragraphs of advice behind it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0].rstrip(".") if lines else repr(error)
+def _short(error: object) -> str:
+    """What an error says in one line, without the pages of advice behind it."""
+    words = " ".join(str(error).split()) or repr(error)
+    return (words if len(words) <= LONGEST else f"{words[:LONGEST]}...").rstrip(".")

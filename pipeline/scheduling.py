@@ -83,6 +83,7 @@ def schedule(
             except queue.Empty:
                 continue
             if outcome is None:
+                guard.clear()
                 return
             if isinstance(outcome, Exception):
                 raise _explained(outcome) from outcome
@@ -280,6 +281,12 @@ class _Guard:
 
         names = _internal_kv_list(f"{self._board}/", namespace=BOARD)
         return {name.decode(): Sign(**json.loads(_internal_kv_get(name, namespace=BOARD))) for name in names}
+
+    def clear(self) -> None:
+        """Take the signs from the board."""
+        from ray.experimental.internal_kv import _internal_kv_del
+
+        _internal_kv_del(f"{self._board}/", del_by_prefix=True, namespace=BOARD)
 
     def _end(self, name: str, sign: Sign, seconds: float) -> None:
         """End a process that hangs: SIGKILL reaches it even if it is stopped. Ray then starts it again."""

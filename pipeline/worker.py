@@ -111,7 +111,6 @@ class ShardWorker:
             return {**outcome, "postponed": True}
         with self.storage.scratch() as folder, torch.inference_mode():
             commit = self._build(row, folder, names)
-            self.report("the writing of its files")
             made = self._publish(commit, folder, base)
         self.storage.delete(claim_path(shard))
         # An added column fails for no sample of its own.
@@ -270,6 +269,7 @@ class ShardWorker:
         files = dict(commit.files)
         for name, file in commit.files.items():
             path = tar_path(name, commit.shard)
+            self.report(f"the publishing of {path}")
             if not self.storage.publish(path, folder / f"{name}.tar"):
                 if self._is_there(commit.shard, base, tuple(commit.files)):
                     return False  # another worker was first

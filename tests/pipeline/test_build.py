@@ -77,7 +77,10 @@ def test_running_again_does_nothing_and_says_so(store: Path, settings: Settings,
 def test_the_same_settings_give_the_same_bytes_with_one_worker(
     store: Path, settings: Settings, run: Run, contents: Contents, tmp_path: Path
 ) -> None:
-    run(BUILD, *settings(tmp_path / "store", workers=1, decode_threads=1), env={"RAY_ADDRESS": ""})  # a local Ray
+    folder = tmp_path / "longer-than-the-path-of-a-socket-may-be" / ("x" * 60)
+    folder.mkdir(parents=True)
+    environment = {"RAY_ADDRESS": "", "TMPDIR": str(folder)}  # a local Ray
+    run(BUILD, *settings(tmp_path / "store", workers=1, decode_threads=1), env=environment)
     assert contents(tmp_path / "store") == contents(store)
 
 
@@ -95,6 +98,15 @@ def test_another_build_on_the_same_store_is_refused_by_name(
     output = call(BUILD, *settings(store), setting, fails=True)
     assert f"- {said}\n" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.slow
+def test_a_worker_s_own_reason_ends_the_build(settings: Settings, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "block02").touch()  # where a folder should come
+    said = run(BUILD, *settings(tmp_path / "store"), fails=True)
+    assert f"File exists: '{tmp_path}/store/block02' (worker on " in said.rpartition("error: shard 0: ")[2]
+    assert "UDF failed" not in said and "Traceback" not in said
 
 
 def test_faults_are_recorded_with_a_reason_and_the_job_goes_on(

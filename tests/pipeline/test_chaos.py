@@ -90,6 +90,7 @@ class FaultyS3:
         self.random = random.Random(seed)
         self.faults: collections.Counter[str] = collections.Counter()
         self.failing = False
+        self.stalled = ""  # a name: reading that never ends
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
@@ -122,7 +123,7 @@ class FaultyS3:
             ):  # what arrived is not what was sent: S3 sees it
                 return self._error(400, "BadDigest")
             body = bytes([body[0] ^ 1]) + body[1:]
-        if kind == "hang":
+        if kind == "hang" or (self.stalled and self.stalled in request.path):
             await self.ending.wait()
         if kind in ("reset", "hang"):
             return self._cut(request)
@@ -433,3 +434,51 @@ def test_two_jobs_at_once_build_one_store_and_share_the_work(
     assert contents(store) == contents(undisturbed)
     twice = [int(found) for log in logs for found in re.findall(r"(\d+) shard\(s\) were there", log.read_text())]
     assert sum(twice) <= len(jobs)
+
+
+def end_of(job: subprocess.Popen[bytes], log: Path) -> str:
+    """What the job says, once it has failed."""
+    assert job.wait() != 0
+    return log.read_text().rpartition("error: ")[2]
+
+
+def test_a_stopped_worker_is_named_and_ended_and_the_build_goes_on(
+    cluster: Any, options: Any, undisturbed: Path, contents: Any, tmp_path: Path
+) -> None:
+    store, log = tmp_path / "store", tmp_path / "log"
+    job = start(cluster, options(store, hang_s=20), log)
+    wait_for_files(job, lambda: len([*store.glob("commits/*.json")]), 2)
+    victim = cluster.actors()[0]
+    victim.send_signal(signal.SIGSTOP)
+    assert job.wait() == 0, log.read_text()[-4000:]
+    assert re.search(rf"\(process {victim.pid}\), .*, had not moved for \d+ s and was ended", log.read_text())
+    assert contents(store) == contents(undisturbed)
+
+
+def test_a_read_that_never_ends_is_named_with_its_sample_and_the_same_command_resumes(
+    cluster: Any, faulty_s3: FaultyS3, options: Any, undisturbed: Path, data: Path, contents: Any, tmp_path: Path
+) -> None:
+    client = boto3.client("s3")
+    for path in (data / "scenes/images").rglob("*.*"):
+        client.upload_file(str(path), "chaos", f"stalled/{path.name}")
+    commit = json.loads((undisturbed / "commits" / "00030.json").read_text())
+    arguments = options(tmp_path / "store", images="s3://chaos/stalled", hang_s=15)
+    faulty_s3.stalled = commit["images"][5]
+    said = end_of(start(cluster, arguments, tmp_path / "log"), tmp_path / "log")
+    assert f"in shard 30, at sample {commit['keys'][5]}, had not moved for" in said
+    assert "this shard has hung 2 times" in said
+    faulty_s3.stalled = ""
+    finish(cluster, arguments, tmp_path / "log")
+    assert contents(tmp_path / "store") == contents(undisturbed)
+
+
+def test_a_build_whose_control_process_is_killed_says_so(new_cluster: Any, options: Any, tmp_path: Path) -> None:
+    own = new_cluster({})
+    try:
+        node = own.add(cpus=1)
+        job = start(own, options(tmp_path / "store", workers=1), tmp_path / "log")
+        wait_for_files(job, lambda: len([*(tmp_path / "store").glob("commits/*.json")]), 1)
+        next(each for each in own.processes(node) if each.name() == "gcs_server").kill()
+        assert "Ray's control process (GCS) at " in end_of(job, tmp_path / "log")
+    finally:
+        own.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -35,8 +36,8 @@ def answers(address: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[tuple[str, dict[str, str]]]:
+@pytest.fixture(scope="module", params=["disabled", "token"])
+def head(request: pytest.FixtureRequest) -> Iterator[tuple[str, dict[str, str]]]:
     """The job server's address of a Ray head that lives for this module, and the environment to talk to it."""
     folder = Path(tempfile.mkdtemp(prefix="ray-"))  # short: sockets lie in it
     with ExitStack() as stack:
@@ -48,7 +49,8 @@ def head() -> Iterator[tuple[str, dict[str, str]]]:
         **os.environ,
         "HOME": str(folder),
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # the script's own #! finds this python
-        "RAY_AUTH_MODE": "disabled",
+        "RAY_AUTH_MODE": request.param,
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "HF_HUB_OFFLINE": "1",
     }
@@ -76,26 +78,33 @@ def head() -> Iterator[tuple[str, dict[str, str]]]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def submit(head: tuple[str, dict[str, str]], *words: str) -> subprocess.CompletedProcess[str]:
+    """`ray job submit` of these words, from the repository's root."""
+    address, environment = head
+    command = [*RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *words]
+    return subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("typed", [["pipeline/build_shards.py"], ["python", "pipeline/build_shards.py"]])
-def test_a_submitted_job_leaves_the_bytes_of_a_local_one(
-    typed: list[str],
+def test_a_submitted_job_leaves_the_bytes_of_a_local_one_with_and_without_a_token(
+    request: pytest.FixtureRequest,
     head: tuple[str, dict[str, str]],
     store: Path,
     settings: Callable[..., list[str]],
     contents: Callable[[Path], dict[str, bytes]],
     tmp_path: Path,
 ) -> None:
-    address, environment = head
-    submit = [*RAY, "job", "submit", "--address", address, "--working-dir", ".", "--", *typed]
-    done = subprocess.run(
-        [*submit, *settings(tmp_path / "store")],
-        check=False,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
+    python = ["python"] if "token" in request.node.name else []  # both ways to type it
+    done = submit(head, *python, "pipeline/build_shards.py", *settings(tmp_path / "store"))
     assert "succeeded" in done.stdout, (done.stdout + done.stderr)[-4000:]
     assert done.returncode == 0
     assert contents(tmp_path / "store") == contents(store)
+
+
+@pytest.mark.slow
+def test_a_submitted_job_refuses_a_store_inside_its_copy_of_the_working_folder(
+    head: tuple[str, dict[str, str]], settings: Callable[..., list[str]]
+) -> None:
+    done = submit(head, "pipeline/build_shards.py", *settings("runs/store"))
+    assert done.returncode != 0
+    assert "error: store=runs/store is relative: in a Ray job it would lie in" in done.stdout

@@ -15,7 +15,7 @@ import struct
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -225,9 +225,29 @@ def absent_images(roots: tuple[str, ...], names: Iterable[str]) -> list[str]:
 
 def compare_names(roots: tuple[str, ...], absent: Sequence[str]) -> str:
     """Names that are asked for beside names that are there, for a message about images that are missing."""
-    some = {root: _index_zip(root) if is_zip(root) else Storage(root).first(SHOWN) for root in roots}
-    there = [f"{root} holds {', '.join(_shown(names)) or 'nothing'}" for root, names in some.items()]
+    there = [f"{root} holds {', '.join(_shown(_names_in(root))) or 'nothing'}" for root in roots]
     return f"asked for {', '.join(_shown(absent))}; " + "; ".join(there)
+
+
+def _names_in(root: str) -> Iterable[str]:
+    """Names in a root as they are spelled there, the first ones at least."""
+    if is_zip(root):
+        return _index_zip(root)
+    return Storage(root).first(SHOWN) if "://" in root else _walk(Path(root))
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Names of the files below `root`, linked folders included: each real folder once, so that loops end."""
+    seen = set()
+    for folder, folders, files in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        paths = [Path(folder, file) for file in sorted(files)]
+        yield from (path.relative_to(root).as_posix() for path in paths if path.is_file())
 
 
 def _shown(names: Iterable[str]) -> list[str]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import logging
 import os
 import random
@@ -106,9 +105,7 @@ class Storage:
         return True
 
     def first(self, count: int) -> list[str]:
-        """Names of at most `count` files below the root: whichever are found first."""
-        if self._local is not None:
-            return list(itertools.islice(_walk(self._local), count))
+        """Names of the first `count` files below an S3 prefix, in one request."""
         bucket, _, prefix = self.root.removeprefix("s3://").partition("/")
         prefix = f"{prefix}/" if prefix else ""
         asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": count}
@@ -336,20 +333,6 @@ def _list_local(root: Path, prefix: str) -> dict[str, int]:
             with contextlib.suppress(FileNotFoundError):  # a link without content, or just removed
                 found[path.relative_to(root).as_posix()] = path.stat().st_size
     return dict(sorted(found.items()))
-
-
-def _walk(root: Path) -> Iterator[str]:
-    """Names of the files below `root`, linked folders included: each real folder once, so that loops end."""
-    seen = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        paths = [Path(folder, file) for file in sorted(files)]
-        yield from (path.relative_to(root).as_posix() for path in paths if path.is_file())
 
 
 def _link(source: Path, target: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -195,6 +196,14 @@ def test_the_plan_writes_nothing(settings: Settings, call: Run, tmp_path: Path) 
     assert "images         60 (not found: 0)" in output
     assert "4 to do" in output
     assert not (tmp_path / "store").exists()
+
+
+def test_the_plan_shows_names_that_are_asked_for_beside_names_that_are_there(
+    settings: Settings, call: Run, scenes: Path, tmp_path: Path
+) -> None:
+    output = call(BUILD, *settings(tmp_path / "store", images=scenes), "--plan")
+    assert "images         60 (not found: 60)" in output
+    assert re.search(rf"asked for '\S+\.jpg', .*; {scenes} holds .*'images/\S+\.jpg'", output)
 
 
 def test_every_mistake_in_the_settings_is_named_at_once(settings: Settings, call: Run, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.encoders.columns import PAPER_BLOCKS
 from pipeline.schema import Aspect, Codec, Compute
-from pipeline.typed import Typed, as_annotated, as_typed, read_yaml
+from pipeline.typed import MOST_LEVELS, Typed, as_annotated, as_typed, read_yaml
 
 
 class Settings(BaseModel):
@@ -119,7 +119,7 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     dotted, sign, value = text.partition("=")
     if not sign or not dotted:
         return f"argument {_cut(repr(text))} is not of the form key=value; write for example seed=1"
-    *parents, last = dotted.split(".")
+    *parents, last = dotted.split(".", MOST_LEVELS)
     for parent in parents:
         child = tree.setdefault(parent, {})
         if isinstance(child, Typed) and isinstance(child.value, dict):

@@ -122,6 +122,18 @@ def test_a_file_that_is_none_is_one_message(tmp_path: Path, text: str, said: str
     assert len(str(raised.value)) < 2000
 
 
+def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_bytes(b"run: \xff")
+    for path, said in (
+        (tmp_path / "toy.yaml", "is not UTF-8 text"),
+        (tmp_path / "gone.yaml", "does not exist"),
+        (tmp_path, "does not exist"),
+        (tmp_path / ("x" * 5000), r"characters\)' cannot be read: File name too long"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_config(Toy, path, [])
+
+
 def test_an_error_says_where_the_value_comes_from(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         read(

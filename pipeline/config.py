@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pipeline.encoders.columns import PAPER_BLOCKS
 from pipeline.schema import Aspect, Codec, Compute
-from pipeline.typed import Typed, as_annotated, as_typed, read_yaml
+from pipeline.typed import MOST_LEVELS, Typed, as_annotated, as_typed, read_yaml
 
 
 class Settings(BaseModel):
@@ -101,16 +101,23 @@ def differences(theirs: Mapping[str, Any], mine: Mapping[str, Any], there: str =
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     """The settings of a file; ConfigError if it is none."""
-    if not path.is_file():
-        raise ConfigError(
-            f"configuration file {str(path)!r} does not exist (current folder: {Path.cwd()}); give a YAML file"
-        )
+    name = _cut(str(path))
     try:
-        tree = read_yaml(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # UnicodeDecodeError among them
-        raise ConfigError(f"{path} is not valid YAML in UTF-8: {_cut(str(error))}; correct it there") from error
+        if not path.is_file():
+            raise ConfigError(
+                f"configuration file {name!r} does not exist (current folder: {Path.cwd()}); give a YAML file"
+            )
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"configuration file {name!r} cannot be read: {error.strerror}; give another") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} is not UTF-8 text: {error}; save it as UTF-8") from error
+    try:
+        tree = read_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{name} is not valid YAML: {_cut(str(error))}; correct it there") from error
     if not isinstance(tree, dict):
-        raise ConfigError(f"{path} holds {_cut(repr(tree))}; expected settings, each as `name: value`")
+        raise ConfigError(f"{name} holds {_cut(repr(tree))}; expected settings, each as `name: value`")
     return {key: value for key, value in tree.items() if not key.startswith("_")}
 
 
@@ -119,7 +126,7 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     dotted, sign, value = text.partition("=")
     if not sign or not dotted:
         return f"argument {_cut(repr(text))} is not of the form key=value; write for example seed=1"
-    *parents, last = dotted.split(".")
+    *parents, last = dotted.split(".", MOST_LEVELS)
     for parent in parents:
         child = tree.setdefault(parent, {})
         if isinstance(child, Typed) and isinstance(child.value, dict):

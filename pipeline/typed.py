@@ -14,6 +14,8 @@ import yaml
 from pydantic import BaseModel
 
 MOST_VALUES = 100_000  # of a file, every alias counted as what it stands for
+MOST_LEVELS = 50  # of groups and lists within each other
+MOST_BRACKETS = 1000  # PyYAML's time grows with their square
 _YAML = "tag:yaml.org,2002:"
 
 
@@ -35,13 +37,15 @@ def read_yaml(text: str) -> Any:
         ValueError: if it is not YAML, is nested too deeply, grows by its aliases, names a key twice, or has a tag of a
             program's own.
     """
+    if (brackets := text.count("[") + text.count("{")) > MOST_BRACKETS:
+        raise ValueError(f"it has {brackets:,} opening brackets, at most {MOST_BRACKETS:,} are read; take some out")
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
         _count(node, {})
-        return _plain(loader, node)
+        return _plain(loader, node, 0)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
@@ -136,9 +140,11 @@ def _count(node: yaml.Node, known: dict[int, int | None]) -> int:
     return count
 
 
-def _plain(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
-    """The node as lists, dicts, texts and `Typed`."""
+def _plain(loader: yaml.SafeLoader, node: yaml.Node, level: int) -> Any:
+    """The node as lists, dicts, texts and `Typed`; ValueError if it is no setting."""
     place, kind = f"line {node.start_mark.line + 1}", node.tag.removeprefix(_YAML)
+    if level > MOST_LEVELS:
+        raise ValueError(f"{place}: groups and lists are nested too deeply, at most {MOST_LEVELS}; take some out")
     if isinstance(node, yaml.MappingNode) and kind == "map":
         names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
         if len(names) < len(node.value):
@@ -146,9 +152,9 @@ def _plain(loader: yaml.SafeLoader, node: yaml.Node) -> Any:
         if twice := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"{place}: {', '.join(sorted(twice))} is given twice; keep one")
         loader.flatten_mapping(node)  # what `<<: *anchor` takes over
-        return {key.value: _plain(loader, value) for key, value in node.value}
+        return {key.value: _plain(loader, value, level + 1) for key, value in node.value}
     if isinstance(node, yaml.SequenceNode) and kind == "seq":
-        return [_plain(loader, item) for item in node.value]
+        return [_plain(loader, item, level + 1) for item in node.value]
     if isinstance(node, yaml.ScalarNode) and kind in ("str", "timestamp", "value", "merge"):
         return node.value
     if isinstance(node, yaml.ScalarNode) and kind in ("int", "float", "bool", "null"):

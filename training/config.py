@@ -61,7 +61,7 @@ def _of_its_family(given: Any) -> Any:
         return given
     arm = given.get("arm", DEFAULT)
     arm = arm.text if isinstance(arm, Typed) else arm
-    if arm not in FAMILIES:
+    if not isinstance(arm, str) or arm not in FAMILIES:
         raise ValueError(f"arm: no such connector; {meant(str(arm), FAMILIES)}")
     # Drop a setting only if the default family has it and the chosen one does not: anything else unknown is a mistake.
     family, usual = (_settings_of(config_class(name)) for name in (arm, DEFAULT))

@@ -177,6 +177,10 @@ URL = "data:image/png;base64," + "A" * 1000
         ([USER, {**ANSWER, "tool_calls": [{"id": 1}]}, USER], "leave out tool calls"),
         ([{"role": "user"}], "has no content"),
         ([{"role": "user", "content": []}], "has no content"),
+        ([{"role": "user", "content": 7}], "found 7"),
+        ([{"role": "user", "content": {"text": "Hi"}}], "a part of a message is"),
+        ([{"role": None, "content": "Hi"}], "found None, expected user"),
+        ([{"role": "system", "content": True}, USER], "a system message is text"),
     ],
 )
 def test_a_conversation_that_v1_has_no_words_for_is_refused(messages: list[dict], said: str) -> None:

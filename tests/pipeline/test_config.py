@@ -99,8 +99,10 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
         ("inner: {<<: &b {<<: [*b]}}", "line 1: an alias stands within"),
         ("run: !!python/object/apply:os.system [ls]", r"line 1: the tag '.*python/object.*' means nothing"),
         ("run: !mine x", "the tag '!mine' means nothing"),
-        ("run: " + "[" * 3000, "nested too deeply"),
-        ("run: " + "{a: " * 3000, "nested too deeply"),
+        ("run: " + "[" * 3000, "3,000 opening brackets"),
+        ("run: " + "{a: " * 900, "nested too deeply"),
+        ("run: " + "[" * 60 + "]" * 60, "nested too deeply, at most 50"),
+        ("\n".join(" " * level + "a:" for level in range(60)), "nested too deeply, at most 50"),
         ("run: a\nrun: b", "line 1: run is given twice"),
         ("[a]: b", "line 1: a list or a group stands before a colon"),
         ("run: [", "not valid YAML"),
@@ -118,6 +120,18 @@ def test_a_file_that_is_none_is_one_message(tmp_path: Path, text: str, said: str
     with pytest.raises(ConfigError, match=said) as raised:
         read(tmp_path, text)
     assert len(str(raised.value)) < 2000
+
+
+def test_a_file_that_cannot_be_read_is_one_message(tmp_path: Path) -> None:
+    (tmp_path / "toy.yaml").write_bytes(b"run: \xff")
+    for path, said in (
+        (tmp_path / "toy.yaml", "is not UTF-8 text"),
+        (tmp_path / "gone.yaml", "does not exist"),
+        (tmp_path, "does not exist"),
+        (tmp_path / ("x" * 5000), r"characters\)' cannot be read: File name too long"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            load_config(Toy, path, [])
 
 
 def test_an_error_says_where_the_value_comes_from(tmp_path: Path) -> None:

@@ -62,6 +62,7 @@ def test_mistakes_are_named_before_anything_is_trained(tmp_path: Path, monkeypat
         plan_runs(config)
     for wrong, said in (
         ("{arm: mbft}", r"model\.connector: arm: no such connector; did you mean 'mbtf'\?"),
+        ("{arm: [mbtf]}", "arm: no such connector; did you mean 'mbtf'"),
         ("{kernel_size: two}", r"kernel_size: .*\(found 'two', from arm 'mine'\)"),
         ("{kernal_size: 2}", r"kernal_size: .*did you mean 'kernel_size'"),
     ):

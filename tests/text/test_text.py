@@ -131,7 +131,7 @@ def test_an_image_beyond_the_limit_is_refused_with_what_to_do(tokenizer: Tokeniz
         labelled(tokenizer, *LATE, max_length=place)
 
 
-@pytest.mark.parametrize("word", ["<ima<image>ge>", "<<image>image>", "<ima<ima<image>ge>ge>"])
+@pytest.mark.parametrize("word", ["<ima<image>ge>", "<<image>image>", "<ima" * 9 + "<image>" + "ge>" * 9])
 def test_a_word_for_an_image_within_another_leaves_none_behind(tokenizer: Tokenizer, word: str) -> None:
     for texts in (("<image>\nWhat?", f"a {word} dog"), (f"What {word} is it?", "a dog")):
         example = labelled(tokenizer, *texts)

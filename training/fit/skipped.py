@@ -89,8 +89,8 @@ class SkippedExamples(Callback):  # type: ignore[misc]
         with (self.run / SKIPPED).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({**asdict(skip), "step": step}) + "\n" for skip in new)
         for skip in new[: max(0, SHOWN - len(self._reasons))]:
-            of = "" if skip.image is None else f" of {skip.image}"
-            print(f"skipped   {skip.key} (record {skip.id}{of}): {skip.reason}", flush=True)
+            of = "" if skip.image is None else f" of {skip.image!r:.80}"
+            print(f"skipped   {skip.key} (record {skip.id!r:.80}{of}): {skip.reason}", flush=True)
         if len(self._reasons) <= SHOWN < len(self._reasons) + len(new):
             print(f"skipped   more are listed in {self.run / SKIPPED}", flush=True)
 

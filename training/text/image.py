@@ -44,9 +44,15 @@ def image_first(turns: Turns) -> Turns:
 
 def without_word(text: str) -> str:
     """The text without `<image>`, also where one word stood within another: `<ima<image>ge>`."""
-    while IMAGE in text:
-        text = text.replace(IMAGE, "")
-    return text
+    text = text.replace(IMAGE, "")
+    if IMAGE not in text:
+        return text
+    kept: list[str] = []  # a stack: a word goes as soon as its last letter comes, however many begin before it
+    for letter in text:
+        kept.append(letter)
+        if letter == IMAGE[-1] and "".join(kept[-len(IMAGE) :]) == IMAGE:
+            del kept[-len(IMAGE) :]
+    return "".join(kept)
 
 
 def tokenize_with_image(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -13,7 +13,7 @@ CHAT_TEMPLATE = """\
 {%- if messages and messages[0]['role'] == 'system' -%}
     {%- set system, turns = messages[0]['content'], messages[1:] -%}
     {%- if system is not string -%}
-        {%- if system | rejectattr('type', 'equalto', 'text') | list -%}
+        {%- if system is not iterable or system | rejectattr('type', 'equalto', 'text') | list -%}
             {{- raise_exception("a system message is text; put the image into the user's first one") -}}
         {%- endif -%}
         {%- set system = system | map(attribute='text') | join('\n') -%}
@@ -27,8 +27,8 @@ CHAT_TEMPLATE = """\
 {%- for turn in turns -%}
     {%- set expected = ['user', 'assistant'][loop.index0 % 2] -%}
     {%- if turn['role'] != expected -%}
-        {{- raise_exception("roles are user and assistant in turns, and system for the first message; found " +
-            turn['role'] ~ ", expected " + expected) -}}
+        {{- raise_exception("roles are user and assistant in turns, and system for the first message; found "
+            ~ turn['role'] ~ ", expected " ~ expected) -}}
     {%- elif turn['tool_calls'] or turn['image'] or turn['images'] or turn['image_url'] -%}
         {{- raise_exception("a message has a role and a content; put its image into the content, "
             "leave out tool calls") -}}
@@ -36,6 +36,8 @@ CHAT_TEMPLATE = """\
     {%- set said = namespace(images=0, texts=[]) -%}
     {%- if turn['content'] is string -%}
         {%- set said.texts = [turn['content']] -%}
+    {%- elif turn['content'] is not iterable -%}
+        {{- raise_exception("a content is a text, or a list of parts; found " ~ turn['content']) -}}
     {%- else -%}
         {%- for part in turn['content'] -%}
             {%- if part['type'] == 'image' and part['text'] is not defined -%}

@@ -2,8 +2,8 @@
 """Check every file of infra/ with the tool of its own world, without a cluster or a cloud: `make infra-check`.
 
 Shell scripts: shellcheck. Dockerfile: hadolint. Kubernetes: kustomize builds each folder, and what it builds is held
-against Kubernetes' schemas and, for a RayJob, rayjob.schema.json; root file systems are read-only, the network closed. SkyPilot: Task.from_yaml. CloudFormation: cfn-lint,
-each role's prefix, then a stack is created in moto.
+against Kubernetes' schemas and, for a RayJob, rayjob.schema.json; root file systems are read-only, the network closed.
+SkyPilot: Task.from_yaml. CloudFormation: cfn-lint, each role's prefix, then a stack is created in moto.
 """
 
 from __future__ import annotations

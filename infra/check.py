@@ -2,8 +2,8 @@
 """Check every file of infra/ with the tool of its own world, without a cluster or a cloud: `make infra-check`.
 
 Shell scripts: shellcheck. Dockerfile: hadolint. Kubernetes: kustomize builds each folder, and what it builds is held
-against Kubernetes' schemas and, for a RayJob, rayjob.schema.json. SkyPilot: Task.from_yaml. CloudFormation: cfn-lint,
-then a stack is created in moto.
+against Kubernetes' schemas and, for a RayJob, rayjob.schema.json; root file systems are read-only, the network closed.
+SkyPilot: Task.from_yaml. CloudFormation: cfn-lint, each role's prefix, then a stack is created in moto.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 KUBERNETES = "1.34"  # the version whose schemas apply
+PREFIXES = ("${Bucket.Arn}/stores/*", "${Bucket.Arn}/runs/${!aws:PrincipalTag/kubernetes-service-account}/*")
 BIN = Path(sys.executable).parent
 
 
@@ -61,7 +62,24 @@ def kubernetes(folder: Path) -> Iterator[tuple[str, str]]:
             yield name, built.stderr
             continue
         for document in yaml.safe_load_all(built.stdout):
-            yield f"{name}: {document['kind']} {document['metadata']['name']}", _manifest(document, root)
+            found = _manifest(document, root) or _locked(document)
+            yield f"{name}: {document['kind']} {document['metadata']['name']}", found
+        if "kind: NetworkPolicy" not in built.stdout:
+            yield f"{name}: network", "there is no NetworkPolicy"
+
+
+def _locked(document: dict[str, Any]) -> str:
+    """What a container of a manifest may do that it should not."""
+    if document["kind"] == "RayJob":
+        cluster = document["spec"]["rayClusterSpec"]
+        pods = [group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    else:
+        pods = [document["spec"]["template"]["spec"]] if document["kind"] == "Job" else []
+    for container in (container for pod in pods for container in pod["containers"]):
+        context = container.get("securityContext", {})
+        if not context.get("readOnlyRootFilesystem") or context.get("allowPrivilegeEscalation") is not False:
+            return f"container {container['name']} can write its root file system, or gain privileges\n"
+    return ""
 
 
 def _manifest(document: dict[str, Any], root: Path) -> str:
@@ -121,12 +139,29 @@ def _script(text: str) -> str:
 def cloudformation(folder: Path) -> Iterator[tuple[str, str]]:
     """The template's text, then whether its stack comes up, with and without its conditions."""
     path = folder / "aws" / "storage.yaml"
-    found = _output("cfn-lint", str(path))
-    yield "storage.yaml (cfn-lint)", found
+    found = _output("cfn-lint", str(path)) or _prefixes(path.read_text(encoding="utf-8"))
+    yield "storage.yaml (cfn-lint, prefixes)", found
     if not found:
         yield "storage.yaml (stack)", _stack(path.read_text(encoding="utf-8"), {"BucketName": "check-a"})
         more = {"BucketName": "check-b", "EksCluster": "check", "StoreDays": "30"}
         yield "storage.yaml (stack on EKS)", _stack(path.read_text(encoding="utf-8"), more)
+
+
+def _prefixes(template: str) -> str:
+    """Statements that let a role write or delete outside its own prefix, or in another role's."""
+    loader = type("Loader", (yaml.SafeLoader,), {})
+    yaml.add_multi_constructor("!", lambda loader, _, node: getattr(node, "value", None), loader)
+    owners: dict[str, str] = {}
+    for name, resource in yaml.load(template, loader)["Resources"].items():
+        for policy in resource["Properties"].get("Policies", []):
+            for statement in policy["PolicyDocument"]["Statement"]:
+                actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+                if statement["Effect"] != "Allow" or not {"s3:PutObject", "s3:DeleteObject", "s3:*"} & set(actions):
+                    continue
+                prefix = str(statement["Resource"])
+                if prefix not in PREFIXES or owners.setdefault(prefix, name) != name:
+                    return f"{name} may write {prefix}, which is not its own prefix\n"
+    return ""
 
 
 def _stack(template: str, parameters: dict[str, str]) -> str:

@@ -141,6 +141,47 @@ def test_each_planted_typo_is_found(tools: Path, tmp_path: Path) -> None:
     assert "\nok " in found  # what is right stays right
 
 
+def test_a_manifest_that_opens_a_door_is_found(tools: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "infra"
+    shutil.copytree(INFRA, folder)
+    for name in ("train.yaml", "build.yaml"):
+        path = folder / "kubernetes" / "base" / name
+        path.write_text(path.read_text().replace("readOnlyRootFilesystem: true, ", ""))
+    path = folder / "kubernetes" / "base" / "kustomization.yaml"
+    path.write_text(path.read_text().replace("  - network.yaml\n", ""))
+    found = check(tools, folder, "--only", "kubernetes")
+    for said in ("container train can write", "container ray-head can write", "there is no NetworkPolicy"):
+        assert said in found
+
+
+@pytest.mark.slow  # cfn-lint, twice
+@pytest.mark.parametrize("wrong", ["runs/*", "stores/*"])
+def test_a_role_that_writes_beyond_its_prefix_is_found(wrong: str, tools: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "infra"
+    shutil.copytree(INFRA, folder)
+    template = folder / "aws" / "storage.yaml"
+    own = "runs/${!aws:PrincipalTag/kubernetes-service-account}/*"
+    template.write_text(template.read_text().replace(own, wrong))
+    assert f"may write ${{Bucket.Arn}}/{wrong}" in check(tools, folder, "--only", "cloudformation")
+
+
+def test_a_base_image_without_a_digest_is_refused() -> None:
+    """The Dockerfile's own line, run as the builder runs it."""
+    text = (INFRA / "Dockerfile").read_text(encoding="utf-8")
+    (line,) = re.findall(r"^RUN (case .*?esac)$", text, flags=re.DOTALL | re.MULTILINE)
+    digest = "sha256:" + "ab" * 32
+    for base, status in (
+        (f"nvidia/cuda:12.6.3@{digest}", 0),
+        ("localhost/debian-base:12", 0),
+        ("nvidia/cuda:12.6.3", 1),
+        ("nvidia/cuda@sha256:ab", 1),
+    ):
+        done = subprocess.run(["/bin/sh", "-c", line], env={"BASE": base}, check=False, capture_output=True, text=True)
+        assert done.returncode == status, base
+        assert ("has no digest" in done.stderr) is bool(status)
+    assert "--require-hashes" in text
+
+
 def test_a_stack_that_does_not_come_up_is_found(tools: Path, tmp_path: Path) -> None:
     folder = tmp_path / "infra"
     shutil.copytree(INFRA, folder)

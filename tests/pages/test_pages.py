@@ -14,6 +14,7 @@ from pipeline.schema import Column, EncoderSpec, StoreSpec
 from pipeline.storage import Storage
 from training.pages.ablation import ablation_page
 from training.pages.charts import bars, loss_chart, score_plot
+from training.pages.page import shown
 from training.pages.run import run_page
 from training.release.table import Row
 
@@ -149,3 +150,14 @@ def test_a_runs_page_says_who_was_right_and_what_it_was_trained_on(tmp_path: Pat
     assert "loss 3.000 &rarr; 2.500, 2 steps" in page  # the unfinished third line is none
     assert page.count("9 images, data dddddddddddddddd") == 2
     assert f"Run <b>{run.name}</b>" in page
+
+
+@pytest.mark.parametrize("name", ["../outside.png", "{outside}", "link.png", "none.png", "text.png", ["red.png"]])
+def test_a_page_embeds_images_of_the_given_folder_only(name: object, tmp_path: Path, images: Path) -> None:
+    outside = tmp_path / "outside.png"
+    Image.new("RGB", (8, 8), "blue").save(outside)
+    (images / "link.png").symlink_to(outside)
+    (images / "text.png").write_text("<script>")
+    named = str(outside) if name == "{outside}" else name
+    with pytest.raises(ValueError, match=r"not a file within|unreadable image"):
+        shown({"image": named, "prompt": "What?"}, images)

@@ -43,9 +43,7 @@ class SkippedExamples(Callback):  # type: ignore[misc]
         """Take up the list of a resumed run, without the steps that it is about to repeat."""
         lines: list[dict[str, Any]] = []
         if dist.get_global_rank() == 0 and (self.run / SKIPPED).exists():
-            lines = [
-                line for line in read_log(self.run, SKIPPED) if line["step"] <= state.timestamp.batch.value
-            ]
+            lines = [line for line in read_log(self.run, SKIPPED) if line["step"] <= state.timestamp.batch.value]
             write_whole(self.run / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines))
         listed = [{line["key"]: line["reason"] for line in lines}]
         dist.broadcast_object_list(listed)

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from training.answers.talk import open_image
+from training.benchmarks.questions import file_within
+
 EXAMPLES = 12  # questions that a page shows, unless it is told otherwise
 TITLES = {"pretrain": "Stage 1", "finetune": "Stage 2"}  # of the stages, by their folders
 PACKAGES = ("torch", "mosaicml", "ray", "transformers", "webdataset", "pyarrow")
@@ -40,10 +43,12 @@ def _environment() -> dict[str, str]:
 
 
 def picture(path: Path, side: int = 320) -> str:
-    """An image as a `data:` address, at most `side` pixels wide and high."""
-    from PIL import Image
+    """An image as a `data:` address, at most `side` pixels wide and high.
 
-    image = Image.open(path).convert("RGB")
+    Raises:
+        ValueError: if it is no image. OSError: if there is no such file.
+    """
+    image = open_image(path)
     if max(image.size) > side:
         image.thumbnail((side, side))
     buffer = io.BytesIO()
@@ -52,9 +57,13 @@ def picture(path: Path, side: int = 320) -> str:
 
 
 def shown(answer: Mapping[str, Any], images: Path) -> dict[str, Any]:
-    """What a page shows of a question: its image, its first line, and the truth where it is known."""
+    """What a page shows of a question: its image, its first line, and the truth where it is known.
+
+    Raises:
+        ValueError: if the image is none, or lies outside the folder `images`.
+    """
     return {
-        "image": picture(images / answer["image"]),
+        "image": picture(file_within(images, str(answer["image"]))),
         "question": answer["prompt"].partition("\n")[0],
         "truth": answer.get("answer"),
     }

@@ -6,7 +6,9 @@ Nothing is typed by hand: a figure that is not known is not there.
 from __future__ import annotations
 
 import hashlib
+import html
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -53,6 +55,7 @@ class CardFiles(NamedTuple):
 
 
 NO_FILES = CardFiles()
+_BAR, _ESCAPED_BAR = re.compile(r"(?<!\\)\|"), r"\\|"
 
 
 def model_card(
@@ -83,9 +86,9 @@ def store_facts(store: StoreSpec) -> dict[str, str]:
     encoder = store.encoder
     fingerprint = hashlib.sha256(store.model_dump_json().encode()).hexdigest()
     return {
-        "vision encoder": f"{encoder.id} at {encoder.revision}, frozen",
+        "vision encoder": f"{escaped(encoder.id)} at {escaped(encoder.revision)}, frozen",
         "images": f"aspect {store.aspect}, {encoder.image_size} x {encoder.image_size} pixels",
-        "trained on features": f"{store.samples} samples, data {store.dataset}, codec {store.codec}, "
+        "trained on features": f"{store.samples} samples, data {escaped(store.dataset)}, codec {store.codec}, "
         f"computed in {store.compute}",
         "feature store": f"fingerprint {fingerprint}",
     }
@@ -113,8 +116,19 @@ def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
         "columns read": ", ".join(connector.columns),
         "parameters": f"connector {_count(connector):,}, language model {_count(model.llm):,}, "
         f"vision encoder {_count(model.vision_tower):,}",
-        "language model": model.llm.name_or_path or "as converted",
+        "language model": escaped(model.llm.name_or_path or "as converted"),
     }
+
+
+def escaped(text: Any) -> str:
+    """A text that others wrote, as one line that is no markup in Markdown: no tag, link, image, code or column."""
+    line = html.escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`\[\]|])", r"\\\1", line).replace("://", ":&#47;&#47;")
+
+
+def _code(value: Any) -> str:
+    """A setting's value as code, which it cannot end."""
+    return f"`{' '.join(str(value).split()).replace('`', chr(39))}`"
 
 
 def _flops_text(flops: int) -> str:
@@ -140,7 +154,7 @@ def trained(run: Path | None) -> list[str]:
     before = settings.model.connector_from
     earlier = trained(Path(before).parent) if before else []
     named = flat(settings.model_dump(mode="json"))
-    rows = {key: f"`{value}`" for key, value in named.items() if key not in ("run", "data.cache_dir")}
+    rows = {escaped(key): _code(value) for key, value in named.items() if key not in ("run", "data.cache_dir")}
     lines = read_log(run)
     text = f"## Trained: {', '.join(settings.train)}\n\n"
     if lines:
@@ -161,7 +175,7 @@ def _scores(files: Sequence[Path]) -> list[str]:
         try:
             scores = json.loads(path.read_text(encoding="utf-8"))
             name = path.name.removesuffix(".scores.json").removesuffix(".json")
-            rows[name] = _score_text(scores)
+            rows[escaped(name)] = _score_text(scores)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(
                 f"{path} holds no scores ({type(error).__name__}: {error}); name a file of training/evaluate.py"
@@ -173,14 +187,15 @@ def _score_text(scores: Mapping[str, Any]) -> str:
     """The score of a benchmark or of a file of questions, with its 95% interval, its count, and its categories."""
     name, value = (scores["headline"], scores["score"]) if "headline" in scores else ("accuracy", scores["accuracy"])
     if value is None:
-        return f"{scores['questions']} questions, whose truth is not known"
+        return f"{scores['questions']:d} questions, whose truth is not known"
     interval = scores.get("interval")
-    text = f"{name} {value:.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
-    parts = [f"{category} {part['accuracy']:.4g}" for category, part in scores.get("categories", {}).items()]
-    return ", ".join([text, f"{scores['questions']} questions", *parts])
+    text = f"{escaped(name)} {value:.4g}" + (f" [{interval[0]:.4g}, {interval[1]:.4g}]" if interval else "")
+    parts = [f"{escaped(category)} {part['accuracy']:.4g}" for category, part in scores.get("categories", {}).items()]
+    return ", ".join([text, f"{scores['questions']:d} questions", *parts])
 
 
 def _table(rows: Mapping[str, str]) -> str:
     """Two columns in Markdown, without a heading."""
-    lines = [f"| {name} | {value.replace('|', chr(92) + '|')} |" for name, value in rows.items()]
+    # A bar that is not escaped yet would end the cell, in code too.
+    lines = [f"| {name} | {_BAR.sub(_ESCAPED_BAR, value)} |" for name, value in rows.items()]
     return "\n".join(["| | |", "|---|---|", *lines])

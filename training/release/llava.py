@@ -39,7 +39,7 @@ def take_in(
     """
     from training.model.model import CompactVisionForConditionalGeneration
     from training.model.tokenizer import Tokenizer
-    from training.release.card import model_card
+    from training.release.card import escaped, model_card
     from training.release.folder import write_model
 
     said = _settings(source if source.is_dir() else source.parent)
@@ -59,7 +59,7 @@ def take_in(
         _language_model(llm, text, state), connector, _tower(vision, seen), aspect or _aspect(said)
     )
     tokenizer = Tokenizer.from_pretrained(str(source if whole else llm))
-    write_model(model, tokenizer, out, model_card(model, {"converted from": source.name}))
+    write_model(model, tokenizer, out, model_card(model, {"converted from": escaped(source.name)}))
     return unused
 
 

@@ -1,0 +1,47 @@
+"""The card: what others wrote is text in it, never markup."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from training.release.card import CardFiles, _scores, _table, _training, escaped
+
+HOSTILE = "</td><script>alert(1)</script> ![x](https://evil.example/a.png) `code` a|b\n# Title [link](javascript:x)"
+
+
+def test_a_text_of_others_is_one_line_without_markup() -> None:
+    line = escaped(HOSTILE)
+    assert "\n" not in line
+    assert "<" not in line
+    assert "https://" not in line
+    assert not re.search(r"(?<!\\)[\[\]`|]", line)
+    assert escaped("openai/clip-vit_large [v1]") == r"openai/clip-vit_large \[v1\]"
+
+
+def test_settings_scores_and_names_of_others_stay_in_their_cells(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"llm": HOSTILE}, "train": ["connector"], HOSTILE: 1}))
+    scores = tmp_path / "own.scores.json"
+    categories = {HOSTILE: {"accuracy": 0.5, "questions": 2}}
+    scores.write_text(json.dumps({"accuracy": 0.5, "questions": 2, "categories": categories}))
+    card = "\n\n".join([*_training(tmp_path), *_scores([scores])])
+    rows = [line for line in card.split("\n") if line.startswith("|")]
+    assert len(rows) == 2 * 2 + 4  # two headings of two lines, four rows
+    assert "\n# Title" not in card
+    for row in rows:
+        outside = re.sub(r"(?<!\\)`[^`]*`", "", row)  # markup within code is text
+        assert "<script" not in outside
+        assert not re.search(r"(?<!\\)\]\(", outside)
+
+
+def test_a_bar_is_escaped_once() -> None:
+    assert _table({"a": "x|y", "b": escaped("x|y")}).endswith("| a | x\\|y |\n| b | x\\|y |")
+
+
+def test_a_file_that_holds_no_scores_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "own.scores.json"
+    for text in ("[1]", '{"accuracy": "<b>", "questions": 1}', '{"accuracy": 0.5, "questions": "<b>"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="holds no scores"):
+            _scores(CardFiles(scores=(path,)).scores)

@@ -239,6 +239,13 @@ class TrainConfig(Settings):
     seed: int = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
 
+    @field_validator("run")
+    @classmethod
+    def _local_folder(cls, value: str) -> str:
+        if "://" in value:
+            raise ValueError("a run lies in a local folder; checkpoint.remote copies its checkpoints to a bucket")
+        return value
+
     @field_validator("parallelism")
     @classmethod
     def _known_engine(cls, value: str) -> str:

@@ -19,8 +19,8 @@ if __name__ == "__main__":
 
 from pipeline.config import ConfigError, load_config
 from training.checkup.examine import examine
-from training.checkup.finding import ThisRank
 from training.config import TrainConfig
+from training.fit.finding import Finding, ThisRank
 
 
 def main() -> int:
@@ -32,18 +32,24 @@ def main() -> int:
     parser.add_argument("settings", nargs="*", metavar="key=value", help="e.g. data.store=s3://bucket/store")
     parser.add_argument("--ranks", type=int, metavar="N", help="reckon with N ranks (default: those that run)")
     arguments = parser.parse_intermixed_args()
+    if arguments.ranks is not None and arguments.ranks < 1:
+        parser.error(f"--ranks {arguments.ranks}: a run has at least one")
     if arguments.config is not None and "=" in arguments.config:
         parser.error(f"settings such as {arguments.config} need a CONFIG before them; give training/finetune.yaml, say")
     try:
         config = None if arguments.config is None else load_config(TrainConfig, arguments.config, arguments.settings)
     except ConfigError as error:
-        print(f"fail  {'configuration':14} {error}")
+        print(Finding("fail", "configuration", str(error)))
         return 1
-    rank = ThisRank.of_environment(arguments.ranks)
+    try:
+        rank = ThisRank.of_environment(arguments.ranks)
+    except ValueError as error:
+        print(Finding("fail", "ranks", str(error)))
+        return 1
     findings = examine(config, rank)
     if rank.rank == 0:
         for finding in findings:
-            print(f"{finding.level:4}  {finding.check:14} {finding.text}")
+            print(finding)
         counts = {level: sum(finding.level == level for finding in findings) for level in ("ok", "warn", "fail")}
         print(", ".join(f"{count} {level}" for level, count in counts.items()), flush=True)
     # Rank 0 fails for all: a launcher would end it before it has told, if another failed first.

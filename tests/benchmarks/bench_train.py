@@ -31,7 +31,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaFo
 
 from fixtures.kept import kept_bytes  # noqa: E402
 from fixtures.runs import write_random_store, write_tokenizer  # noqa: E402
-from pipeline.schema import EncoderSpec  # noqa: E402
+from pipeline.encoder import describe_encoder  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
 from training.fit.composer_model import TrainableModel  # noqa: E402
 from training.fit.optimizer import build_optimizer  # noqa: E402
@@ -56,10 +56,7 @@ def write_parts(folder: Path) -> None:
     CLIPVisionModel(CLIPVisionConfig(image_size=336, patch_size=14, **CLIP)).save_pretrained(folder / "clip")
     LlamaForCausalLM(LlamaConfig(vocab_size=LLM_VOCABULARY, pad_token_id=0, **LLM)).save_pretrained(folder / "llm")
     write_tokenizer(folder / "llm")
-    encoder = EncoderSpec(
-        id=str(folder / "clip"), revision="0", blocks=max(BLOCKS), width=WIDTH, image_size=336, patch_size=14
-    )
-    write_random_store(folder / "store", encoder, BLOCKS, 64)
+    write_random_store(folder / "store", describe_encoder(str(folder / "clip"), None), BLOCKS, 64)
     (folder / "complete").touch()
 
 

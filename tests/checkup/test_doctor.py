@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
@@ -15,11 +18,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from training import doctor
 from training.checkup import machine
 from training.checkup.examine import together
-from training.checkup.finding import Finding
 from training.checkup.machine import lacks_kernels, versions
 from training.config import TrainConfig
 from training.cost.memory import ModelShape, activations
 from training.engines import engine_of
+from training.fit.finding import Finding
 from training.toy.models import train_tokenizer
 
 LLM = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -32,6 +35,18 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     LlamaForCausalLM(LlamaConfig(vocab_size=1024, pad_token_id=0, **LLM)).save_pretrained(folder)
     (folder / "tokenizer.model").write_bytes(train_tokenizer({"caption": "w w w a b"}, []))
     return folder
+
+
+@pytest.fixture(scope="module")
+def seen(store: Path, clip_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The small store, as made by an encoder that is there: what stage 2 needs at its end."""
+    from pipeline.encoder import describe_encoder
+
+    copy = Path(shutil.copytree(store, tmp_path_factory.mktemp("seen") / "store"))
+    spec = json.loads((copy / "store.json").read_text())
+    spec["encoder"] |= {"id": str(clip_folder), "revision": describe_encoder(str(clip_folder), None).revision}
+    (copy / "store.json").write_text(json.dumps(spec))
+    return f"data.store={copy}"
 
 
 @pytest.fixture
@@ -77,7 +92,7 @@ def test_a_good_configuration_has_no_failure(good: list[str], examine: Callable,
     assert "8 examples / 1 rank(s) = 8 each, in 2 microbatch(es) of 4" in lines(output, "batch")[0]
     assert "columns block03" in lines(output, "store")[0]
     assert not (tmp_path / "run").exists()
-    assert not list(tmp_path.glob(".doctor-*"))
+    assert not list(tmp_path.glob(".trial-*"))
 
 
 def test_without_a_configuration_the_machine_is_looked_at(examine: Callable) -> None:
@@ -112,11 +127,13 @@ def test_what_cannot_work_fails_with_what_to_do(
     assert "Traceback" not in output
 
 
-def test_a_model_that_no_memory_holds_fails(good: list[str], examine: Callable, llm: Path, tmp_path: Path) -> None:
+def test_a_model_that_no_memory_holds_fails(
+    good: list[str], seen: str, examine: Callable, llm: Path, tmp_path: Path
+) -> None:
     huge = LlamaConfig(hidden_size=4096, intermediate_size=2**20, num_hidden_layers=40, num_attention_heads=32)
     huge.save_pretrained(tmp_path / "huge")
     (tmp_path / "huge" / "tokenizer.model").write_bytes((llm / "tokenizer.model").read_bytes())
-    code, output = examine(*good, f"model.llm={tmp_path / 'huge'}", "train=[connector,llm]")
+    code, output = examine(*good, f"model.llm={tmp_path / 'huge'}", "train=[connector,llm]", seen)
     assert code == 1
     assert lines(output, "memory")[0].startswith("fail")
     assert lines(output, "disk")[0].startswith("fail")
@@ -144,11 +161,124 @@ def test_the_bucket_of_checkpoints_is_written_and_read(good: list[str], examine:
     assert "no-such-bucket" in output
 
 
-def test_adapters_alone_learn_under_lora(good: list[str], examine: Callable) -> None:
-    code, output = examine(*good, "train=[llm]", "model.lora={rank: 2}")
+def test_adapters_alone_learn_under_lora(good: list[str], seen: str, examine: Callable) -> None:
+    code, output = examine(*good, "train=[llm]", "model.lora={rank: 2}", seen)
     assert code == 0, output
     # 2 x (4 projections of attention (32 + 32) + 3 of the MLP (32 + 64)) x rank 2
     assert "llm learn: 2,176 weights" in lines(output, "model")[0]
+
+
+def test_what_only_an_export_reads_is_looked_at(
+    good: list[str], seen: str, examine: Callable, llm: Path, clip_folder: Path
+) -> None:
+    code, output = examine(*good, "train=[connector,llm]", seen)
+    assert code == 0, output
+    assert f"reads {clip_folder} at" in lines(output, "export")[0]
+    assert f"{llm}/tokenizer.model" in lines(output, "export")[0]
+
+
+def another_encoder(spec: dict[str, Any], folder: Path) -> str:
+    spec["encoder"]["revision"] = "0123456789abcdef"
+    return "is another one by now"
+
+
+def no_encoder(spec: dict[str, Any], folder: Path) -> str:
+    spec["encoder"]["id"] = str(folder / "gone" / "clip" / "of another machine")
+    return "cannot be read here"
+
+
+def no_weights(spec: dict[str, Any], folder: Path) -> str:
+    folder = Path(shutil.copytree(spec["encoder"]["id"], folder / "clip"))
+    (folder / "model.safetensors").unlink()
+    spec["encoder"]["id"] = str(folder)
+    return "is another one by now"
+
+
+@pytest.mark.parametrize("lose", [another_encoder, no_encoder, no_weights])
+def test_an_encoder_that_the_end_would_miss_is_named_before_a_run_begins(
+    good: list[str],
+    seen: str,
+    examine: Callable,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    lose: Callable[[dict[str, Any], Path], str],
+) -> None:
+    store = Path(shutil.copytree(seen.partition("=")[2], tmp_path / "store"))
+    spec = json.loads((store / "store.json").read_text())
+    words = lose(spec, tmp_path)
+    (store / "store.json").write_text(json.dumps(spec))
+    arguments = [*good, "train=[connector,llm]", f"data.store={store}"]
+    code, output = examine(*arguments)
+    assert code == 1
+    assert words in lines(output, "export")[0]
+    from training.train import main
+
+    for look in (["--check"], []):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments, *look])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert str(stopped.value.code).startswith("error: this run could not come to its end: ")
+        assert words in str(stopped.value.code)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_stage_1_is_named_before_stage_2_begins(good: list[str], seen: str, tmp_path: Path) -> None:
+    from pipeline.manifest import read_store
+    from pipeline.storage import Storage
+    from training.fit.finding import run_check
+    from training.fit.needs import export
+
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "config.json").write_text('{"train": [')
+    settings = yaml.safe_load(Path(good[0]).read_text()) | {"train": ["connector", "llm"]}
+    settings["model"]["connector_from"] = str(tmp_path / "first" / "connector")
+    settings["data"]["store"] = seen.partition("=")[2]
+    config = TrainConfig.model_validate(settings)
+    (found,) = run_check("export", lambda: export(config, read_store(Storage(config.data.store))))
+    assert (found.level, "first/config.json is damaged" in found.text) == ("fail", True)
+
+
+def test_room_for_every_checkpoint_that_is_kept_is_looked_for(good: list[str], examine: Callable) -> None:
+    kept = {"checkpoint.keep=2": 3, "checkpoint.keep=-1": 4, "checkpoint.keep=0": 2}  # three epochs, one each
+    for setting, count in kept.items():
+        _, output = examine(*good, "checkpoint.interval=1ep", setting)
+        assert f"GB, {count} of them" in lines(output, "disk")[0]
+
+
+def test_the_run_that_a_folder_holds_is_named(good: list[str], examine: Callable, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    config = config_of(good)
+    (tmp_path / "run" / "config.json").write_text(config.model_dump_json())
+    code, output = examine(*good)
+    assert code == 0, output
+    assert "holds this run, which goes on" in lines(output, "run")[0]
+    code, output = examine(*good, "optimizer.lr=1")
+    assert code == 1
+    assert "optimizer.lr: 0.001 -> 1.0" in output
+    (tmp_path / "run" / "config.json").write_text("{")
+    assert "config.json is damaged" in examine(*good)[1]
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({"RANK": "zero"}, "RANK='zero' in the environment: a number was expected"),
+        ({"WORLD_SIZE": "-1"}, "WORLD_SIZE='-1' in the environment"),
+        ({"LOCAL_WORLD_SIZE": ""}, "LOCAL_WORLD_SIZE='' in the environment"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "http"}, "MASTER_PORT='http' in the environment"),
+        ({"WORLD_SIZE": "2", "MASTER_PORT": "70000"}, "ports end at 65535"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "ranks are 0 to WORLD_SIZE - 1"),
+    ],
+)
+def test_what_a_launcher_tells_wrongly_is_named(
+    examine: Callable, monkeypatch: pytest.MonkeyPatch, told: dict[str, str], words: str
+) -> None:
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    code, output = examine()
+    assert code == 1
+    assert output.startswith("fail  ranks")
+    assert words in output
 
 
 def test_settings_without_a_configuration_are_refused(examine: Callable, capsys: pytest.CaptureFixture[str]) -> None:
@@ -309,6 +439,8 @@ def test_check_shows_groups_and_an_example_with_its_labels(
     main()
     output = capsys.readouterr().out
     assert "global_batch_size: 8" in output
+    assert "GB (ddp, 1 rank(s), 4 example(s) of 512 tokens) of" in lines(output, "memory")[0]
+    assert lines(output, "disk")[0].startswith("ok")
     assert "lr 1.00e-03  weight decay 0" in output
     assert "tensors of connector.mbtf, connector.stf" in output
     assert "USER: [1 vision tokens]" in output

@@ -20,6 +20,7 @@ from training.fit import run_folder
 from training.fit.run_folder import LOCK, STORE, held, refuse_another, working
 from training.release.records import CONFIG, IN_EVERY_LINE, LOG, SUMMARY
 
+ROOT = Path(__file__).resolve().parents[2]
 Settings = Callable[..., dict[str, Any]]
 SHORT = {"steps": 2, "checkpoint.interval": "1ba"}
 
@@ -71,6 +72,27 @@ def test_a_failed_try_leaves_nothing_that_a_corrected_one_trips_over(
         ["checkpoints", CONFIG, "connector", LOG, STORE, SUMMARY]
     )
     capsys.readouterr()
+
+
+def test_the_room_for_an_export_is_what_it_takes(
+    settings: Settings, run_store: Path, train: Callable[..., TrainConfig], tmp_path: Path
+) -> None:
+    from pipeline.manifest import read_store
+    from pipeline.storage import Storage
+    from training.fit.build import empty_model
+    from training.fit.needs import _export_bytes
+
+    store = read_store(Storage(run_store))
+    for name, changes in (("whole", {}), ("adapters", {"model.lora": {"rank": 2}})):
+        config = train(tmp_path / name, {"train": ["connector", "llm"], **changes})
+        took = sum(path.stat().st_size for path in (tmp_path / name).glob("*/*.safetensors"))
+        assert _export_bytes(config, store, empty_model(config, store)) == pytest.approx(took, rel=0.05)
+
+
+def test_make_clean_leaves_runs_alone() -> None:
+    said = subprocess.run(["make", "-n", "clean"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    assert ".venv" in said
+    assert "runs" not in said.split()
 
 
 def test_the_same_run_by_another_path_is_the_same_run(
@@ -161,6 +183,7 @@ def test_what_may_change_are_settings(settings: Settings, tmp_path: Path) -> Non
         (SUMMARY, '{"steps": "many"}', "summary.json is damaged, or of another version of this program: steps: "),
         (LOG, '{"step": 1}\n{"step": 2}\n', "log.jsonl:1 is damaged"),
         (LOG, "\0\0\0\n{}\n", "log.jsonl:1 is damaged"),
+        (STORE, "0123", "store.sha256 is damaged"),
     ],
 )
 def test_a_damaged_file_is_named_with_what_to_do(

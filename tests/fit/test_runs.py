@@ -253,6 +253,7 @@ def test_a_jump_of_the_loss_stops_the_run_and_names_the_batch(runs: Path) -> Non
         (["parallelism=zero4"], "'zero3'"),
         (["checkpoint.remote=bucket"], "checkpoint.remote"),
         (["boards=[tensorbord]"], "boards"),
+        (["run=s3://bucket/run"], "run: a run lies in a local folder"),
     ],
 )
 def test_what_cannot_work_is_refused_with_its_reason(changes: list[str], reason: str) -> None:

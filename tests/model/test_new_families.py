@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM, SiglipVisionConfig, SiglipVisionModel
 
-from pipeline.encoder import Encoder, columns_of, describe_encoder
+from pipeline.encoder import Encoder, _folder_digest, columns_of, describe_encoder
 from pipeline.encoders import encoder_of
 from pipeline.encoders.clip import Clip
 from pipeline.schema import EncoderSpec
@@ -279,7 +279,8 @@ print(json.dumps({
 def test_all_three_train_export_and_answer_where_this_project_is_not(
     checkout: Path, tmp_path: Path, tower: Path, llm: Path, new_store: Callable[..., Path], settings: Callable[..., Any]
 ) -> None:
-    encoder = EncoderSpec(id=str(tower), revision="0", blocks=4, width=WIDTH, image_size=8 * GRID, patch_size=8)
+    digest = _folder_digest(tower)
+    encoder = EncoderSpec(id=str(tower), revision=digest, blocks=4, width=WIDTH, image_size=8 * GRID, patch_size=8)
     store = new_store(tmp_path / "store", encoder, (3,), 64)
     trees = []
     for stage in (1, 2):

@@ -5,8 +5,27 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+
+
+def numbers_told(defaults: Mapping[str, int]) -> list[int]:
+    """Numbers that a launcher has put into the environment, each with what holds where it is not set.
+
+    Raises:
+        ValueError: if one is no number, or a rank is not one of those that there are.
+    """
+    given = {name: os.environ.get(name, str(default)) for name, default in defaults.items()}
+    wrong = [f"{name}={value!r}" for name, value in given.items() if not value.isdecimal()]
+    if wrong:
+        raise ValueError(f"{', '.join(wrong)} in the environment: a number was expected; unset it or start anew")
+    for rank, size in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if rank in given and size in given and int(given[rank]) >= int(given[size]):
+            raise ValueError(
+                f"{rank}={given[rank]} and {size}={given[size]} in the environment: ranks are 0 to {size} - 1; unset "
+                "them or start anew"
+            )
+    return [int(value) for value in given.values()]
 
 
 class AnsweringProcess(NamedTuple):
@@ -21,14 +40,9 @@ class AnsweringProcess(NamedTuple):
         """RANK, WORLD_SIZE and LOCAL_RANK; one process where they are not set.
 
         Raises:
-            ValueError: if one of them is no number.
+            ValueError: as `numbers_told`.
         """
-        given = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-        given |= {name: os.environ[name] for name in given if name in os.environ}
-        wrong = [f"{name}={value!r}" for name, value in given.items() if not value.isdigit()]
-        if wrong:
-            raise ValueError(f"{', '.join(wrong)} in the environment: a number was expected; unset it or start anew")
-        return cls(*map(int, given.values()))
+        return cls(*numbers_told({"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}))
 
     @property
     def is_first(self) -> bool:

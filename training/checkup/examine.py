@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from training.checkup.finding import Finding, ThisRank, run_check
 from training.checkup.machine import WAIT_S, gpus, links, meet, shared_memory, unreached, versions
 from training.checkup.run import of_run
 from training.config import TrainConfig
+from training.fit.finding import Finding, ThisRank, run_check
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
-from training.checkup.finding import Finding, Level, ThisRank
 from training.config import TrainConfig
+from training.fit.finding import Finding, Level, ThisRank
 
 if TYPE_CHECKING:
     from torch.distributed import TCPStore  # type: ignore[attr-defined]

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 import time
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from training.checkup.finding import Finding, Level, ThisRank, run_check
 from training.config import TrainConfig
-from training.cost.memory import CHECKPOINT, ModelShape, activations
-from training.engines import engine_of
+from training.fit.finding import Finding, ThisRank, run_check
+from training.fit.needs import needs, shape_of
+from training.release.records import CONFIG
 
 if TYPE_CHECKING:
     from pipeline.schema import StoreSpec
@@ -34,37 +33,35 @@ def of_run(config: TrainConfig, ranks: ThisRank) -> list[Finding]:
         model = empty_model(config, store)
     except (ValueError, OSError) as error:
         return [Finding("fail", "model", str(error))]
-    shape = shape_of(model)
-    found = run_check("model", lambda: model_fits(config, model, shape))
+    found = run_check("run", lambda: folder(config))
+    found += run_check("model", lambda: model_fits(config, model))
     found += run_check("batch", lambda: batch(config, model, ranks))
     found += run_check("store", lambda: columns(config, store, model))
-    found += run_check("memory", lambda: memory(config, shape, model, ranks))
-    found += run_check("disk", lambda: disk(config, shape))
-    found += run_check("bucket", lambda: bucket(config))
+    found += needs(config, store, model, ranks)
     return found + run_check("cache", lambda: cache(config))
 
 
-def shape_of(model: CompactVisionForConditionalGeneration) -> ModelShape:
-    """What the estimate of memory needs to know."""
-    text = model.llm.config
-    return ModelShape(
-        learning=sum(p.numel() for p in model.parameters() if p.requires_grad),
-        frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
-        layer=sum(p.numel() for p in model.llm.get_decoder().layers[0].parameters()),
-        layers=text.num_hidden_layers,
-        hidden=text.hidden_size,
-        mlp=text.intermediate_size,
-        vocabulary=text.vocab_size,
-    )
+def folder(config: TrainConfig) -> Iterator[Finding]:
+    """Whether the run's folder is free, or holds this very run, which then goes on."""
+    from training.fit.run_folder import refuse_another, working
+
+    refuse_another(config)
+    run = Path(config.run)
+    who = working(run)
+    if who is not None:
+        yield Finding("warn", "run", f"another process works in {run}: {who}; a second one would wait for it")
+    elif (run / CONFIG).exists():
+        yield Finding("ok", "run", f"{run} holds this run, which goes on")
+    else:
+        yield Finding("ok", "run", f"{run} is free")
 
 
-def model_fits(
-    config: TrainConfig, model: CompactVisionForConditionalGeneration, shape: ModelShape
-) -> Iterator[Finding]:
+def model_fits(config: TrainConfig, model: CompactVisionForConditionalGeneration) -> Iterator[Finding]:
     """The parts fit each other (they were put together), and the tokenizer is there."""
     from training.fit.build import load_tokenizer
 
     load_tokenizer(config)
+    shape = shape_of(model)
     text = f"{', '.join(config.train)} learn: {shape.learning:,} weights, {shape.frozen:,} are frozen"
     yield Finding("ok", "model", f"{text}; {model.connector.tokens} vision tokens per image")
 
@@ -129,79 +126,6 @@ def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForCondit
     text += f"columns {', '.join(model.connector.columns)}"
     yield Finding("ok", "store", text)
     yield Finding("ok", "store reads", f"an image's {read / 1e6:.1f} MB in {seconds * 1e3:.0f} ms, one read at a time")
-
-
-def memory(
-    config: TrainConfig, shape: ModelShape, model: CompactVisionForConditionalGeneration, ranks: ThisRank
-) -> Iterator[Finding]:
-    """What a rank needs against what its device, or its share of the host, has."""
-    import torch
-
-    per_rank = max(1, config.global_batch_size // ranks.planned)
-    examples = 1 if config.microbatch_size == "auto" else min(config.microbatch_size, per_rank)
-    engine = engine_of(config, ranks.planned)
-    held = engine.memory(shape)
-    kept = activations(config, shape, examples, config.data.max_length - model.connector.tokens)
-    on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    room = torch.cuda.mem_get_info(ranks.local_rank)[1] if on_gpu else _free_host_memory() / ranks.local_size
-    text = "weights {:.1f} + gradients {:.1f} + optimizer {:.1f} + activations about {:.1f} GB".format(
-        *(part / 1e9 for part in (held.weights, held.gradients, held.optimizer, kept))
-    )
-    text += f" ({engine.name}, {ranks.planned} rank(s), {examples} example(s) of {config.data.max_length} tokens)"
-    text += f" of {room / 1e9:.1f} GB"
-    hint = "; lower microbatch_size, set model.activation_checkpointing=true, or shard more (parallelism, more ranks)"
-    if held.total > room:
-        yield Finding("fail", "memory", text + hint)
-    elif held.total + kept > 0.95 * room:
-        yield Finding("warn", "memory", text + hint)
-    else:
-        yield Finding("ok", "memory", text)
-
-
-def _free_host_memory() -> int:
-    """Bytes that new processes can have (Linux counts in KiB)."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
-
-
-def disk(config: TrainConfig, shape: ModelShape) -> Iterator[Finding]:
-    """Room for checkpoints and weights where the run goes, and that we may write there."""
-    folder = Path(config.run).absolute()
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    trial = there / f".doctor-{uuid.uuid4().hex}"
-    try:
-        trial.write_bytes(b"trial")
-        trial.unlink()
-    except OSError as error:
-        yield Finding("fail", "disk", f"cannot write to {there} ({error.strerror}); choose another run=...")
-        return
-    one = CHECKPOINT * shape.learning
-    keep = max(1, config.checkpoint.keep) + 1  # the new one is written before the oldest goes
-    free = shutil.disk_usage(there).free
-    text = f"a checkpoint takes {one / 1e9:.2f} GB, {keep} of them {keep * one / 1e9:.2f}; {free / 1e9:.1f} GB free"
-    level: Level = "fail" if free < one else "warn" if free < keep * one else "ok"
-    hint = "" if level == "ok" else "; make room, lower checkpoint.keep, or choose another run=..."
-    yield Finding(level, "disk", f"{text} in {there}{hint}")
-
-
-def bucket(config: TrainConfig) -> Iterator[Finding]:
-    """The bucket of the checkpoints takes a file, gives it back, and lets it go."""
-    from pipeline.storage import Storage
-
-    if config.checkpoint.remote is None:
-        return
-    storage, name, data = Storage(config.checkpoint.remote), f".doctor-{uuid.uuid4().hex}", uuid.uuid4().bytes * 2**16
-    start = time.perf_counter()
-    storage.replace(name, data)
-    same = storage.read(name) == data
-    storage.delete(name)
-    text = f"{config.checkpoint.remote}: 1 MiB written, read and deleted in {time.perf_counter() - start:.2f} s"
-    if same:
-        yield Finding("ok", "bucket", text)
-    else:
-        yield Finding(
-            "fail", "bucket", f"{config.checkpoint.remote} gives other bytes than it was given; what is between?"
-        )
 
 
 def cache(config: TrainConfig) -> Iterator[Finding]:

@@ -8,6 +8,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,9 +90,9 @@ def _lock(run: Path, stop: StopRequest) -> IO[str]:
     Raises:
         ValueError: if another process keeps it longer than `PATIENCE_S`. OSError: if the folder cannot be written.
     """
-    run.mkdir(parents=True, exist_ok=True)
     waited = 0.0
     while True:
+        run.mkdir(parents=True, exist_ok=True)  # each time: a process that has failed removes what it made
         file = (run / LOCK).open("a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -182,7 +183,12 @@ def refuse_another(config: TrainConfig) -> None:
 def _same_store(run: Path, there: str, here: str) -> bool:
     """Whether the store at path `here` is the one that the run learns from, which lay at `there`."""
     path = run / STORE
-    known = path.read_text(encoding="utf-8").strip() if path.is_file() else None
+    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
+    if known is not None and not re.fullmatch(r"[0-9a-f]{64}", known):
+        raise ValueError(
+            f"{path} is damaged (found {known[:80]!r}, not the fingerprint of a store); if {here} is the store that "
+            "the run learns from, delete this file and run the same command again"
+        )
     if known is None and there == here:
         return True  # a run that began before fingerprints were kept
     if known is None:

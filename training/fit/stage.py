@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
+from composer import Trainer
 from composer.core import State
 from composer.utils import dist, get_device
 
-from training.checkpoints.checkpoint import StopRequest
+from training.checkpoints.checkpoint import Checkpoints, StopRequest
 from training.config import TrainConfig
 from training.engines import engine_of
 from training.engines.base import Engine
+from training.fit.finding import ThisRank
+from training.fit.needs import refuse_unready
 from training.fit.optimizer import build_optimizer
 from training.fit.parts import Parts, open_parts
 from training.fit.preview import preview
@@ -50,24 +54,19 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         steps = config.steps or config.epochs * len(parts.stream)
         if rank == 0:
             print(describe(config, parts, steps, ranks), flush=True)
+        if stop is None and rank == 0:
+            here = ThisRank(rank, ranks, dist.get_local_rank(), dist.get_local_world_size(), planned=ranks)
+            print(preview(config, parts, build_optimizer(parts.model, config.optimizer), here), flush=True)
+        if not (Path(config.run) / "checkpoints" / f"ba{steps:08d}").is_dir():  # else it exports now, and says it then
+            refuse_unready(config, parts.store, parts.model)
         if stop is None:
-            if rank == 0:
-                print(preview(config, parts, build_optimizer(parts.model, config.optimizer)), flush=True)
             return
         engine = engine_of(config, ranks)
         trainer, checkpoints = build_trainer(config, parts, engine, steps, stop)
         claim(config, parts)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    try:
-        if trainer.state.timestamp.batch.value < steps:
-            trainer.fit()
-        else:  # it ended after its last step, and before its end was done
-            if rank == 0:
-                print(f"trained   all {steps} steps are done; what is left is to export their weights", flush=True)
-            checkpoints.upload_again(trainer.state, trainer.logger)
-    except OSError as error:
-        sys.exit(f"error: {error}; mend that and run the same command again: it goes on from its last checkpoint")
+    fit(trainer, checkpoints, steps)
     if not checkpoints.stopped:
         end(config, parts, engine, trainer.state, steps)
     dist.barrier()
@@ -75,6 +74,23 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
     if checkpoints.stopped:
         print(f"stopped   by signal {checkpoints.stopped} after a checkpoint; the same command goes on", flush=True)
         sys.exit(128 + checkpoints.stopped)
+
+
+def fit(trainer: Trainer, checkpoints: Checkpoints, steps: int) -> None:
+    """Do the steps that are left. A collective.
+
+    Raises:
+        SystemExit: with a message if the disk or the bucket fails.
+    """
+    try:
+        if trainer.state.timestamp.batch.value < steps:
+            trainer.fit()
+            return
+        if dist.get_global_rank() == 0:  # it ended after its last step, and before its end was done
+            print(f"trained   all {steps} steps are done; what is left is to export their weights", flush=True)
+        checkpoints.upload_again(trainer.state, trainer.logger)
+    except OSError as error:
+        sys.exit(f"error: {error}; mend that and run the same command again: it goes on from its last checkpoint")
 
 
 def end(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: int) -> None:

@@ -72,7 +72,7 @@ def model_card(
         f"# An image in {model.connector.tokens} vision tokens",
         _table({**_facts(model), **origin}),
         USE,
-        *_training(files.run),
+        *trained(files.run),
         *_scores(files.scores),
     ]
     return "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n" + "\n\n".join(parts) + "\n"
@@ -127,14 +127,18 @@ def _count(module: torch.nn.Module | None) -> int:
     return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 
-def _training(run: Path | None) -> list[str]:
-    """Settings and losses of each stage that led to `run`, the first stage first."""
+def trained(run: Path | None) -> list[str]:
+    """A section for each stage that led to `run`, the first stage first: its settings and losses.
+
+    Raises:
+        ValueError: if a file in which one speaks of itself is damaged. OSError: if it cannot be read.
+    """
     if run is None or not (run / CONFIG).is_file():
         return []
     settings = read_config(run)
     # Stage 2 names the connector/ folder of its stage 1, which lies in that run's folder.
     before = settings.model.connector_from
-    earlier = _training(Path(before).parent) if before else []
+    earlier = trained(Path(before).parent) if before else []
     named = flat(settings.model_dump(mode="json"))
     rows = {key: f"`{value}`" for key, value in named.items() if key not in ("run", "data.cache_dir")}
     lines = read_log(run)

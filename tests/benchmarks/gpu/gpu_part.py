@@ -184,6 +184,7 @@ def write_store(job: Job, name: str, samples: int, words: tuple[int, int], encod
     import numpy as np
     import torch
 
+    from pipeline.encoder import describe_encoder
     from pipeline.schema import Column, EncoderSpec, Sample
 
     folder = job.scratch / name
@@ -191,8 +192,9 @@ def write_store(job: Job, name: str, samples: int, words: tuple[int, int], encod
         return folder
     clip = TINY_CLIP if job.cpu else CLIP_L
     size = {"image_size": clip["image_size"], "patch_size": clip["patch_size"], "width": clip["hidden_size"]}
+    digest = describe_encoder(encoder, None).revision if Path(encoder).is_dir() else "0"  # an export asks for it
     spec = written.store_spec(
-        EncoderSpec(id=encoder, revision="0", blocks=24, **size), BLOCKS, samples, samples, compute="bfloat16"
+        EncoderSpec(id=encoder, revision=digest, blocks=24, **size), BLOCKS, samples, samples, compute="bfloat16"
     )
 
     def features(column: Column, pictured: list[Sample]) -> Any:

@@ -1,11 +1,12 @@
-"""What the doctor finds, and on which rank it looks."""
+"""What is found when one looks at a run beforehand, and on which rank."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
+
+from training.answers.processes import numbers_told
 
 Level = Literal["ok", "warn", "fail"]
 
@@ -17,6 +18,9 @@ class Finding:
     level: Level
     check: str
     text: str
+
+    def __str__(self) -> str:
+        return f"{self.level:4}  {self.check:14} {self.text}"
 
 
 Check = Callable[[], Iterator[Finding]]
@@ -42,7 +46,13 @@ class ThisRank:
 
     @classmethod
     def of_environment(cls, planned: int | None) -> ThisRank:
-        """As Composer's launcher tells it; one process where it does not. By default as many are planned as run."""
-        names = (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1))
-        rank, size, local_rank, local_size = (int(os.environ.get(name, default)) for name, default in names)
+        """As Composer's launcher tells it; one process where it does not. By default as many are planned as run.
+
+        Raises:
+            ValueError: if it tells no numbers, or none that can be.
+        """
+        names = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1, "MASTER_PORT": 0}
+        rank, size, local_rank, local_size, port = numbers_told(names)
+        if port > 65535:
+            raise ValueError(f"MASTER_PORT={port} in the environment: ports end at 65535; unset it or start anew")
         return cls(rank, size, local_rank, local_size, planned or size)

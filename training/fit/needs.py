@@ -1,0 +1,208 @@
+"""What a run needs to come to its end, looked at before it begins: memory, disk, bucket, and what the export reads.
+
+`train.py --check` and the doctor show all of it. A run does not start without what only its end would miss.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from training.config import TrainConfig
+from training.cost.memory import CHECKPOINT, WEIGHT, ModelShape, activations, stored
+from training.engines import engine_of
+from training.fit.finding import Finding, Level, ThisRank, run_check
+
+if TYPE_CHECKING:
+    from pipeline.schema import StoreSpec
+    from training.model.model import CompactVisionForConditionalGeneration
+
+
+def needs(
+    config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration, rank: ThisRank
+) -> list[Finding]:
+    """All that can be known of what this rank of a run needs; the weights of `model` may have no contents."""
+    found = run_check("memory", lambda: memory(config, model, rank))
+    found += run_check("bucket", lambda: bucket(config))
+    return found + (end_needs(config, store, model) if rank.rank == 0 else [])  # rank 0 exports
+
+
+def end_needs(config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration) -> list[Finding]:
+    """What is missed only after hours: the files that an export reads, room for it and for checkpoints."""
+    found = run_check("export", lambda: export(config, store))
+    readable = all(finding.level != "fail" for finding in found)
+    return found + run_check("disk", lambda: disk(config, store if readable else None, model))
+
+
+def refuse_unready(config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration) -> None:
+    """Refuse to begin what cannot come to its end. A collective: rank 0, which exports, looks.
+
+    Raises:
+        ValueError: with all that is missing.
+    """
+    from composer.utils import dist
+
+    found = end_needs(config, store, model) if dist.get_global_rank() == 0 else []
+    missing = dist.all_gather_object([finding.text for finding in found if finding.level == "fail"])[0]
+    if missing:
+        raise ValueError("this run could not come to its end: " + "; ".join(missing))
+
+
+def shape_of(model: CompactVisionForConditionalGeneration) -> ModelShape:
+    """What the estimate of memory needs to know."""
+    text = model.llm.config
+    return ModelShape(
+        learning=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        frozen=sum(p.numel() for p in model.parameters() if not p.requires_grad),
+        layer=sum(p.numel() for p in model.llm.get_decoder().layers[0].parameters()),
+        layers=text.num_hidden_layers,
+        hidden=text.hidden_size,
+        mlp=text.intermediate_size,
+        vocabulary=text.vocab_size,
+    )
+
+
+def memory(config: TrainConfig, model: CompactVisionForConditionalGeneration, ranks: ThisRank) -> Iterator[Finding]:
+    """What a rank needs against what its device, or its share of the host, has."""
+    import torch
+
+    shape = shape_of(model)
+    per_rank = max(1, config.global_batch_size // ranks.planned)
+    examples = 1 if config.microbatch_size == "auto" else min(config.microbatch_size, per_rank)
+    engine = engine_of(config, ranks.planned)
+    held = engine.memory(shape)
+    kept = activations(config, shape, examples, config.data.max_length - model.connector.tokens)
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    room = torch.cuda.mem_get_info(ranks.local_rank)[1] if on_gpu else _free_host_memory() / ranks.local_size
+    text = "weights {:.1f} + gradients {:.1f} + optimizer {:.1f} + activations about {:.1f} GB".format(
+        *(part / 1e9 for part in (held.weights, held.gradients, held.optimizer, kept))
+    )
+    text += f" ({engine.name}, {ranks.planned} rank(s), {examples} example(s) of {config.data.max_length} tokens)"
+    text += f" of {room / 1e9:.1f} GB"
+    hint = "; lower microbatch_size, set model.activation_checkpointing=true, or shard more (parallelism, more ranks)"
+    if held.total > room:
+        yield Finding("fail", "memory", text + hint)
+    elif held.total + kept > 0.95 * room:
+        yield Finding("warn", "memory", text + hint)
+    else:
+        yield Finding("ok", "memory", text)
+
+
+def _free_host_memory() -> int:
+    """Bytes that new processes can have (Linux counts in KiB)."""
+    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+def disk(
+    config: TrainConfig, store: StoreSpec | None, model: CompactVisionForConditionalGeneration
+) -> Iterator[Finding]:
+    """Room for checkpoints and the export where the run goes, and that we may write there."""
+    folder = Path(config.run).absolute()
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    trial = there / f".trial-{uuid.uuid4().hex}"
+    try:
+        trial.write_bytes(b"trial")
+        trial.unlink()
+    except OSError as error:
+        yield Finding("fail", "disk", f"cannot write to {there} ({error.strerror}); choose another run=...")
+        return
+    one = CHECKPOINT * shape_of(model).learning
+    count = _checkpoints(config)
+    held = sum(path.stat().st_size for path in folder.glob("checkpoints/**/*") if path.is_file())
+    last = _export_bytes(config, store, model)
+    free = shutil.disk_usage(there).free
+    text = (
+        f"a checkpoint takes {one / 1e9:.2f} GB, {count} of them {count * one / 1e9:.2f}, the export {last / 1e9:.2f}; "
+        f"{free / 1e9:.1f} GB free in {there}" + (f", {held / 1e9:.2f} held" if held else "")
+    )
+    all_of_it = max(one, count * one - held) + last
+    level: Level = "fail" if free < one + last else "warn" if free < all_of_it else "ok"
+    hint = "" if level == "ok" else "; make room, lower checkpoint.keep, or choose another run=..."
+    yield Finding(level, "disk", text + hint)
+
+
+def _checkpoints(config: TrainConfig) -> int:
+    """How many checkpoints lie on the disk at the same time, at most; at least, where only the data tell."""
+    keep, every = config.checkpoint.keep, config.checkpoint.interval
+    total = config.steps if every.endswith("ba") else config.epochs
+    if keep < 0 and total is not None:
+        return total // int(every[:-2]) + 1  # all, and the one at the end
+    return max(1, keep) + 1  # a new one is written before the oldest goes
+
+
+def _export_bytes(config: TrainConfig, store: StoreSpec | None, model: CompactVisionForConditionalGeneration) -> int:
+    """Bytes that a finished stage exports: the connector; after stage 2 the whole model, where it can be exported."""
+    import torch
+
+    from pipeline.encoder import family_of
+
+    connector: int = sum(p.numel() for p in model.connector.parameters())
+    if "llm" not in config.train or store is None:
+        return WEIGHT * connector
+    # Adapters are merged: the language model has its own weights, in the dtype that it was trained with.
+    width = WEIGHT if config.model.lora is None else stored(config)
+    llm: int = sum(p.numel() for name, p in model.llm.named_parameters() if "lora_" not in name)
+    name, revision = store.encoder.id, _revision(store)
+    family = family_of(name, revision)
+    with torch.device("meta"):
+        tower = family.build(family.read_config(name, revision))
+    return 2 * WEIGHT * connector + width * (llm + sum(p.numel() for p in tower.parameters()))
+
+
+def _revision(store: StoreSpec) -> str | None:
+    """What the Hub is asked for; the revision of a folder is a digest, which no Hub knows."""
+    return None if Path(store.encoder.id).is_dir() else store.encoder.revision
+
+
+def export(config: TrainConfig, store: StoreSpec) -> Iterator[Finding]:
+    """What a finished stage 2 reads: the store's own vision encoder, the tokenizer's file, what stage 1 says of itself.
+
+    The digest of an encoder in a folder is taken anew: some seconds for a ViT-L.
+    """
+    from pipeline.encoder import describe_encoder
+    from training.fit.build import load_tokenizer
+    from training.release.card import trained
+
+    if "llm" not in config.train:
+        yield Finding("ok", "export", "the connector; nothing else is read for it")
+        return
+    spec = store.encoder
+    there = f"the store's features are of {spec.id} at {spec.revision[:12]}, which goes into the exported model"
+    try:
+        found = describe_encoder(spec.id, _revision(store)).revision
+    except ValueError as error:
+        yield Finding("fail", "export", f"{there}, and cannot be read here: {error}")
+        return
+    if found != spec.revision:
+        text = f"{there}, but {spec.id} is another one by now, at {found[:12]}; put the encoder of the build back there"
+        yield Finding("fail", "export", text)
+        return
+    tokenizer = load_tokenizer(config).model_file
+    if config.model.connector_from is not None:
+        trained(Path(config.model.connector_from).parent)  # for the card
+    yield Finding("ok", "export", f"reads {spec.id} at {found[:12]}, as the store says, and {tokenizer}")
+
+
+def bucket(config: TrainConfig) -> Iterator[Finding]:
+    """The bucket of the checkpoints takes a file, gives it back, and lets it go."""
+    from pipeline.storage import Storage
+
+    if config.checkpoint.remote is None:
+        return
+    storage, name, data = Storage(config.checkpoint.remote), f".trial-{uuid.uuid4().hex}", uuid.uuid4().bytes * 2**16
+    start = time.perf_counter()
+    storage.replace(name, data)
+    same = storage.read(name) == data
+    storage.delete(name)
+    text = f"{config.checkpoint.remote}: 1 MiB written, read and deleted in {time.perf_counter() - start:.2f} s"
+    if same:
+        yield Finding("ok", "bucket", text)
+    else:
+        yield Finding(
+            "fail", "bucket", f"{config.checkpoint.remote} gives other bytes than it was given; what is between?"
+        )

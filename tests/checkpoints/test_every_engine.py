@@ -12,12 +12,12 @@ from typing import Any
 import boto3
 import pytest
 
-from fixtures.hostile import mark_again, poison_metadata, poison_shard, poison_torch_file
+from fixtures.hostile import mark_again, poison_metadata, poison_shard, poison_text, poison_torch_file
 from training.checkpoints.mark import flaws, read_mark
 from training.checkpoints.resume import newest_on_disk
 from training.checkpoints.safe import refuse_code
 
-pytestmark = [pytest.mark.slow, pytest.mark.minutes(2)]
+pytestmark = [pytest.mark.slow, pytest.mark.minutes(3)]
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 BUCKET, STEPS = "engines", 6
 FILES = {  # in which a pickle of PyTorch lies
@@ -125,10 +125,12 @@ def test_runs_refuse_a_bucket_with_code_in_it_and_go_on_after_a_flipped_bit(
             if path.is_file():
                 client.upload_file(str(path), BUCKET, f"hostile-{number}/{path.relative_to(checkpoint.parent)}")
         jobs.append(job(f"hostile-{number}", engine, f"hostile-{number}"))
-    for engine in ENGINES:
+    poison_text(newest(runs / "ddp") / "composer.pt", f"touch {tmp_path / 'ran'}")
+    mark_again(newest(runs / "ddp"), "ddp", ranks=2)
+    for engine in ENGINES[1:]:
         path = max(path for path in newest(runs / engine).rglob("*") if path.suffix in (".pt", ".distcp"))
         path.write_bytes(path.read_bytes()[:-9] + b"\xff" + path.read_bytes()[-8:])
-        jobs.append(job(engine, engine, engine))
+    jobs += [job(engine, engine, engine) for engine in ENGINES]
     codes = run_jobs(tmp_path / "again", jobs)
     for number, (_, place) in enumerate(attacks):
         said = (runs / f"hostile-{number}" / "output").read_text()
@@ -140,7 +142,7 @@ def test_runs_refuse_a_bucket_with_code_in_it_and_go_on_after_a_flipped_bit(
     for engine, code in zip(ENGINES, codes[len(attacks) :], strict=True):
         said = (runs / engine / "output").read_text()
         assert code == [0, 0], said[-3000:]
-        assert "has other bytes than were written" in said
+        assert engine == "ddp" or "has other bytes than were written" in said
         log = read_log(runs / engine)
         assert [line["step"] for line in log] == list(range(1, STEPS + 1))  # none twice
         assert {line["step"]: line["loss"] for line in log} == pytest.approx(usual, rel=1e-5)

@@ -68,8 +68,8 @@ def parse_mark(text: bytes) -> Mark | None:
 
 
 def write_mark(folder: Path, mark: Mark) -> None:
-    """Write the mark whole: beside its place, to the disk, then renamed. Each node has another name beside it."""
-    part = folder / f"{MARK}.{os.uname().nodename}.part"
+    """Write the mark whole: beside its place, to the disk, then renamed. Each process has another name beside it."""
+    part = folder / f"{MARK}.{os.uname().nodename}.{os.getpid()}.part"
     part.write_text(json.dumps(asdict(mark.sealed()), indent=1), encoding="utf-8")
     sync(part)
     part.replace(folder / MARK)

@@ -4,7 +4,8 @@ Three libraries write a checkpoint, and each reads its own files by unpickling, 
 Composer and DeepSpeed with `torch.load(weights_only=False)`, PyTorch's sharded reader with that and `pickle.load`. Two
 things together make that safe. `refuse_code` looks at every file before one is loaded, and says which one names what
 does not belong there. `only_data` holds around the loading: every `torch.load` within takes arrays, plain values and
-the few classes listed here, wherever it gets its bytes.
+the few classes listed here, wherever it gets its bytes. Composer also evaluates text of a checkpoint, as the call that
+makes an algorithm; `evaluated_names` keeps it from that.
 
 Ranks of one job do pickle objects for each other (`all_gather_object`). Those bytes stay inside the job.
 """
@@ -66,6 +67,13 @@ def only_data(engine: str) -> Iterator[None]:
         os.environ.update({name: value for name, value in before.items() if value is not None})
 
 
+def evaluated_names() -> list[str]:
+    """The algorithms for which Composer would evaluate the text that a checkpoint gives: all that it knows."""
+    import composer.algorithms
+
+    return dir(composer.algorithms)
+
+
 def refuse_code(folder: Path, engine: str) -> None:
     """Look at every file of a checkpoint, and at every pickle in it, without running anything.
 
@@ -86,7 +94,8 @@ def refuse_code(folder: Path, engine: str) -> None:
                 first = str(error).strip().partition("\n")[0] or type(error).__name__
                 raise ValueError(
                     f"{path} is not loaded, and nothing in it was run: {first}. A checkpoint holds arrays and plain "
-                    f"values only. See who can write there; remove {folder} to go on from an older checkpoint"
+                    f"values only. See who can write there; to go on from an older one remove {folder}, in the bucket "
+                    "too if there is one"
                 ) from error
 
 

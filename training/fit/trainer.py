@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from training.checkpoints.checkpoint import Checkpoints, StopRequest
 from training.checkpoints.resume import find
-from training.checkpoints.safe import only_data
+from training.checkpoints.safe import evaluated_names, only_data
 from training.config import TrainConfig
 from training.cost.mfu import StepFlops
 from training.engines.base import Engine
@@ -54,6 +54,7 @@ def build_trainer(
         "seed": config.seed,
         "run_name": "train",
         "load_path": None if latest is None else str(latest),
+        "load_exclude_algorithms": None if latest is None else evaluated_names(),
         "load_strict_model_weights": not left_out,  # frozen weights are not in checkpoints
         "progress_bar": False,
         "dist_timeout": WAIT_S,

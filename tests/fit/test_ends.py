@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from pipeline.schema import EncoderSpec
+from pipeline.encoder import describe_encoder
 from training.config import TrainConfig
 from training.fit import stage
 from training.fit.callbacks import StepLog
@@ -24,8 +24,7 @@ STEPS = 3
 def store(tmp_path: Path, parts: Path, new_store: Callable[..., Path]) -> Path:
     """A store of an encoder that lies beside it, and may be gone at the end."""
     shutil.copytree(parts / "clip", tmp_path / "clip")
-    encoder = EncoderSpec(id=str(tmp_path / "clip"), revision="0", blocks=4, width=32, image_size=32, patch_size=8)
-    return new_store(tmp_path / "store", encoder, (1, 2, 4), 40)
+    return new_store(tmp_path / "store", describe_encoder(str(tmp_path / "clip"), None), (1, 2, 4), 40)
 
 
 @pytest.fixture
@@ -33,12 +32,27 @@ def config(tmp_path: Path, store: Path, settings: Callable[..., Any]) -> TrainCo
     return TrainConfig.model_validate(settings(tmp_path / "run", 2, {"data.store": str(store), "steps": STEPS}))
 
 
+def in_the_last_step(patch: pytest.MonkeyPatch, happens: Callable[[], Any]) -> None:
+    """Let something happen after the last step's line, before its checkpoint."""
+    write = StepLog.batch_end
+
+    def write_and_more(self: StepLog, state: Any, logger: Any) -> None:
+        write(self, state, logger)
+        if state.timestamp.batch.value == STEPS:
+            happens()
+
+    patch.setattr(StepLog, "batch_end", write_and_more)
+
+
 def test_an_end_that_failed_is_done_by_the_same_command_and_a_complete_run_says_so(
     config: TrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Path(config.run)
-    (tmp_path / "clip").rename(tmp_path / "away")
-    with pytest.raises(SystemExit, match=r"error: .*\nall steps are done: mend that and run the same command again"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(SystemExit, match="all steps are done: mend that"),
+    ):
+        in_the_last_step(patch, lambda: (tmp_path / "clip").rename(tmp_path / "away"))
         stage.train(config)
     assert (run / "connector").is_dir() and not (run / "model").exists() and not (run / "summary.json").exists()
     (tmp_path / "away").rename(tmp_path / "clip")
@@ -65,15 +79,8 @@ def test_an_end_that_failed_is_done_by_the_same_command_and_a_complete_run_says_
 def test_a_stop_in_the_last_step_leaves_the_end_to_the_same_command(
     config: TrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = StepLog.batch_end
-
-    def write_and_stop(self: StepLog, state: Any, logger: Any) -> None:
-        write(self, state, logger)
-        if state.timestamp.batch.value == STEPS:
-            signal.raise_signal(signal.SIGTERM)
-
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
-        patch.setattr(StepLog, "batch_end", write_and_stop)
+        in_the_last_step(patch, lambda: signal.raise_signal(signal.SIGTERM))
         stage.train(config)
     assert stopped.value.code == 128 + signal.SIGTERM
     assert not (Path(config.run) / "summary.json").exists()

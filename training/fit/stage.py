@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
+from composer import Trainer
 from composer.core import State
 from composer.utils import dist, get_device
 
-from training.checkpoints.checkpoint import StopRequest
+from training.checkpoints.checkpoint import Checkpoints, StopRequest
 from training.config import TrainConfig
 from training.engines import engine_of
 from training.engines.base import Engine
@@ -57,7 +59,8 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         if stop is None and rank == 0:
             here = ThisRank(rank, ranks, dist.get_local_rank(), dist.get_local_world_size(), planned=ranks)
             print(preview(config, parts, build_optimizer(parts.model, config.optimizer), here), flush=True)
-        refuse_unready(config, parts.store, parts.model)
+        if not (Path(config.run) / "checkpoints" / f"ba{steps:08d}").is_dir():  # else it exports now, and says it then
+            refuse_unready(config, parts.store, parts.model)
         if stop is None:
             return
         engine = engine_of(config, ranks)
@@ -65,15 +68,7 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         claim(config, parts)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    try:
-        if trainer.state.timestamp.batch.value < steps:
-            trainer.fit()
-        else:  # it ended after its last step, and before its end was done
-            if rank == 0:
-                print(f"trained   all {steps} steps are done; what is left is to export their weights", flush=True)
-            checkpoints.upload_again(trainer.state, trainer.logger)
-    except OSError as error:
-        sys.exit(f"error: {error}; mend that and run the same command again: it goes on from its last checkpoint")
+    fit(trainer, checkpoints, steps)
     if not checkpoints.stopped:
         end(config, parts, engine, trainer.state, steps)
     dist.barrier()
@@ -81,6 +76,23 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
     if checkpoints.stopped:
         print(f"stopped   by signal {checkpoints.stopped} after a checkpoint; the same command goes on", flush=True)
         sys.exit(128 + checkpoints.stopped)
+
+
+def fit(trainer: Trainer, checkpoints: Checkpoints, steps: int) -> None:
+    """Do the steps that are left. A collective.
+
+    Raises:
+        SystemExit: with a message if the disk or the bucket fails.
+    """
+    try:
+        if trainer.state.timestamp.batch.value < steps:
+            trainer.fit()
+            return
+        if dist.get_global_rank() == 0:  # it ended after its last step, and before its end was done
+            print(f"trained   all {steps} steps are done; what is left is to export their weights", flush=True)
+        checkpoints.upload_again(trainer.state, trainer.logger)
+    except OSError as error:
+        sys.exit(f"error: {error}; mend that and run the same command again: it goes on from its last checkpoint")
 
 
 def end(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: int) -> None:

@@ -70,7 +70,7 @@ class ScienceQA(Benchmark):
 
     def _accuracy(self, key: str, table: Mapping[str, Any]) -> float:
         """Percent right of a table of results; 0 if it answers no question."""
-        hits = []
+        hits: list[bool] = []
         for id, value in table.items():
             if id in self._by_id:
                 index, count = self._by_id[id].truth

@@ -290,7 +290,7 @@ def from_json(text: str) -> Any:
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("its brackets are nested too deep") from None
+        raise ValueError(f"its brackets are nested too deep (it begins {text[:40]!r}); write it anew") from None
 
 
 def read_json(path: Path) -> Any:

@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from training.answers.talk import open_image
-from training.benchmarks.questions import file_within
+from pipeline.encoders.decode import open_image
+from pipeline.images import find_file
 
 EXAMPLES = 12  # questions that a page shows, unless it is told otherwise
 TITLES = {"pretrain": "Stage 1", "finetune": "Stage 2"}  # of the stages, by their folders
@@ -62,8 +62,11 @@ def shown(answer: Mapping[str, Any], images: Path) -> dict[str, Any]:
     Raises:
         ValueError: if the image is none, or lies outside the folder `images`.
     """
+    path = find_file(images, str(answer["image"]))
+    if path is None:
+        raise ValueError(f"{answer['image']!r} is not a file within {images}; name the folder of the questions' images")
     return {
-        "image": picture(file_within(images, str(answer["image"]))),
+        "image": picture(path),
         "question": answer["prompt"].partition("\n")[0],
         "truth": answer.get("answer"),
     }

@@ -32,11 +32,14 @@ def check_rows(table: pa.Table, spec: StoreSpec) -> None:
         if name != "image" and table.column(name).null_count:
             raise ValueError(f"{name} is not known of every sample")
     keys = table.column("key")
-    if pc.count_distinct(keys).as_py() != len(table) or not pc.all(pc.match_substring_regex(keys, KEY)).as_py():
-        raise ValueError("a key is there twice, or is no number of at most nine digits")
+    odd = keys.filter(pc.invert(pc.match_substring_regex(keys, KEY)))
+    if len(odd):
+        raise ValueError(f"the key {odd[0].as_py()[:40]!r} is no number of at most nine digits")
+    if (different := pc.count_distinct(keys).as_py()) != len(table):
+        raise ValueError(f"only {different} of {len(table)} keys are different")
     words = table.column("words").combine_chunks().flatten()
     if words.null_count:
-        raise ValueError("words are not known of every conversation")
+        raise ValueError(f"words are not known of {words.null_count} of {len(words)} conversations")
     _check_range("words", words, 0, 2**31)
     _check_range("shard", table.column("shard"), 0, MAX_SHARDS)
     for name in members:

@@ -49,7 +49,7 @@ def read_yaml(text: str) -> Any:
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
     except RecursionError as error:
-        raise ValueError("its brackets or groups are nested too deeply; take some out") from error
+        raise ValueError(f"its {brackets:,} brackets or its groups are nested too deeply; take some out") from error
 
 
 def as_typed(text: str) -> Any:

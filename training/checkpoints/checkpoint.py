@@ -61,7 +61,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.signal = 0
-        self._interrupted = False
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -73,10 +72,7 @@ class StopRequest:
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if self._interrupted:
-                signal.signal(number, signal.SIG_DFL)
-                os.kill(os.getpid(), number)  # as if it had never been caught
-            self._interrupted = True
+            signal.signal(number, signal.SIG_DFL)  # the next one ends the process, also within a call that hangs
             os.write(2, b"\nstopping  after the step under way, with a checkpoint; Ctrl-C again ends it at once\n")
         self.signal = self.signal or number  # the first one stays
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -266,3 +267,15 @@ def test_who_waits_for_a_folder_gets_it_when_it_is_free(
 def test_only_numbers_that_readers_count_on_are_asked_of_a_log(run: Path) -> None:
     first = json.loads((run / LOG).read_text().splitlines()[0])
     assert set(IN_EVERY_LINE) <= first.keys()
+
+
+def test_a_file_system_without_locks_is_said(
+    run: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(run_folder.fcntl, "flock", no_locks)
+    with held(TrainConfig.model_validate(settings(run, 1, SHORT)), NoStop()):
+        assert (run / LOCK).exists()
+    assert "no file can be locked here" in caplog.text

@@ -82,15 +82,15 @@ def read_config(run: Path) -> TrainConfig:
     return read_as(TrainConfig, path, {"run": str(run)})
 
 
-def read_log(run: Path) -> list[dict[str, float]]:
-    """The lines of a run's log, in the order of steps; none if the run has not begun.
+def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
+    """The lines of a run's log `name`, each with its step, in the order of steps; none if the run has not begun.
 
     The last line, which a killed process may have left unfinished, is skipped if it is: its step is done again.
 
     Raises:
         ValueError: if a line before it is damaged. OSError: if the log cannot be read.
     """
-    path = run / LOG
+    path, numbers = run / name, IN_EVERY_LINE if name == LOG else ("step",)
     if not path.is_file():
         return []
     lines = []
@@ -98,8 +98,8 @@ def read_log(run: Path) -> list[dict[str, float]]:
     for number, text in enumerate(texts, start=1):
         try:
             line = json.loads(text)
-            if not isinstance(line, dict) or not all(isinstance(line.get(name), int | float) for name in IN_EVERY_LINE):
-                raise ValueError(f"{str(line)[:40]!r} has not the numbers {', '.join(IN_EVERY_LINE)}")
+            if not isinstance(line, dict) or not all(isinstance(line.get(key), int | float) for key in numbers):
+                raise ValueError(f"{str(line)[:40]!r} has not the numbers {', '.join(numbers)}")
         except (ValueError, RecursionError) as error:
             if number == len(texts):
                 break
@@ -119,5 +119,5 @@ def final_loss(lines: Sequence[dict[str, float]]) -> float:
     """
     if not lines:
         raise ValueError(f"a run without a step has no final loss; its {LOG} holds no line: let it train first")
-    last = [line["loss"] for line in lines[-LAST:]]
+    last: list[float] = [line["loss"] for line in lines[-LAST:]]
     return sum(last) / len(last)

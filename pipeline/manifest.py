@@ -84,7 +84,7 @@ def _parse_spec(data: bytes, root: str) -> StoreSpec:
         raise ValueError(f"{root}/{SPEC} is not JSON: {error}; {_RESTORE}") from error
     if isinstance(tree, dict) and version not in (None, FORMAT_VERSION):
         raise ValueError(
-            f"{root} is a store of format version {str(version)[:80]!r}, this program reads version {FORMAT_VERSION}: "
+            f"{root} is a store of format version {str(version)[:80]}, this program reads version {FORMAT_VERSION}: "
             "use the version of compact-vision-tokens that built it, or build it again with pipeline/build_shards.py"
         )
     try:

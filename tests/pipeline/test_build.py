@@ -201,9 +201,11 @@ def test_the_plan_writes_nothing(settings: Settings, call: Run, tmp_path: Path) 
 def test_the_plan_shows_names_that_are_asked_for_beside_names_that_are_there(
     settings: Settings, call: Run, scenes: Path, tmp_path: Path
 ) -> None:
-    output = call(BUILD, *settings(tmp_path / "store", images=scenes), "--plan")
+    (tmp_path / "above/images").mkdir(parents=True)
+    (tmp_path / "above/images/coco").symlink_to(scenes / "images")
+    output = call(BUILD, *settings(tmp_path / "store", images=tmp_path / "above"), "--plan")
     assert "images         60 (not found: 60)" in output
-    assert re.search(rf"asked for '\S+\.jpg', .*; {scenes} holds .*'images/\S+\.jpg'", output)
+    assert re.search(rf"asked for '\S+\.jpg', .*; {tmp_path}/above holds 'images/coco/\S+\.jpg'", output)
 
 
 def test_every_mistake_in_the_settings_is_named_at_once(settings: Settings, call: Run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from training.benchmarks.metrics import Scored
 from training.benchmarks.report import Report
+from training.model.markers import IMAGE
 
 # The keys of a reply: what a model said, and then what is post-processed already, as servers take it. `answer` is the
 # truth in many files: it counts only where no other key is there.
@@ -101,6 +102,7 @@ class Benchmark(ABC):
     prediction_files: ClassVar[Mapping[str, Reader]] = {}  # by their ending, beside JSON, JSON lines and tables
     numbers: ClassVar[bool] = False  # whether a reply may be a number instead of a text
     hint: ClassVar[str] = ""  # what to do where answers find no question
+    files: ClassVar[str] = ""  # what it needs in its folder, for `--help`
 
     def __init__(self, folder: Path, split: str | None = None) -> None:
         if split is not None and split not in self.splits:
@@ -185,8 +187,14 @@ class Benchmark(ABC):
         """The questions, for a model that looks at the images.
 
         Raises:
-            ValueError: if images are missing.
+            ValueError: if images are missing, or a question holds the image's placeholder.
         """
+        marked = [question.id for question in self.questions if IMAGE in question.text]
+        if marked:
+            raise ValueError(
+                f"{len(marked)} question(s) of {self.name} hold {IMAGE}, which stands for the image itself: first "
+                f"{marked[0]!r}; take it out of their text"
+            )
         absent = self.absent_images()
         if absent:
             raise ValueError(

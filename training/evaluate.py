@@ -46,7 +46,12 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     """Every option, in the groups that `--help` shows."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    needed = "\n".join(f"  {name:<12} {kind.files}" for name, kind in BENCHMARKS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"files of each benchmark, as in LLaVA's own folder (images: to ask, not to score):\n{needed}",
+    )
     parser.add_argument("model", nargs="?", help="folder that training/train.py exported, or a Hub id")
     bench = parser.add_argument_group("benchmarks")
     bench.add_argument("--benchmark", nargs="+", metavar="NAME", help=f"one or several of {', '.join(BENCHMARKS)}")

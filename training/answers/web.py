@@ -115,7 +115,7 @@ def page(speakers: list[Speaker]) -> Any:
         def answer(path: str | None, text: str, shown: list[Any], known: Known) -> Iterator[list[Any]]:
             yield from answers(speakers, path, text, known if shown else ("", []))
 
-        asked: list[Any] = [
+        asked: list[dict[str, Any]] = [
             event(answer, [image, question, chats[0], known], outputs, concurrency_limit=1, concurrency_id="models")
             for event in (ask.click, question.submit)
         ]

@@ -28,6 +28,7 @@ class ScienceQA(Benchmark):
     """ScienceQA: accuracy on the questions with an image (IMG, which the paper reports) and on all."""
 
     name = "scienceqa"
+    files = "problems.json, pid_splits.json; images/test/"
     folders = ("scienceqa", "ScienceQA")
     splits = ("test", "val", "minival", "train")
     max_new_tokens = 1024
@@ -76,7 +77,7 @@ class ScienceQA(Benchmark):
                 index, count = self._by_id[id].truth
                 answer = Answer(identifier(value), final=key == "answer")
                 hits.append(_choice(answer, count) == index)
-        return 100 * sum(hits) / max(1, len(hits))
+        return 100.0 * sum(map(bool, hits)) / max(1, len(hits))
 
 
 def _is_table(value: Any) -> bool:
@@ -126,6 +127,7 @@ class MMBench(Benchmark):
     """MMBench dev: a question counts if the answer is right in every rotation of its options that the table holds."""
 
     name = "mmbench"
+    files = "mmbench_dev_20230712.tsv or MMBench_DEV_EN.tsv (images within); TEST for test"
     folders: ClassVar[tuple[str, ...]] = ("mmbench", "MMBench")
     splits = ("dev", "test")
     max_new_tokens = 1024
@@ -230,6 +232,7 @@ class MMBenchCN(MMBench):
     """MMBench in Chinese."""
 
     name = "mmbench-cn"
+    files = "mmbench_dev_cn_20231003.tsv or MMBench_DEV_CN.tsv (images within); TEST for test"
     folders = ("mmbench-cn", "mmbench_cn", "mmbench", "MMBench")
     suffix = "\n请直接回答选项字母。"
     tables = ("mmbench_dev_cn_20231003.tsv", "MMBench_DEV_CN.tsv")

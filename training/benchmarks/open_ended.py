@@ -30,6 +30,7 @@ class GQA(Benchmark):
     """GQA, testdev_balanced: accuracy by string equality."""
 
     name = "gqa"
+    files = "testdev_balanced_questions.json (or in data/, questions1.2/); images/ or data/images/"
     folders = ("gqa",)
     splits = ("testdev_balanced",)
     numbers = True  # "2" is an answer, and so is 2
@@ -75,6 +76,7 @@ class TextVQA(Benchmark):
     """TextVQA, val: VQA accuracy, both sides normalised; the prompt names the OCR tokens, as LLaVA-1.5's does."""
 
     name = "textvqa"
+    files = "TextVQA_0.5.1_val.json; to ask: TextVQA_Rosetta_OCR_v0.2_val.json, train_images/"
     folders = ("textvqa", "TextVQA")
     splits = ("val",)
     numbers = True  # "2" is an answer, and so is 2
@@ -135,6 +137,10 @@ class VQAv2(Benchmark):
     """VQAv2: val is scored here; test-dev and test make the server's file, over all test2015 questions."""
 
     name = "vqav2"
+    files = (
+        "v2_OpenEnded_mscoco_*_questions.json or llava_vqav2_mscoco_*.jsonl; "
+        "val: v2_mscoco_val2014_annotations.json; val2014/ or test2015/"
+    )
     folders = ("vqav2", "VQAv2")
     splits = ("val", "test-dev", "test")
     numbers = True  # "2" is an answer, and so is 2
@@ -192,6 +198,7 @@ class VizWiz(Benchmark):
     """VizWiz-VQA: val is scored here; test makes the server's file."""
 
     name = "vizwiz"
+    files = "val.json or test.json (or in Annotations/); val/ or test/ with the images"
     folders = ("vizwiz", "VizWiz")
     splits = ("val", "test")
     numbers = True  # "2" is an answer, and so is 2

@@ -23,6 +23,7 @@ class OwnQuestions(Benchmark):
     """
 
     name = "own"
+    files = "questions.jsonl; images/"
     folders = ("own",)
     splits = ("all",)
     numbers = True

@@ -103,6 +103,7 @@ class Benchmark(ABC):
     prediction_files: ClassVar[Mapping[str, Reader]] = {}  # by their ending, beside JSON, JSON lines and tables
     numbers: ClassVar[bool] = False  # whether a reply may be a number instead of a text
     hint: ClassVar[str] = ""  # what to do where answers find no question
+    files: ClassVar[str] = ""  # what it needs in its folder, for `--help`
 
     def __init__(self, folder: Path, split: str | None = None) -> None:
         if split is not None and split not in self.splits:

@@ -29,6 +29,7 @@ class POPE(Benchmark):
     """
 
     name = "pope"
+    files = "coco/coco_pope_{random,popular,adversarial}.json, llava_pope_test.jsonl if there is one; val2014/"
     folders = ("pope", "POPE")
     splits = ("coco",)
     kinds = ("random", "popular", "adversarial")
@@ -215,6 +216,7 @@ class MME(Benchmark):
     """MME: accuracy plus accuracy+ (both questions of an image right), summed over categories."""
 
     name = "mme"
+    files = "MME_Benchmark_release_version/<category>/: images and texts of questions"
     folders = ("MME", "mme")
     splits = ("test",)
     prediction_files: ClassVar = {".txt": _mme_lines}

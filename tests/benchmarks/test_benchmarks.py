@@ -317,12 +317,6 @@ def test_a_folder_of_llavas_evaluation_is_enough_to_score(data: Path, tmp_path: 
     assert (question.id, question.image, question.text) == ("70", listed[0]["image"], listed[0]["text"])
 
 
-def test_a_question_with_the_images_placeholder_is_named(tmp_path: Path) -> None:
-    own = own_questions(tmp_path / "own", [*OWN[:3], {**OWN[3], "text": "What is <image> here?"}])
-    with pytest.raises(ValueError, match=r"1 question.* hold <image>.*first '9 b\.png'"):
-        own.to_ask()
-
-
 def test_every_benchmark_lists_its_files() -> None:
     assert all(kind.files for kind in BENCHMARKS.values())
 

@@ -30,7 +30,7 @@ from .pixels import bands
 
 MAX_BYTES = 2**30  # of a file
 MAX_PIXELS = 178_956_970  # Pillow's own bound for a decompression bomb
-MAX_SIDE = 2**17  # in pixels: a tall image's rows are padded to its height, one after the other, which takes a minute
+MAX_SIDE = 2**16  # in pixels: every row of a tall image is padded to its height, which takes this squared
 MAX_RATIO = 10_000  # of the sides: the image is enlarged until the short one fills the encoder's input
 
 
@@ -163,6 +163,8 @@ def _reasons() -> Iterator[None]:
         raise ValueError(f"refused as a decompression bomb: {error}; make it smaller") from error
     except Exception as error:
         said = _ADDRESS.sub("", str(error)).strip() or type(error).__name__
+        # Which of the two a decoder says of the same damage depends on what its memory held.
+        said = said.replace("unrecognized data stream contents", "broken data stream")
         raise ValueError(f"unreadable image: {' '.join(said[:300].split())}") from error
 
 

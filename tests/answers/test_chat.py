@@ -277,6 +277,7 @@ def test_the_page_refuses_other_hosts_and_origins_and_leaves_no_upload(
     status, answered = asked(**upload, **sent, Origin=f"http://127.0.0.1:{port}")
     assert status == 200
     (kept,) = json.loads(answered)
+    assert Path(kept).is_relative_to(tmp_path)
     assert Path(kept).read_bytes() == picture.read_bytes()
     assert asked(f"/gradio_api/file={kept}")[0] == 200
     assert asked(f"/gradio_api/file={ROOT / 'README.md'}")[0] == 403

@@ -32,8 +32,6 @@ def serve(load: Callable[[], list[Speaker]], port: int) -> None:
     Raises:
         ValueError: if gradio is not installed. OSError: if the port is taken.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the folder below is removed
     with tempfile.TemporaryDirectory(prefix="compact-vision-uploads-", ignore_cleanup_errors=True) as uploads:
         # Read when gradio is imported: nothing is sent anywhere, and uploads have a folder of their own.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": uploads}
@@ -43,6 +41,8 @@ def serve(load: Callable[[], list[Speaker]], port: int) -> None:
             from starlette.middleware.trustedhost import TrustedHostMiddleware
         except ImportError as error:
             raise ValueError(f"--web needs gradio: pip install 'compact-vision-tokens[web]' ({error})") from error
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the folder is removed then too
         # A page of another site must not ask this one, neither by a name that it let point here nor in its own name.
         guards = [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]), Middleware(OwnOrigin)]
         # Fonts of the machine itself: gradio's own come from another server.

@@ -2,11 +2,13 @@
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from training.release.card import CardFiles, _scores, _table, _training, escaped
+from training.release.card import CardFiles, _scores, _table, escaped, trained
 
 HOSTILE = "</td><script>alert(1)</script> ![x](https://evil.example/a.png) `code` a|b\n# Title [link](javascript:x)"
 
@@ -20,14 +22,17 @@ def test_a_text_of_others_is_one_line_without_markup() -> None:
     assert escaped("openai/clip-vit_large [v1]") == r"openai/clip-vit_large \[v1\]"
 
 
-def test_settings_scores_and_names_of_others_stay_in_their_cells(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model": {"llm": HOSTILE}, "train": ["connector"], HOSTILE: 1}))
+def test_settings_scores_and_names_of_others_stay_in_their_cells(
+    tmp_path: Path, settings: Callable[..., dict[str, Any]]
+) -> None:
+    config = settings(tmp_path, 1, {"model.llm": HOSTILE, "project": HOSTILE})
+    (tmp_path / "config.json").write_text(json.dumps(config, default=str))
     scores = tmp_path / "own.scores.json"
     categories = {HOSTILE: {"accuracy": 0.5, "questions": 2}}
     scores.write_text(json.dumps({"accuracy": 0.5, "questions": 2, "categories": categories}))
-    card = "\n\n".join([*_training(tmp_path), *_scores([scores])])
+    card = "\n\n".join([*trained(tmp_path), *_scores([scores])])
     rows = [line for line in card.split("\n") if line.startswith("|")]
-    assert len(rows) == 2 * 2 + 4  # two headings of two lines, four rows
+    assert sum("alert(1)" in row for row in rows) == 3
     assert "\n# Title" not in card
     for row in rows:
         outside = re.sub(r"(?<!\\)`[^`]*`", "", row)  # markup within code is text

@@ -199,7 +199,13 @@ class Storage:
                 yield Path(name)
             return
         folder = self._local / SCRATCH / f"{_host()}.{os.getpid()}.{uuid.uuid4().hex[:8]}"
-        folder.mkdir(parents=True)
+        for left in reversed(range(100)):  # tries: one in a hundred fails beside a process that does nothing else
+            try:
+                folder.mkdir(parents=True)
+                break
+            except (FileNotFoundError, FileExistsError):  # another process has just removed the empty SCRATCH
+                if not left:
+                    raise
         try:
             with _naming(folder):
                 yield folder

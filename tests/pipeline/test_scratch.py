@@ -51,6 +51,17 @@ def test_what_a_dead_process_of_this_machine_left_goes_at_once_and_a_living_one_
     assert not (tmp_path / ".scratch").exists()
 
 
+def test_two_processes_come_and_go_at_once_and_none_loses_its_folder(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pipeline.storage import Storage\n"
+        "for _ in range(1_000):\n"
+        "    with Storage(sys.argv[1]).scratch(): pass"
+    )
+    both = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert not (tmp_path / ".scratch").exists()
+
+
 def test_a_full_disk_is_named_with_its_place(tmp_path: Path) -> None:
     with (
         pytest.raises(OSError, match=r"No space left on device: '.*/\.scratch/") as caught,

@@ -51,11 +51,20 @@ NOTICES_DAMAGE = {"raw", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "pack
 DECODE = """
 import hashlib, io, sys
 from PIL import Image
-image = Image.open(io.BytesIO(sys.stdin.buffer.read()))
-image.load_end = lambda: None
-image.load()
-print(hashlib.sha256(image.tobytes()).hexdigest())
+data = sys.stdin.buffer.read()
+try:
+    image = Image.open(io.BytesIO(data))
+    image.load_end = lambda: None
+    image.load()
+except MemoryError:
+    raise
+except Exception:
+    print("unreadable")
+else:
+    print(hashlib.sha256(image.tobytes()).hexdigest())
 """
+# Signals by which damaged data end a decoder; any other comes from outside.
+CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 _ADDRESS = re.compile(r" ?<?_io\.\w+ object at 0x[0-9a-f]+>?|0x[0-9a-f]{6,}")  # Pillow's texts hold object addresses
 
 warnings.filterwarnings("ignore", module=r"PIL\.")  # about odd metadata, and bombs, which are refused below
@@ -105,7 +114,7 @@ def load_image(data: bytes) -> Image.Image:
     """The upright RGB image in the bytes of a file, of any format and mode that Pillow itself reads.
 
     Raises:
-        ValueError: with a reason, if there is no readable image.
+        ValueError: with a reason, if there is no readable image. OSError: if another process must decode it and fails.
     """
     if not data:
         raise ValueError("empty file")
@@ -125,7 +134,7 @@ def upright_rgb(image: Image.Image) -> Image.Image:
     It never alters `image`, and may return it. The result has no EXIF left that would turn it again.
 
     Raises:
-        ValueError: with a reason, if the image cannot be decoded or is too large.
+        ValueError: with a reason, if the image cannot be decoded or is too large. OSError: as `load_image`.
     """
     _check_bounds(image)
     expected = _decoded_elsewhere(image)
@@ -236,7 +245,7 @@ def _decoded_elsewhere(image: Image.Image) -> str | None:
     """The digest of a TIFF that another process decodes in memory filled with other bytes; None if none is needed.
 
     Raises:
-        ValueError: if the decoder crashes. MemoryError: if the process has too little.
+        ValueError: if the decoder crashes. MemoryError: if the process has too little. OSError: if it fails otherwise.
     """
     if not isinstance(image, ImageFile.ImageFile) or image.format != "TIFF" or not image.tile or image.fp is None:
         return None
@@ -251,8 +260,11 @@ def _decoded_elsewhere(image: Image.Image) -> str | None:
     done = subprocess.run(command, input=data, capture_output=True, env=os.environ | fill, check=False)
     if done.returncode == -signal.SIGKILL or b"MemoryError" in done.stderr:
         raise MemoryError(f"decoding a TIFF of {image.width}x{image.height} pixels")
-    if done.returncode < 0:
+    if -done.returncode in CRASHES:
         raise ValueError(f"damaged {image.width}x{image.height} TIFF: its decoder crashes; copy it again")
+    if not done.stdout:
+        said = (str(done.stderr, "utf-8", "replace").splitlines() or [f"it ended with code {done.returncode}"])[-1]
+        raise OSError(errno.EIO, f"the process that decodes a TIFF a second time failed: {said}; run again")
     return str(done.stdout, "ascii").strip()
 
 

@@ -220,6 +220,25 @@ def test_a_damaged_fax_is_refused_where_its_pixels_would_be_those_of_the_memory(
             read(bytes(data))
 
 
+@pytest.mark.parametrize(
+    ("line", "kind", "said"),
+    [
+        ("raise SystemExit('no room')", OSError, "no room"),
+        ("os.kill(os.getpid(), signal.SIGTERM)", OSError, "ended with code -15"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", MemoryError, "a TIFF of 160x120"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", ValueError, "its decoder crashes"),
+    ],
+)
+def test_only_what_its_bytes_do_is_a_fault_of_the_image(
+    line: str, kind: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = packed(noise(160, 120).convert("1"), "TIFF", compression="group4")
+    (tmp_path / "sitecustomize.py").write_text(f"import os, signal\n{line}\n")  # in the process that decodes it again
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(kind, match=said):
+        load_image(data)
+
+
 def test_grey_of_16_and_32_bits_is_the_same_in_bands(monkeypatch: pytest.MonkeyPatch) -> None:
     grey = np.random.default_rng(0).integers(0, 65536, (50, 40))
     images = [Image.fromarray(grey.astype(kind)) for kind in (np.uint16, np.int32, np.float32)]

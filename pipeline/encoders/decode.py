@@ -54,6 +54,7 @@ from PIL import Image
 data = sys.stdin.buffer.read()
 try:
     image = Image.open(io.BytesIO(data))
+    image.seek(int(sys.argv[1]))
     image.load_end = lambda: None
     image.load()
 except MemoryError:
@@ -255,7 +256,7 @@ def _decoded_elsewhere(image: Image.Image) -> str | None:
     image.fp.seek(0)
     data = image.fp.read()
     image.fp.seek(place)
-    command = [sys.executable, "-P", "-c", DECODE]
+    command = [sys.executable, "-P", "-c", DECODE, str(image.tell())]
     fill = {"MALLOC_PERTURB_": "165", "MallocPreScribble": "1"}  # of Linux and of macOS
     done = subprocess.run(command, input=data, capture_output=True, env=os.environ | fill, check=False)
     if done.returncode == -signal.SIGKILL or b"MemoryError" in done.stderr:

@@ -210,6 +210,15 @@ def test_a_fax_is_read(compression: str) -> None:
         assert np.array_equal(image, page.convert("RGB"))
 
 
+def test_every_page_of_a_fax_is_read() -> None:
+    pages = [noise(160, 120, seed).convert("1") for seed in range(3)]
+    data = packed(pages[0], "TIFF", compression="group4", save_all=True, append_images=pages[1:])
+    with Image.open(io.BytesIO(data)) as image:
+        for number in (2, 0, 1):
+            image.seek(number)
+            assert np.array_equal(upright_rgb(image), pages[number].convert("RGB"))
+
+
 def test_a_damaged_fax_is_refused_where_its_pixels_would_be_those_of_the_memory() -> None:
     data = bytearray(packed(noise(160, 120).convert("1"), "TIFF", compression="group4"))
     strip = len(data) // 2

@@ -1,7 +1,8 @@
 """Image files to upright RGB: one way for the build, evaluation, chat and exported models, with Pillow.
 
 What is wrong with an image is a ValueError whose reason is the same on every machine. The bounds below keep what one
-image takes to some 1.5 GB; a MemoryError is therefore of the moment, and passes.
+image takes to some 1.5 GB, and as much again in another process for a TIFF that is decoded twice (one not packed in a
+way of NOTICES_DAMAGE); a MemoryError is therefore of the moment, and passes.
 """
 
 from __future__ import annotations
@@ -49,12 +50,14 @@ TILE_WIDTH, TILE_LENGTH = 322, 323  # tags of TIFF
 # Ways to pack a TIFF that notice damage. Of the others libtiff leaves pixels as the memory was.
 NOTICES_DAMAGE = {"raw", "tiff_lzw", "tiff_deflate", "tiff_adobe_deflate", "packbits"}
 DECODE = """
-import hashlib, io, sys
+import hashlib, io, resource, sys
 from PIL import Image
+page, seconds = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 data = sys.stdin.buffer.read()
 try:
     image = Image.open(io.BytesIO(data))
-    image.seek(int(sys.argv[1]))
+    image.seek(page)
     image.load_end = lambda: None
     image.load()
 except MemoryError:
@@ -64,6 +67,7 @@ except Exception:
 else:
     print(hashlib.sha256(image.tobytes()).hexdigest())
 """
+CPU_S = 120  # s of CPU time in which a TIFF is decoded again; the largest sound ones take some seconds
 # Signals by which damaged data end a decoder; any other comes from outside.
 CRASHES = {signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGILL}
 _ADDRESS = re.compile(r" ?<?_io\.\w+ object at 0x[0-9a-f]+>?|0x[0-9a-f]{6,}")  # Pillow's texts hold object addresses
@@ -246,7 +250,8 @@ def _decoded_elsewhere(image: Image.Image) -> str | None:
     """The digest of a TIFF that another process decodes in memory filled with other bytes; None if none is needed.
 
     Raises:
-        ValueError: if the decoder crashes. MemoryError: if the process has too little. OSError: if it fails otherwise.
+        ValueError: if the decoder crashes or does not end. MemoryError: if the process has too little.
+        OSError: if it fails otherwise.
     """
     if not isinstance(image, ImageFile.ImageFile) or image.format != "TIFF" or not image.tile or image.fp is None:
         return None
@@ -256,13 +261,16 @@ def _decoded_elsewhere(image: Image.Image) -> str | None:
     image.fp.seek(0)
     data = image.fp.read()
     image.fp.seek(place)
-    command = [sys.executable, "-P", "-c", DECODE, str(image.tell())]
+    command = [sys.executable, "-P", "-c", DECODE, str(image.tell()), str(CPU_S)]
     fill = {"MALLOC_PERTURB_": "165", "MallocPreScribble": "1"}  # of Linux and of macOS
     done = subprocess.run(command, input=data, capture_output=True, env=os.environ | fill, check=False)
     if done.returncode == -signal.SIGKILL or b"MemoryError" in done.stderr:
         raise MemoryError(f"decoding a TIFF of {image.width}x{image.height} pixels")
     if -done.returncode in CRASHES:
         raise ValueError(f"damaged {image.width}x{image.height} TIFF: its decoder crashes; copy it again")
+    if done.returncode == -signal.SIGXCPU:
+        said = f"its decoder has not ended after {CPU_S} s of CPU time"
+        raise ValueError(f"damaged {image.width}x{image.height} TIFF: {said}; copy it again")
     if not done.stdout:
         said = (str(done.stderr, "utf-8", "replace").splitlines() or [f"it ended with code {done.returncode}"])[-1]
         raise OSError(errno.EIO, f"the process that decodes a TIFF a second time failed: {said}; run again")

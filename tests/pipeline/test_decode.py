@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, PngImagePlugin
 
-from pipeline.encoders import pixels
+from pipeline.encoders import decode, pixels
 from pipeline.encoders.clip import Clip
 from pipeline.encoders.decode import MAX_BYTES, load_image, open_image, upright_rgb
 from training.model.processor import CompactVisionImageProcessor
@@ -236,14 +236,17 @@ def test_a_damaged_fax_is_refused_where_its_pixels_would_be_those_of_the_memory(
         ("os.kill(os.getpid(), signal.SIGTERM)", OSError, "ended with code -15"),
         ("os.kill(os.getpid(), signal.SIGKILL)", MemoryError, "a TIFF of 160x120"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", ValueError, "its decoder crashes"),
+        ("threading.Thread(target=exec, args=['while True: pass']).start()", ValueError, "not ended after 1 s of CPU"),
     ],
 )
 def test_only_what_its_bytes_do_is_a_fault_of_the_image(
     line: str, kind: type[Exception], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = packed(noise(160, 120).convert("1"), "TIFF", compression="group4")
-    (tmp_path / "sitecustomize.py").write_text(f"import os, signal\n{line}\n")  # in the process that decodes it again
+    # What Python runs first in the process that decodes it again.
+    (tmp_path / "sitecustomize.py").write_text(f"import os, signal, threading\n{line}\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(decode, "CPU_S", 1)
     with pytest.raises(kind, match=said):
         load_image(data)
 

@@ -168,7 +168,8 @@ class ShardWorker:
         self, row: Mapping[str, Any], skipped: dict[str, Failure], stack: contextlib.ExitStack
     ) -> Iterator[list[_Item]]:
         """The shard's samples in order, in batches, their images decoded by threads."""
-        pool = stack.enter_context(ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode"))
+        pool = ThreadPoolExecutor(self.config.decode_threads, thread_name_prefix="decode")
+        stack.callback(pool.shutdown, cancel_futures=True)  # after an error only what a thread has begun is waited for
 
         def submit(key: str, image: str | None, conversations: list[dict[str, Any]], places: Any) -> Future[_Item]:
             return pool.submit(self.decode, key, image, conversations, places, skipped.get(key))

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from pipeline import worker as working
 from pipeline.build_shards import read_sources
 from pipeline.config import BuildConfig, load_config
 from pipeline.manifest import (
@@ -193,6 +196,35 @@ def test_images_that_cannot_be_read_just_now_are_no_failures_and_the_same_comman
     build()
     assert (build.store / "failures.jsonl").read_text() == ""
     assert len(rows(build)) == 60
+
+
+def test_after_the_first_image_that_cannot_be_read_just_now_no_other_is_tried(
+    settings: Callable[..., list[str]], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ends = threading.Event()
+
+    class Pool(ThreadPoolExecutor):
+        def shutdown(self, wait: bool = True, **more: bool) -> None:
+            super().shutdown(wait=False, **more)
+            ends.set()
+            super().shutdown(wait)
+
+    monkeypatch.setattr(working, "ThreadPoolExecutor", Pool)
+    build = Build(settings(tmp_path / "store", images=images, shard_size=16, decode_threads=1))
+    worker, (row, *_), _ = build.prepared()
+    images.rename(tmp_path / "away")
+    tried = []
+
+    def decode(key: str, *more: Any, plainly: Callable[..., Any] = worker.decode) -> Any:
+        if tried:  # by then the first one has failed
+            ends.wait()
+        tried.append(key)
+        return plainly(key, *more)
+
+    monkeypatch.setattr(worker, "decode", decode)
+    with pytest.raises(OSError, match="mount it"):
+        worker(row)
+    assert len(tried) <= 2, "of 16, those in a thread at that moment alone"
 
 
 def test_a_list_that_does_not_fit_the_store_is_named(build: Build) -> None:

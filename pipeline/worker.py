@@ -231,6 +231,7 @@ class ShardWorker:
             return {}
         names = tuple(column.name for column in columns)
         if names not in self._encoders:  # keep the encoder of one set of columns: a worker rarely changes between them
+            self.report("the loading of the encoder")
             self._encoders = {names: self._encoder(columns)}
         self.report(f"the features of {sound[0].key} to {sound[-1].key}")
         pixels = torch.from_numpy(np.stack([item.pixels for item in sound if item.pixels is not None]))

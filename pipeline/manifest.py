@@ -170,9 +170,13 @@ def _damaged(storage: Storage, name: str, what: str) -> ValueError:
 
 def committed(storage: Storage, added: str | None = None) -> set[int]:
     """Numbers of the shards that exist, or that have a column added later."""
-    folder = "commits" if added is None else f"commits/{added}"
-    pattern = re.compile(rf"{folder}/(\d{{5,8}})\.json")
-    return {int(match[1]) for name in storage.list(folder) if (match := pattern.fullmatch(name))}
+    return set(_numbers(storage, "commits" if added is None else f"commits/{added}", ".json"))
+
+
+def _numbers(storage: Storage, folder: str, suffix: str) -> list[int]:
+    """Numbers of the shards that have a file in `folder`, ascending: 100000 after 99999. Others' files do not count."""
+    pattern = re.compile(rf"{folder}/([0-9]{{5}}|[1-9][0-9]{{5,7}}){re.escape(suffix)}")  # of `shard_name`
+    return sorted(int(match[1]) for name in storage.list(folder) if (match := pattern.fullmatch(name)))
 
 
 def write_commit(storage: Storage, commit: Commit, added: str | None = None) -> bool:
@@ -194,7 +198,7 @@ def claim(storage: Storage, shard: int, job: str) -> bool:
 
 def claimed(storage: Storage) -> set[int]:
     """Numbers of the shards that some job works on, or was killed over."""
-    return {int(match[1]) for name in storage.list("claims") if (match := re.fullmatch(r"claims/(\d{5,8})", name))}
+    return set(_numbers(storage, "claims", ""))
 
 
 def write_manifest(storage: Storage, spec: StoreSpec, failures: Iterable[Failure]) -> int:
@@ -234,13 +238,14 @@ def retried(storage: Storage, spec: StoreSpec) -> dict[int, tuple[str, ...]]:
         ValueError: if what describes them is damaged.
     """
     found: dict[int, tuple[str, ...]] = {}
-    for shard, name in enumerate(storage.list("retried"), spec.shards):
+    for shard, number in enumerate(_numbers(storage, "retried", ".json"), spec.shards):
+        name = retried_path(number)
         try:
             keys = Retried.model_validate_json(storage.read(name)).keys
         except ValidationError as error:
             raise ValueError(f"{storage.root}/{name} is damaged ({first_fault(error)}); {_RESTORE}") from error
         before = {key for others in found.values() for key in others}
-        if name != retried_path(shard) or before & {*keys} or max(map(int, keys)) >= spec.samples:
+        if number != shard or before & {*keys} or max(map(int, keys)) >= spec.samples:
             raise ValueError(
                 f"{storage.root}/{name} does not fit the store: {retried_path(shard)} is next, with other keys than "
                 f"the shards before it, below {spec.samples:09d}; {_RESTORE}"

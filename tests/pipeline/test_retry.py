@@ -237,6 +237,17 @@ def test_a_list_that_does_not_fit_the_store_is_named(build: Build) -> None:
         path.unlink()
 
 
+def test_retried_shards_come_by_their_numbers_and_other_files_beside_them_do_not_count(build: Build) -> None:
+    storage = Storage(build.store)
+    spec = read_store(storage).model_copy(update={"samples": 99_999, "shards": 99_999})
+    keys = {99_999: ("000000003",), 100_000: ("000000005",)}  # as text, 100000 comes before 99999
+    for shard, of_shard in keys.items():
+        storage.publish_bytes(f"retried/{shard}.json", json.dumps({"keys": of_shard}).encode())
+    for name in (".DS_Store", "99999.json~", "._99999.json", "099999.json"):
+        storage.publish_bytes(f"retried/{name}", b"?")
+    assert list(retried(storage, spec).items()) == list(keys.items())
+
+
 @pytest.mark.slow  # three builds
 def test_the_command_retries_what_failed(
     settings: Callable[..., list[str]], run: Callable[..., str], scenes: Path, images: Path, tmp_path: Path

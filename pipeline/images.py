@@ -63,10 +63,12 @@ class ImageSource:
 
         for number, (root, storage) in enumerate(zip(self._roots, self._storages, strict=True)):
             if is_zip(root):
-                place = places[number] if places else None
-                if place is not None:
-                    check_bytes(place[2])
-                    return _read_member(storage, root.rpartition("/")[2], ZipMember(*place))
+                found = places[number] if places else None
+                if found is not None:
+                    place = ZipMember(*found)  # as a list, if it comes from JSON
+                    check_bytes(place.size)
+                    check_bytes(place.packed)
+                    return _read_member(storage, root.rpartition("/")[2], place)
                 continue
             for spelling in spellings(name):
                 path = storage.local_path(spelling)
@@ -75,10 +77,13 @@ class ImageSource:
                 if path is not None:
                     check_bytes(path.stat().st_size)
                 try:
-                    return storage.read(spelling)
+                    data = storage.read(spelling)
                 except OSError as error:
                     if not is_absent(error):
                         raise
+                else:
+                    check_bytes(len(data))  # of an S3 object: to ask before would take a request more for each image
+                    return data
             if "://" not in root and not Path(root).is_dir():
                 host = os.uname().nodename
                 raise OSError(errno.ENOTCONN, f"the image folder {root} is not there on {host}; mount it")

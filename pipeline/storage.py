@@ -3,8 +3,8 @@
 S3 settings come from the environment that every S3 tool reads (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, AWS_PROFILE,
 AWS_DEFAULT_REGION, ...); no credential passes through here. Uploads carry a checksum that the server compares.
 
-An error is a fact of the data (`is_absent`: no such file can be there) or a fact of the moment: throttling, network,
-disk, file handles, expired credentials. Facts of the moment are tried again here with growing pauses, then raised.
+An error is a fact of the data (`is_absent`), or of the moment: throttling, network, disk, file handles, credentials. On
+S3, and in a local `read` or `read_range`, what is of the moment is tried again with growing pauses, then raised.
 """
 
 from __future__ import annotations

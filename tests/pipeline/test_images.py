@@ -12,6 +12,7 @@ from pathlib import Path
 import boto3
 import pytest
 
+from pipeline.encoders import decode
 from pipeline.images import (
     ImageSource,
     MissingImageError,
@@ -55,6 +56,23 @@ def test_images_are_read_from_inside_a_zip(tmp_path: Path, s3: dict[str, str], m
     with pytest.raises(ValueError, match="missing image"):
         source.read("coco/3.jpg", [None])
     assert absent_images((root,), ["coco/2.jpg", "coco/3.jpg"]) == ["coco/3.jpg"]
+
+
+def test_no_root_gives_a_file_above_the_bound(
+    tmp_path: Path, s3: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"x" * 101)
+    boto3.client("s3").upload_file(str(tmp_path / "a.jpg"), "chaos", "bound/a.jpg")
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as archive:
+        archive.write(tmp_path / "a.jpg", "a.jpg")
+    root = str(tmp_path / "images.zip")
+    place = index_zips((root,))[0]["a.jpg"]
+    monkeypatch.setattr(decode, "MAX_BYTES", 100)
+    reads = [(str(tmp_path), None), ("s3://chaos/bound", None)]
+    reads += [(root, place._replace(packed=50)), (root, place._replace(size=50))]
+    for root, found in reads:
+        with pytest.raises(ValueError, match="file of 101 bytes, images of up to 100 are read"):
+            ImageSource((root,)).read("a.jpg", [found])
 
 
 def test_a_damaged_member_of_a_zip_is_a_fault(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +157,10 @@ def _prefixes(template: str) -> str:
         for policy in resource["Properties"].get("Policies", []):
             for statement in policy["PolicyDocument"]["Statement"]:
                 actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
-                if statement["Effect"] != "Allow" or not {"s3:PutObject", "s3:DeleteObject", "s3:*"} & set(actions):
+                changes = any(
+                    fnmatch(name, action) for name in ("s3:PutObject", "s3:DeleteObject") for action in actions
+                )
+                if statement["Effect"] != "Allow" or not changes:
                     continue
                 prefix = str(statement["Resource"])
                 if prefix not in PREFIXES or owners.setdefault(prefix, name) != name:

@@ -257,7 +257,7 @@ class TrainConfig(Settings):
         description="stop and name the batch if a loss is this many times the median of the last 100",
     )
     hang_s: float = Field(
-        default=600, ge=1, description="a rank without a sign of life, or a job that stands still, for so long is ended"
+        default=600, ge=1, description="a rank without a sign of life, or steps that stand still, end it after this"
     )
     checkpoint: CheckpointSettings = CheckpointSettings()
     seed: int = 0

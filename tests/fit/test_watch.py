@@ -15,19 +15,20 @@ from training.fit.pace import outliers
 from training.fit.watch import HUNG
 
 pytestmark = [pytest.mark.slow, pytest.mark.minutes(2)]
-HANG = {"hang_s": 10, "checkpoint.interval": "2ba", "steps": 12}
+SHORT = {"checkpoint.interval": "2ba", "steps": 12}
+HANG = {**SHORT, "hang_s": 10}
 
 
 def test_a_rank_that_is_stopped_ends_the_job_which_names_it_and_goes_on(
     tmp_path: Path, settings: Callable[..., Any], run_jobs: Callable[..., Any], read_log: Callable[..., Any]
 ) -> None:
     names = ["undisturbed", "rank-0", "rank-1"]
-    configs = {name: settings(tmp_path / name, 2, HANG) for name in names}
     stopped = [
-        {"config": configs[f"rank-{rank}"], "ranks": 2, "signal": signal.SIGSTOP, "rank": rank, "at": 5}
+        {"config": settings(tmp_path / f"rank-{rank}", 2, HANG), "ranks": 2}
+        | {"signal": signal.SIGSTOP, "rank": rank, "at": 5}
         for rank in (0, 1)
     ]
-    again = [{"config": configs[name], "ranks": 2} for name in names]
+    again = [{"config": settings(tmp_path / name, 2, SHORT), "ranks": 2} for name in names]
     codes = run_jobs(tmp_path, [*stopped, *again])
     assert codes == [[-signal.SIGKILL, HUNG], [HUNG, -signal.SIGKILL], [0, 0], [0, 0], [0, 0]]
     said = (tmp_path / "rank-1" / "output").read_text()

@@ -1,5 +1,6 @@
 """The processor: LLaVA-1.5's pixels bit for bit, its token ids one by one, its template."""
 
+import base64
 import hashlib
 import json
 from pathlib import Path
@@ -35,6 +36,15 @@ def processor(tiny_tokenizer: Path) -> CompactVisionProcessor:
 
 def picture(color: tuple[int, int, int] = (200, 30, 10), size: tuple[int, int] = (50, 40)) -> Image.Image:
     return Image.new("RGB", size, color)
+
+
+def test_images_come_from_files_and_from_long_data_addresses(processor: CompactVisionProcessor, tmp_path: Path) -> None:
+    picture().save(tmp_path / "red.bmp")
+    address = "data:image/bmp;base64," + base64.b64encode((tmp_path / "red.bmp").read_bytes()).decode()
+    assert len(address) > 4096  # longer than a path may be
+    for where in (str(tmp_path / "red.bmp"), address):
+        image = processor.image_processor.fetch_images(where)
+        assert np.array_equal(np.asarray(image), np.asarray(picture()))
 
 
 @pytest.mark.vectors("images*.npz")

@@ -42,7 +42,8 @@ def serve(load: Callable[[], list[Speaker]], port: int) -> None:
         except ImportError as error:
             raise ValueError(f"--web needs gradio: pip install 'compact-vision-tokens[web]' ({error})") from error
         for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the folder is removed then too
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup's
+                signal.signal(number, lambda number, _: sys.exit(128 + number))  # so that the folder goes then too
         # A page of another site must not ask this one, neither by a name that it let point here nor in its own name.
         guards = [Middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"]), Middleware(OwnOrigin)]
         # Fonts of the machine itself: gradio's own come from another server.
@@ -144,7 +145,7 @@ def answers(speakers: list[Speaker], path: str | None, text: str, known: Known) 
     import gradio as gr
 
     if path is None:
-        raise gr.Error("Choose an image first.", duration=6)
+        raise gr.Error("Choose an image first.", duration=6, print_exception=False)
     try:
         talks = known[1] if known[0] == path else [Talk(speaker, open_image(Path(path))) for speaker in speakers]
         box: Any = ""
@@ -160,7 +161,7 @@ def answers(speakers: list[Speaker], path: str | None, text: str, known: Known) 
             facts[number] = talk.facts
             yield [box, (path, talks), *_shown(talks, text, saying), *facts]
     except (ValueError, OSError) as error:
-        raise gr.Error(str(error), duration=10) from error
+        raise gr.Error(str(error), duration=10, print_exception=False) from error
 
 
 def _shown(talks: list[Talk], text: str, saying: list[str | None]) -> list[list[dict[str, str]]]:

@@ -176,7 +176,8 @@ class _Asked:
         """Whether a record's prompt and image are the question's; None where nothing can be compared."""
         found = [self._prompt_agrees(id, record.get("prompt", record.get("question")))]
         image, mine = record.get("image"), self.questions[id].image
-        if isinstance(image, str) and mine is not None and Path(mine).suffix:  # a table's images have no names
+        # A table's images have no names, and some files name images by number.
+        if isinstance(image, str) and mine is not None and Path(mine).suffix and Path(image).suffix:
             found.append(Path(image).stem == Path(mine).stem)
         compared = [each for each in found if each is not None]
         return all(compared) if compared else None

@@ -66,6 +66,7 @@ def _product_s(device: torch.device) -> float:
     """Seconds that this rank takes for some matrix products, its device being idle before. Draws no random number."""
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (512, torch.float32)
     matrix = torch.ones(size, size, dtype=dtype, device=device)
+    matrix @ matrix  # the first one may have to load its kernel
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()

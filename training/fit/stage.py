@@ -21,7 +21,7 @@ from training.fit.optimizer import build_optimizer
 from training.fit.parts import Parts, open_parts
 from training.fit.preview import preview
 from training.fit.run_folder import claim, finish, held, what_it_holds
-from training.fit.trainer import WAIT_S, build_trainer
+from training.fit.trainer import build_trainer, wait_s
 from training.fit.watch import Watch
 
 
@@ -41,9 +41,9 @@ def train(config: TrainConfig, check_only: bool = False) -> None:
 
 def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitStack) -> None:
     """The stage, or without `stop` only a look at it; `until_the_end` keeps the run's folder."""
-    dist.initialize_dist(get_device(None if config.device == "auto" else config.device), timeout=WAIT_S)
+    dist.initialize_dist(get_device(None if config.device == "auto" else config.device), timeout=wait_s(config))
     rank, ranks = dist.get_global_rank(), dist.get_world_size()
-    watch = until_the_end.enter_context(Watch(config.hang_s))
+    watch = until_the_end.enter_context(Watch(config.hang_s, wait_s(config)))
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     # All that a user can have got wrong is found in here, before the first step.
     try:

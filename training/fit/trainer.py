@@ -28,6 +28,11 @@ from training.stream.stream import Stream
 WAIT_S = 1800  # for the other ranks, in a collective
 
 
+def wait_s(config: TrainConfig) -> float:
+    """Seconds that a rank waits for the others in a collective: also while the first waits for a bucket."""
+    return max(WAIT_S, config.checkpoint.remote_patience_s + 600)
+
+
 def build_trainer(
     config: TrainConfig, parts: Parts, engine: Engine, steps: int, stop: StopRequest, watch: Watch
 ) -> tuple[Trainer, Checkpoints]:
@@ -66,7 +71,7 @@ def build_trainer(
         "load_exclude_algorithms": None if latest is None else evaluated_names(),
         "load_strict_model_weights": not left_out,  # frozen weights are not in checkpoints
         "progress_bar": False,
-        "dist_timeout": WAIT_S,
+        "dist_timeout": wait_s(config),
     }
     with only_data(engine.name):
         return engine.trainer(left_out, settings), checkpoints

@@ -14,7 +14,6 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -32,17 +31,19 @@ READERS = ("stream", "ahead")  # threads whose place is told too: what the main 
 
 
 class Watch(Callback):  # type: ignore[misc]
-    """Ends this process when a rank, or the whole job, has stood still for `hang_s` seconds.
+    """Ends this process, with status `HUNG`, when a rank or the whole job hangs.
 
     Args:
-        hang_s: a rank that gives no sign of life for so long, or a job of which no thread moves for so long, hangs.
-        end: what happens then, with a message; by default it is printed, and the process ends with status `HUNG`.
+        hang_s: a rank that gives no sign of life for so long hangs, and so does a job of which no thread moves for so
+            long between the first step and the last.
+        wait_s: the same before and after the steps, where one call may rightly take long: a download, a slow bucket.
     """
 
-    def __init__(self, hang_s: float, end: Callable[[str], None] | None = None) -> None:
+    def __init__(self, hang_s: float, wait_s: float) -> None:
         self.hang_s = hang_s
         self.step = 0
-        self._end = end or _end
+        self._wait_s = max(hang_s, wait_s)
+        self._still_s = self._wait_s  # how long the job may stand still now
         self._rank, self._ranks = dist.get_global_rank(), dist.get_world_size()
         self._closed = threading.Event()
         self._answered = time.monotonic()  # when rank 0 answered last
@@ -62,12 +63,25 @@ class Watch(Callback):  # type: ignore[misc]
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop watching: from here on ranks end one by one."""
+        """Stop watching, whatever ended the stage."""
         self._closed.set()
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """From here on steps are to follow each other."""
+        self.step = state.timestamp.batch.value
+        self._still_s = self.hang_s
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Note the step."""
         self.step = state.timestamp.batch.value
+
+    def fit_end(self, state: State, logger: Logger) -> None:
+        """The steps are done."""
+        self._still_s = self._wait_s
+
+    def close(self, state: State, logger: Logger) -> None:
+        """Stop watching: from here on ranks end one by one."""
+        self._closed.set()
 
     def _say(self, beat: int) -> None:
         """Publish where this rank is."""
@@ -112,8 +126,7 @@ class Watch(Callback):  # type: ignore[misc]
             looked = now
             found = self._hang(now)
             if found is not None and not self._closed.is_set():
-                self._end(found)
-                return
+                _end(found)
 
     def _hang(self, now: float) -> str | None:
         """What hangs, as a message; None if nothing does."""
@@ -131,7 +144,7 @@ class Watch(Callback):  # type: ignore[misc]
                 ["ranks without a sign of life: they are stopped, or their node or network is gone"]
                 + [self._line(rank, now) for rank in silent]
             )
-        if now - self._moved > self.hang_s:
+        if now - self._moved > self._still_s:
             # Who is behind the others keeps them waiting: the lowest step first.
             ranks = sorted(self._said, key=lambda rank: (json.loads(self._said[rank][0])["step"], rank))
             return "\n  ".join(

@@ -5,6 +5,7 @@ It travels with every exported model: Pillow, numpy, sentencepiece and transform
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ class CompactVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
         """As transformers', with files read as the build reads them."""
-        if isinstance(image_url_or_urls, str) and Path(image_url_or_urls).is_file():
+        if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):  # noqa: PTH113 - never raises
             return open_image(Path(image_url_or_urls))
         return super().fetch_images(image_url_or_urls)
 

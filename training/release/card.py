@@ -121,7 +121,7 @@ def _facts(model: CompactVisionForConditionalGeneration) -> dict[str, str]:
 
 
 def escaped(text: Any) -> str:
-    """A text that others wrote, as one line that is no markup in Markdown: no tag, link, image, code or column."""
+    """A text that others wrote, as one line without tag, image, code, column, or link behind other words."""
     line = html.escape(" ".join(str(text).split()), quote=False)
     return re.sub(r"([\\`\[\]|])", r"\\\1", line).replace("://", ":&#47;&#47;")
 

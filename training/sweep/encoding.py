@@ -86,7 +86,11 @@ def _image_names(encoding: Encoding) -> list[str]:
 
 
 def _encode_all(encoding: Encoding, what: str, columns: Sequence[Column], names: Sequence[str], size: int) -> float:
-    """Seconds from image files to features in host memory; `size` is the encoder's, in pixels."""
+    """Seconds from image files to features in host memory; `size` is the encoder's, in pixels.
+
+    Raises:
+        ValueError: if no image can be read.
+    """
     import torch
 
     from pipeline.encoder import Encoder
@@ -102,6 +106,10 @@ def _encode_all(encoding: Encoding, what: str, columns: Sequence[Column], names:
         for value in features.values():
             value.cpu()
     seconds = time.perf_counter() - start
+    if not count:
+        raise ValueError(
+            f"none of the {len(names)} images of the data can be read in {encoding.images}; correct encoding.images"
+        )
     print(f"encoded {count} of {len(names)} images for {what} in {seconds:.1f} s", flush=True)
     return seconds
 

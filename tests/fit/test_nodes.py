@@ -27,7 +27,7 @@ def node(become_rank: Become, rank: int, port: int, output: Path, settings: dict
     stage.train(TrainConfig.model_validate(settings))
 
 
-@pytest.mark.parametrize("holder", [0])
+@pytest.mark.parametrize("holder", [0, 1])
 def test_a_last_checkpoint_on_one_node_is_no_new_start_and_no_deadlock(
     holder: int,
     settings: Callable[..., Any],

@@ -41,7 +41,8 @@ def find(folder: Path, settings: CheckpointSettings, engine: Engine) -> Path | N
     if not settings.autoresume:
         return None
     remote = None if settings.remote is None else Remote(settings.remote)
-    (copies,) = _together(dist.get_global_rank() == 0, partial(_copies, folder, remote))
+    on_disk = set().union(*_together(dist.get_local_rank() == 0, partial(_marked_here, folder)))
+    (copies,) = _together(dist.get_global_rank() == 0, partial(_copies, folder, on_disk, remote))
     for name, in_bucket in copies:
         path = folder / name
         mark = _sound(path, remote if in_bucket else None, settings.verify, engine)
@@ -103,9 +104,19 @@ def in_bucket(remote: Remote, name: str) -> bool:
     return found
 
 
-def _copies(folder: Path, remote: Remote | None) -> list[tuple[str, bool]]:
-    """Names of checkpoints with a mark, newest first; for each on disk (False) and in the bucket (True), if there."""
-    here = [path.name for path in checkpoint_folders(folder) if (path / MARK).is_file()]
+def _marked_here(folder: Path) -> set[str]:
+    """Names of the checkpoints with a mark on this node's disk."""
+    return {path.name for path in checkpoint_folders(folder) if (path / MARK).is_file()}
+
+
+def _copies(folder: Path, here: set[str], remote: Remote | None) -> list[tuple[str, bool]]:
+    """Names of checkpoints with a mark, newest first; for each on disk (False) and in the bucket (True), if there.
+
+    Args:
+        folder: of checkpoints, on the first node.
+        here: names of those with a mark on the disk of any node.
+        remote: the bucket, if there is one.
+    """
     there = [] if remote is None else _marked(remote, can_do_without=bool(here))
     names = sorted((name for name in {*here, *there} if FOLDER.fullmatch(name)), reverse=True)
     unfinished = checkpoint_folders(folder)
@@ -146,10 +157,11 @@ def _sound(path: Path, bucket: Remote | None, verify: bool, engine: Engine) -> M
 
 
 def _mark(path: Path, bucket: Remote | None) -> Mark | None:
-    """The mark of a checkpoint on disk, or in the bucket; None, with a warning, if it is damaged."""
+    """The mark of a checkpoint on disk, or in the bucket; None, with a warning, if it is missing or damaged."""
     mark = read_mark(path) if bucket is None else parse_mark(bucket.read(f"{path.name}/{MARK}"))
     if mark is None:
-        _warn(path if bucket is None else f"{bucket.url}/{path.name}", {MARK: "is damaged"})
+        gone = bucket is None and not (path / MARK).is_file()  # other nodes have it
+        _warn(path if bucket is None else f"{bucket.url}/{path.name}", {MARK: "is missing" if gone else "is damaged"})
     return mark
 
 

@@ -18,7 +18,17 @@ from typing import TypeVar
 
 from composer.utils import dist
 
-from training.checkpoints.mark import FOLDER, MARK, Mark, checkpoint_folders, flaws, parse_mark, read_mark, write_mark
+from training.checkpoints.mark import (
+    FOLDER,
+    MARK,
+    Mark,
+    checkpoint_folders,
+    file_sizes,
+    flaws,
+    parse_mark,
+    read_mark,
+    write_mark,
+)
 from training.checkpoints.remote import Remote
 from training.checkpoints.safe import refuse_code
 from training.config import CheckpointSettings
@@ -47,6 +57,8 @@ def find(folder: Path, settings: CheckpointSettings, engine: Engine) -> Path | N
         path = folder / name
         mark = _sound(path, remote if in_bucket else None, settings.verify, engine)
         if mark is not None:
+            if remote is not None:
+                _together(dist.get_local_rank() == 0, partial(_sweep, path, mark))
             _together(dist.get_local_rank() == 0, partial(refuse_code, path, mark.engine))
             return path / mark.load  # here on every node, whole
     if copies:
@@ -174,6 +186,12 @@ def _flaws(path: Path, mark: Mark, bucket: Remote | None, verify: bool) -> dict[
         if not bad:
             write_mark(path, mark)
     return bad
+
+
+def _sweep(path: Path, mark: Mark) -> None:
+    """Remove what a killed download has left: files that the mark does not name. Once no node downloads any more."""
+    for name in file_sizes(path).keys() - mark.files:
+        (path / name).unlink(missing_ok=True)  # on a common disk every node sweeps
 
 
 def _warn(path: Path | str, bad: dict[str, str]) -> None:

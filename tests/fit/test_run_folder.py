@@ -140,6 +140,18 @@ def test_a_run_goes_on_with_the_shards_that_it_began_with(
     assert shards_at_start(config.model_copy(update={"run": str(tmp_path / "new")})) is None
 
 
+def test_a_complete_run_without_its_settings_gets_them_back(
+    run: Path, train: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, settings = (run / LOG).read_bytes(), json.loads((run / CONFIG).read_text())
+    (run / CONFIG).unlink()
+    train(run)
+    said = capsys.readouterr().out
+    assert "trained   all 2 steps are done" in said and "done      loss" in said
+    assert (run / LOG).read_bytes() == log
+    assert json.loads((run / CONFIG).read_text()) == settings | {"run": str(run)}
+
+
 def as_before(run: Path, changes: dict[str, Any]) -> None:
     """Make a run's settings what an older version wrote: with the paths of the time, without a fingerprint."""
     (run / STORE).unlink()

@@ -223,7 +223,8 @@ def what_it_holds(config: TrainConfig) -> str | None:
     """Of a complete run what its folder holds, for a person; None if anything of its end is missing. A collective."""
     run, found = Path(config.run), None
     parts = ["connector", "model"] if "llm" in config.train else ["connector"]
-    if dist.get_global_rank() == 0 and (run / SUMMARY).is_file() and all((run / part).is_dir() for part in parts):
+    files = all((run / name).is_file() for name in (CONFIG, SUMMARY))
+    if dist.get_global_rank() == 0 and files and all((run / part).is_dir() for part in parts):
         summary = read_as(Summary, run / SUMMARY)
         found = (
             f"complete  {run} holds {' and '.join(f'{part}/' for part in parts)} of {summary.steps} steps, "

@@ -19,7 +19,7 @@ import pytest
 from training.config import MAY_CHANGE, TrainConfig, flat
 from training.fit import run_folder
 from training.fit.run_folder import LOCK, STORE, held, refuse_another, working
-from training.release.records import CONFIG, IN_EVERY_LINE, LOG, SUMMARY
+from training.release.records import CONFIG, IN_EVERY_LINE, LOG, SKIPPED, SUMMARY
 
 ROOT = Path(__file__).resolve().parents[2]
 Settings = Callable[..., dict[str, Any]]
@@ -215,6 +215,8 @@ def test_what_may_change_are_settings(settings: Settings, tmp_path: Path) -> Non
         (SUMMARY, '{"steps": "many"}', "summary.json is damaged, or of another version of this program: steps: "),
         (LOG, '{"step": 1}\n{"step": 2}\n', "log.jsonl:1 is damaged"),
         (LOG, "\0\0\0\n{}\n", "log.jsonl:1 is damaged"),
+        (SKIPPED, '{"step": 1, "key"\n{}\n', "skipped.jsonl:1 is damaged"),
+        (SKIPPED, '{"step": 1, "key": "0#0"}\n', "skipped.jsonl:1 is damaged"),
         (STORE, "0123", "store.sha256 is damaged"),
     ],
 )

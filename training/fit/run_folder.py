@@ -29,6 +29,8 @@ from training.release.connector import export_connector
 from training.release.folder import export_model
 from training.release.records import (
     CONFIG,
+    LOG,
+    SKIPPED,
     SUMMARY,
     Summary,
     final_loss,
@@ -157,9 +159,10 @@ def refuse_another(config: TrainConfig) -> None:
         ValueError: if the folder holds another run, or a file of it is damaged. OSError: if one cannot be read.
     """
     run = Path(config.run)
+    for name in (LOG, SKIPPED):
+        read_log(run, name)
     if not (run / CONFIG).exists():
         return
-    read_log(run)
     if (run / SUMMARY).exists():
         read_as(Summary, run / SUMMARY)
     before = read_config(run)

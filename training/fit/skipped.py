@@ -14,11 +14,10 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from training.release.records import read_log, write_whole
+from training.release.records import SKIPPED, read_log, write_whole
 from training.stream.stream import Stream
 from training.text.collate import Skip
 
-SKIPPED = "skipped.jsonl"  # in a run's folder
 ALLOWED = 10  # at any rate: one bad record of twenty must not stop a trial run
 SHOWN = 5  # on screen; the file has all
 

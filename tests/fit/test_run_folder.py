@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import re
 import shutil
@@ -285,6 +286,13 @@ def test_a_folder_in_which_another_process_works_is_refused_and_a_dead_ones_lock
         with held(config, NoStop()):
             assert re.fullmatch(r"pid \d+ on \S+ since \S+ \S+ UTC", (run / LOCK).read_text())
         assert not (run / LOCK).exists()
+
+
+def test_two_that_look_at_once_do_not_take_each_other_for_a_run(run: Path) -> None:
+    (run / LOCK).touch()  # as a dead process leaves it
+    with (run / LOCK).open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert working(run) is None
 
 
 def test_who_waits_for_a_folder_gets_it_when_it_is_free(

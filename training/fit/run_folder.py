@@ -142,9 +142,9 @@ def _is_at(file: IO[str], path: Path) -> bool:
 def working(run: Path) -> str | None:
     """Who works in the folder of a run just now, None if nobody does."""
     try:
-        with (run / LOCK).open("r+", encoding="utf-8") as file:
+        with (run / LOCK).open(encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # others may look at the same time
             except BlockingIOError:
                 return _holder(file)
     except OSError:  # no such file, or no locks: nobody who could be named

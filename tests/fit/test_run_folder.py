@@ -288,6 +288,13 @@ def test_a_folder_in_which_another_process_works_is_refused_and_a_dead_ones_lock
         assert not (run / LOCK).exists()
 
 
+def test_the_lock_of_another_process_stays(run: Path, settings: Settings) -> None:
+    with held(TrainConfig.model_validate(settings(run, 1, SHORT)), NoStop()):
+        (run / LOCK).unlink()  # by someone who took this process for dead
+        (run / LOCK).write_text("another's")
+    assert (run / LOCK).read_text() == "another's"
+
+
 def test_two_that_look_at_once_do_not_take_each_other_for_a_run(run: Path) -> None:
     (run / LOCK).touch()  # as a dead process leaves it
     with (run / LOCK).open() as file:

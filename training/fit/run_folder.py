@@ -75,7 +75,8 @@ def held(config: TrainConfig, stop: StopRequest | None) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            (run / LOCK).unlink(missing_ok=True)  # while it is locked: whoever waits for this file opens a new one
+            if _is_at(lock, run / LOCK):  # else someone deleted it, and another process has made its own
+                (run / LOCK).unlink()  # while it is locked: whoever waits for this file opens a new one
             lock.close()
             if new:
                 with contextlib.suppress(OSError):  # something lies in it: the run has begun

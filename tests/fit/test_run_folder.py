@@ -312,6 +312,16 @@ def test_who_waits_for_a_folder_gets_it_when_it_is_free(
     assert "waiting   another process works in" in capsys.readouterr().out
 
 
+def test_a_signal_ends_the_wait_for_a_folder_as_it_ends_a_run(
+    run: Path, train: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    with another_process(run), pytest.raises(SystemExit) as stopped:
+        train(run)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "stopped   by signal 15 while another process works in" in capsys.readouterr().out
+
+
 def test_only_numbers_that_readers_count_on_are_asked_of_a_log(run: Path) -> None:
     first = json.loads((run / LOG).read_text().splitlines()[0])
     assert set(IN_EVERY_LINE) <= first.keys()

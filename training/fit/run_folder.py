@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,18 +60,24 @@ def held(config: TrainConfig, stop: StopRequest | None) -> Iterator[None]:
 
     Raises:
         ValueError: if another process works there, the folder holds another run, or its files are damaged.
+        SystemExit: with 128 + the signal's number, if that ended the wait.
     """
-    run, lock, wrong = Path(config.run), None, ""
+    run, lock = Path(config.run), None
+    wrong: str | int | None = None  # what is wrong, or the code to exit with
     new = not run.exists()
     if dist.get_global_rank() == 0:
         try:
             lock = None if stop is None else _lock(run, stop)
             refuse_another(config)
+        except SystemExit as stopped:
+            wrong = stopped.code
         except (ValueError, OSError) as error:
             wrong = str(error)
     wrong = dist.all_gather_object(wrong)[0]  # rank 0 speaks for all
     try:
-        if wrong:
+        if isinstance(wrong, int):
+            sys.exit(wrong)
+        if wrong is not None:
             raise ValueError(wrong)
         yield
     finally:
@@ -91,6 +98,7 @@ def _lock(run: Path, stop: StopRequest) -> IO[str]:
 
     Raises:
         ValueError: if another process keeps it longer than `PATIENCE_S`. OSError: if the folder cannot be written.
+        SystemExit: with 128 + the number of the signal that ended the wait.
     """
     waited = 0.0
     while True:
@@ -101,7 +109,10 @@ def _lock(run: Path, stop: StopRequest) -> IO[str]:
         except BlockingIOError:
             who = _holder(file)
             file.close()
-            if waited >= PATIENCE_S or stop.signal:
+            if stop.signal:
+                print(f"stopped   by signal {stop.signal} while another process works in {run}: {who}", flush=True)
+                sys.exit(128 + stop.signal)
+            if waited >= PATIENCE_S:
                 raise ValueError(
                     f"another process works in {run}: {who}; let it end, or stop it, then run the same command again "
                     f"(if it is gone, and only the file server believes that it is not, delete {run / LOCK})"

@@ -91,6 +91,25 @@ def test_the_room_for_an_export_is_what_it_takes(
         assert _export_bytes(config, store, empty_model(config, store)) == pytest.approx(took, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({"steps": 20, "checkpoint.interval": "3ba"}, 7),
+        ({"steps": 20, "checkpoint.interval": "0ba"}, 2),  # only where it is stopped
+        ({"steps": None, "epochs": 5, "checkpoint.interval": "2ep"}, 3),
+        ({"steps": 20, "epochs": 5, "checkpoint.interval": "2ep"}, 2),  # how many epochs 20 steps are, the data tell
+        ({"steps": None, "epochs": 5, "checkpoint.interval": "3ba"}, 2),
+    ],
+)
+def test_of_all_checkpoints_as_many_are_reckoned_with_as_the_settings_tell(
+    settings: Settings, tmp_path: Path, changes: dict[str, Any], count: int
+) -> None:
+    from training.fit.needs import _checkpoints
+
+    config = settings(tmp_path, 1, {**changes, "checkpoint.keep": -1})
+    assert _checkpoints(TrainConfig.model_validate(config)) == count
+
+
 def test_make_clean_leaves_runs_alone() -> None:
     said = subprocess.run(["make", "-n", "clean"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
     assert ".venv" in said

@@ -124,10 +124,10 @@ def disk(
 
 def _checkpoints(config: TrainConfig) -> int:
     """How many checkpoints lie on the disk at the same time, at most; at least, where only the data tell."""
-    keep, every = config.checkpoint.keep, config.checkpoint.interval
-    total = config.steps if every.endswith("ba") else config.epochs
-    if keep < 0 and total is not None:
-        return total // int(every[:-2]) + 1  # all, and the one at the end
+    keep, every, unit = config.checkpoint.keep, int(config.checkpoint.interval[:-2]), config.checkpoint.interval[-2:]
+    total = config.steps if unit == "ba" else None if config.steps else config.epochs
+    if keep < 0 and total is not None and every:  # 0: none but the one at a stop
+        return total // every + 1  # all, and the one at the end
     return max(1, keep) + 1  # a new one is written before the oldest goes
 
 

@@ -51,15 +51,15 @@ def find(folder: Path, settings: CheckpointSettings, engine: Engine) -> Path | N
     if not settings.autoresume:
         return None
     remote = None if settings.remote is None else Remote(settings.remote)
-    on_disk = set().union(*_together(dist.get_local_rank() == 0, partial(_marked_here, folder)))
-    (copies,) = _together(dist.get_global_rank() == 0, partial(_copies, folder, on_disk, remote))
+    on_disk = set().union(*together(dist.get_local_rank() == 0, partial(_marked_here, folder)))
+    (copies,) = together(dist.get_global_rank() == 0, partial(_copies, folder, on_disk, remote))
     for name, in_bucket in copies:
         path = folder / name
         mark = _sound(path, remote if in_bucket else None, settings.verify, engine)
         if mark is not None:
             if remote is not None:
-                _together(dist.get_local_rank() == 0, partial(_sweep, path, mark))
-            _together(dist.get_local_rank() == 0, partial(refuse_code, path, mark.engine))
+                together(dist.get_local_rank() == 0, partial(_sweep, path, mark))
+            together(dist.get_local_rank() == 0, partial(refuse_code, path, mark.engine))
             return path / mark.load  # here on every node, whole
     if copies:
         raise OSError(
@@ -112,7 +112,7 @@ def in_bucket(remote: Remote, name: str) -> bool:
     Raises:
         OSError: if it cannot be read.
     """
-    (found,) = _together(dist.get_global_rank() == 0, lambda: name in remote.marked(MARK))
+    (found,) = together(dist.get_global_rank() == 0, lambda: name in remote.marked(MARK))
     return found
 
 
@@ -157,11 +157,11 @@ def _sound(path: Path, bucket: Remote | None, verify: bool, engine: Engine) -> M
         ValueError: if this engine cannot take it up. OSError: if the bucket cannot be read.
     """
     first, leader = dist.get_global_rank() == 0, dist.get_local_rank() == 0
-    (mark,) = _together(first, partial(_mark, path, bucket))
+    (mark,) = together(first, partial(_mark, path, bucket))
     if mark is None:
         return None
     check_engine(path, mark, engine)
-    found = _together(leader, partial(_flaws, path, mark, bucket, verify))
+    found = together(leader, partial(_flaws, path, mark, bucket, verify))
     bad = {name: what for node in found for name, what in node.items()}
     if first:
         _warn(path, bad)
@@ -202,7 +202,7 @@ def _warn(path: Path | str, bad: dict[str, str]) -> None:
         log.warning("%s/%s %s%s: another copy, or an older checkpoint, is taken", path, name, what, more)
 
 
-def _together(here: bool, task: Callable[[], T]) -> list[T]:
+def together(here: bool, task: Callable[[], T]) -> list[T]:
     """What `task` gives on the ranks that are to do it (`here`). What it raises on one, all raise. A collective."""
     answers: list[T] = []
     problem: Exception | None = None

@@ -204,7 +204,7 @@ class CheckpointSettings(Settings):
 MAY_CHANGE = frozenset(
     {"run", "boards", "project", "microbatch_size", "stop_on_spike", "hang_s", "device"}
     | {"model.activation_checkpointing", "model.loss_chunks", "model.compile"}
-    | {"data.max_skipped", *(f"data.{name}" for name in ReadSettings.model_fields)}
+    | {f"data.{name}" for name in ReadSettings.model_fields}
     | {f"checkpoint.{name}" for name in CheckpointSettings.model_fields}
 )
 

@@ -198,6 +198,22 @@ def test_what_is_damaged_here_is_fetched_from_the_bucket(
     assert {name: (newer / name).read_bytes() for name in sound} == sound
 
 
+@pytest.mark.parametrize("damaged", [True, False])
+def test_what_a_killed_download_left_is_swept(tmp_path: Path, remote: Callable[[Path], str], damaged: bool) -> None:
+    checkpoint = ddp(tmp_path / "ba00000004")
+    url = remote(tmp_path)
+    left = [checkpoint / f"composer.pt.{uuid.uuid4()}.tmp{end}" for end in ("", ".6eF0A7c1")]
+    for path in left:
+        path.write_bytes(b"half of it")
+    if damaged:
+        (checkpoint / MARK).unlink()
+        (checkpoint / "composer.pt").unlink()
+    with pytest.raises(ValueError, match="no file of this kind"):
+        refuse_code(checkpoint, "ddp")
+    assert found(tmp_path, remote=url) == checkpoint / "composer.pt"
+    assert sorted(path.name for path in checkpoint.iterdir()) == [MARK, "composer.pt"]
+
+
 @pytest.mark.parametrize("name", ["composer.pt", MARK])
 def test_what_is_damaged_in_the_bucket_is_not_taken(
     tmp_path: Path, remote: Callable[[Path], str], name: str, caplog: pytest.LogCaptureFixture

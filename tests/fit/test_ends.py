@@ -90,6 +90,15 @@ def test_a_stop_in_the_last_step_leaves_the_end_to_the_same_command(
     assert "step " not in said.partition("trained")[2] and "done      loss" in said
 
 
+def test_a_last_checkpoint_without_its_mark_excuses_no_run_from_what_its_end_needs(
+    config: TrainConfig, tmp_path: Path
+) -> None:
+    (Path(config.run) / "checkpoints" / f"ba{STEPS:08d}").mkdir(parents=True)
+    (tmp_path / "clip").rename(tmp_path / "away")
+    with pytest.raises(SystemExit, match="this run could not come to its end: the store's features"):
+        stage.train(config)
+
+
 def test_what_a_killed_export_leaves_is_swept_and_never_taken_for_whole(tmp_path: Path) -> None:
     def left(name: str) -> None:
         (tmp_path / name).mkdir()

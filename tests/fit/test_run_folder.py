@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import re
 import shutil
@@ -19,7 +20,7 @@ import pytest
 from training.config import MAY_CHANGE, TrainConfig, flat
 from training.fit import run_folder
 from training.fit.run_folder import LOCK, STORE, held, refuse_another, working
-from training.release.records import CONFIG, IN_EVERY_LINE, LOG, SUMMARY
+from training.release.records import CONFIG, IN_EVERY_LINE, LOG, SKIPPED, SUMMARY
 
 ROOT = Path(__file__).resolve().parents[2]
 Settings = Callable[..., dict[str, Any]]
@@ -90,6 +91,25 @@ def test_the_room_for_an_export_is_what_it_takes(
         assert _export_bytes(config, store, empty_model(config, store)) == pytest.approx(took, rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({"steps": 20, "checkpoint.interval": "3ba"}, 7),
+        ({"steps": 20, "checkpoint.interval": "0ba"}, 2),  # only where it is stopped
+        ({"steps": None, "epochs": 5, "checkpoint.interval": "2ep"}, 3),
+        ({"steps": 20, "epochs": 5, "checkpoint.interval": "2ep"}, 2),  # how many epochs 20 steps are, the data tell
+        ({"steps": None, "epochs": 5, "checkpoint.interval": "3ba"}, 2),
+    ],
+)
+def test_of_all_checkpoints_as_many_are_reckoned_with_as_the_settings_tell(
+    settings: Settings, tmp_path: Path, changes: dict[str, Any], count: int
+) -> None:
+    from training.fit.needs import _checkpoints
+
+    config = settings(tmp_path, 1, {**changes, "checkpoint.keep": -1})
+    assert _checkpoints(TrainConfig.model_validate(config)) == count
+
+
 def test_make_clean_leaves_runs_alone() -> None:
     said = subprocess.run(["make", "-n", "clean"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
     assert ".venv" in said
@@ -138,6 +158,18 @@ def test_a_run_goes_on_with_the_shards_that_it_began_with(
     (run / STORE).unlink()  # of the time before fingerprints, when no shard could come
     assert shards_at_start(config) == shards
     assert shards_at_start(config.model_copy(update={"run": str(tmp_path / "new")})) is None
+
+
+def test_a_complete_run_without_its_settings_gets_them_back(
+    run: Path, train: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, settings = (run / LOG).read_bytes(), json.loads((run / CONFIG).read_text())
+    (run / CONFIG).unlink()
+    train(run)
+    said = capsys.readouterr().out
+    assert "trained   all 2 steps are done" in said and "done      loss" in said
+    assert (run / LOG).read_bytes() == log
+    assert json.loads((run / CONFIG).read_text()) == settings | {"run": str(run)}
 
 
 def as_before(run: Path, changes: dict[str, Any]) -> None:
@@ -203,6 +235,8 @@ def test_what_may_change_are_settings(settings: Settings, tmp_path: Path) -> Non
         (SUMMARY, '{"steps": "many"}', "summary.json is damaged, or of another version of this program: steps: "),
         (LOG, '{"step": 1}\n{"step": 2}\n', "log.jsonl:1 is damaged"),
         (LOG, "\0\0\0\n{}\n", "log.jsonl:1 is damaged"),
+        (SKIPPED, '{"step": 1, "key"\n{}\n', "skipped.jsonl:1 is damaged"),
+        (SKIPPED, '{"step": 1, "key": "0#0"}\n', "skipped.jsonl:1 is damaged"),
         (STORE, "0123", "store.sha256 is damaged"),
     ],
 )
@@ -273,6 +307,20 @@ def test_a_folder_in_which_another_process_works_is_refused_and_a_dead_ones_lock
         assert not (run / LOCK).exists()
 
 
+def test_the_lock_of_another_process_stays(run: Path, settings: Settings) -> None:
+    with held(TrainConfig.model_validate(settings(run, 1, SHORT)), NoStop()):
+        (run / LOCK).unlink()  # by someone who took this process for dead
+        (run / LOCK).write_text("another's")
+    assert (run / LOCK).read_text() == "another's"
+
+
+def test_two_that_look_at_once_do_not_take_each_other_for_a_run(run: Path) -> None:
+    (run / LOCK).touch()  # as a dead process leaves it
+    with (run / LOCK).open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        assert working(run) is None
+
+
 def test_who_waits_for_a_folder_gets_it_when_it_is_free(
     run: Path, settings: Settings, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +329,16 @@ def test_who_waits_for_a_folder_gets_it_when_it_is_free(
         with held(TrainConfig.model_validate(settings(run, 1, SHORT)), NoStop()):
             assert "pid 7" not in (run / LOCK).read_text()
     assert "waiting   another process works in" in capsys.readouterr().out
+
+
+def test_a_signal_ends_the_wait_for_a_folder_as_it_ends_a_run(
+    run: Path, train: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_folder.time, "sleep", lambda seconds: signal.raise_signal(signal.SIGTERM))
+    with another_process(run), pytest.raises(SystemExit) as stopped:
+        train(run)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    assert "stopped   by signal 15 while another process works in" in capsys.readouterr().out
 
 
 def test_only_numbers_that_readers_count_on_are_asked_of_a_log(run: Path) -> None:

@@ -112,7 +112,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Save if it is time, or if any rank was told to stop; then training ends."""
-        self.stopped = _most(self.stop.signal)
+        self.stopped = most(self.stop.signal)
         due = self._due(state, Event.BATCH_CHECKPOINT)
         if due or self.stopped:
             self.save(state)
@@ -217,7 +217,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         """
         if self._remote is None or not self._unmarked:
             return
-        waiting = _most(int(not self._remote.idle))
+        waiting = most(int(not self._remote.idle))
         if not waiting:
             newest = self._unmarked[-1]
             self._unmarked.clear()
@@ -249,7 +249,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         free = shutil.disk_usage(self.folder).free
         learning = sum(p.numel() for group in state.optimizers[0].param_groups for p in group["params"])
         need = CHECKPOINT * learning
-        short = _most(int(free < need and _is_local_leader()))
+        short = most(int(free < need and _is_local_leader()))
         if short:
             log.error(
                 "step %d is not saved: a checkpoint takes about %.3g GB and %s has %.3g GB free on some node; make "
@@ -268,8 +268,8 @@ def _is_local_leader() -> bool:
     return bool(dist.get_local_rank() == 0)
 
 
-def _most(value: int) -> int:
-    """The largest of all ranks' values."""
+def most(value: int) -> int:
+    """The largest of all ranks' values. A collective."""
     if dist.get_world_size() == 1:
         return value
     on_gpu = torch.distributed.get_backend() == "nccl"

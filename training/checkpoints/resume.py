@@ -18,7 +18,17 @@ from typing import TypeVar
 
 from composer.utils import dist
 
-from training.checkpoints.mark import FOLDER, MARK, Mark, checkpoint_folders, flaws, parse_mark, read_mark, write_mark
+from training.checkpoints.mark import (
+    FOLDER,
+    MARK,
+    Mark,
+    checkpoint_folders,
+    file_sizes,
+    flaws,
+    parse_mark,
+    read_mark,
+    write_mark,
+)
 from training.checkpoints.remote import Remote
 from training.checkpoints.safe import refuse_code
 from training.config import CheckpointSettings
@@ -41,12 +51,15 @@ def find(folder: Path, settings: CheckpointSettings, engine: Engine) -> Path | N
     if not settings.autoresume:
         return None
     remote = None if settings.remote is None else Remote(settings.remote)
-    (copies,) = _together(dist.get_global_rank() == 0, partial(_copies, folder, remote))
+    on_disk = set().union(*together(dist.get_local_rank() == 0, partial(_marked_here, folder)))
+    (copies,) = together(dist.get_global_rank() == 0, partial(_copies, folder, on_disk, remote))
     for name, in_bucket in copies:
         path = folder / name
         mark = _sound(path, remote if in_bucket else None, settings.verify, engine)
         if mark is not None:
-            _together(dist.get_local_rank() == 0, partial(refuse_code, path, mark.engine))
+            if remote is not None:
+                together(dist.get_local_rank() == 0, partial(_sweep, path, mark))
+            together(dist.get_local_rank() == 0, partial(refuse_code, path, mark.engine))
             return path / mark.load  # here on every node, whole
     if copies:
         raise OSError(
@@ -99,13 +112,23 @@ def in_bucket(remote: Remote, name: str) -> bool:
     Raises:
         OSError: if it cannot be read.
     """
-    (found,) = _together(dist.get_global_rank() == 0, lambda: name in remote.marked(MARK))
+    (found,) = together(dist.get_global_rank() == 0, lambda: name in remote.marked(MARK))
     return found
 
 
-def _copies(folder: Path, remote: Remote | None) -> list[tuple[str, bool]]:
-    """Names of checkpoints with a mark, newest first; for each on disk (False) and in the bucket (True), if there."""
-    here = [path.name for path in checkpoint_folders(folder) if (path / MARK).is_file()]
+def _marked_here(folder: Path) -> set[str]:
+    """Names of the checkpoints with a mark on this node's disk."""
+    return {path.name for path in checkpoint_folders(folder) if (path / MARK).is_file()}
+
+
+def _copies(folder: Path, here: set[str], remote: Remote | None) -> list[tuple[str, bool]]:
+    """Names of checkpoints with a mark, newest first; for each on disk (False) and in the bucket (True), if there.
+
+    Args:
+        folder: of checkpoints, on the first node.
+        here: names of those with a mark on the disk of any node.
+        remote: the bucket, if there is one.
+    """
     there = [] if remote is None else _marked(remote, can_do_without=bool(here))
     names = sorted((name for name in {*here, *there} if FOLDER.fullmatch(name)), reverse=True)
     unfinished = checkpoint_folders(folder)
@@ -134,11 +157,11 @@ def _sound(path: Path, bucket: Remote | None, verify: bool, engine: Engine) -> M
         ValueError: if this engine cannot take it up. OSError: if the bucket cannot be read.
     """
     first, leader = dist.get_global_rank() == 0, dist.get_local_rank() == 0
-    (mark,) = _together(first, partial(_mark, path, bucket))
+    (mark,) = together(first, partial(_mark, path, bucket))
     if mark is None:
         return None
     check_engine(path, mark, engine)
-    found = _together(leader, partial(_flaws, path, mark, bucket, verify))
+    found = together(leader, partial(_flaws, path, mark, bucket, verify))
     bad = {name: what for node in found for name, what in node.items()}
     if first:
         _warn(path, bad)
@@ -146,10 +169,11 @@ def _sound(path: Path, bucket: Remote | None, verify: bool, engine: Engine) -> M
 
 
 def _mark(path: Path, bucket: Remote | None) -> Mark | None:
-    """The mark of a checkpoint on disk, or in the bucket; None, with a warning, if it is damaged."""
+    """The mark of a checkpoint on disk, or in the bucket; None, with a warning, if it is missing or damaged."""
     mark = read_mark(path) if bucket is None else parse_mark(bucket.read(f"{path.name}/{MARK}"))
     if mark is None:
-        _warn(path if bucket is None else f"{bucket.url}/{path.name}", {MARK: "is damaged"})
+        gone = bucket is None and not (path / MARK).is_file()  # other nodes have it
+        _warn(path if bucket is None else f"{bucket.url}/{path.name}", {MARK: "is missing" if gone else "is damaged"})
     return mark
 
 
@@ -164,6 +188,12 @@ def _flaws(path: Path, mark: Mark, bucket: Remote | None, verify: bool) -> dict[
     return bad
 
 
+def _sweep(path: Path, mark: Mark) -> None:
+    """Remove what a killed download has left: files that the mark does not name. Once no node downloads any more."""
+    for name in file_sizes(path).keys() - mark.files:
+        (path / name).unlink(missing_ok=True)  # on a common disk every node sweeps
+
+
 def _warn(path: Path | str, bad: dict[str, str]) -> None:
     """One line for all that is wrong with a checkpoint, naming the first file."""
     if bad:
@@ -172,7 +202,7 @@ def _warn(path: Path | str, bad: dict[str, str]) -> None:
         log.warning("%s/%s %s%s: another copy, or an older checkpoint, is taken", path, name, what, more)
 
 
-def _together(here: bool, task: Callable[[], T]) -> list[T]:
+def together(here: bool, task: Callable[[], T]) -> list[T]:
     """What `task` gives on the ranks that are to do it (`here`). What it raises on one, all raise. A collective."""
     answers: list[T] = []
     problem: Exception | None = None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from training.checkup.examples import examples
 from training.config import TrainConfig
 from training.fit.finding import Finding, ThisRank, run_check
-from training.fit.needs import needs, shape_of
+from training.fit.needs import end_needs, needs, shape_of
 from training.release.records import CONFIG
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def of_run(config: TrainConfig, ranks: ThisRank, every_example: bool = False) ->
     found += run_check("store", lambda: columns(config, store, model))
     if every_example:
         found += run_check("examples", lambda: examples(config, model))
-    found += needs(config, store, model, ranks)
+    found += needs(config, model, ranks)
+    if ranks.rank == 0:
+        found += end_needs(config, store, model)
     return found + run_check("cache", lambda: cache(config))
 
 

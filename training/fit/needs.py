@@ -22,31 +22,27 @@ if TYPE_CHECKING:
     from training.model.model import CompactVisionForConditionalGeneration
 
 
-def needs(
-    config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration, rank: ThisRank
-) -> list[Finding]:
-    """All that can be known of what this rank of a run needs; the weights of `model` may have no contents."""
+def needs(config: TrainConfig, model: CompactVisionForConditionalGeneration, rank: ThisRank) -> list[Finding]:
+    """What each rank of a run needs, seen from this one; the weights of `model` may have no contents."""
     found = run_check("memory", lambda: memory(config, model, rank))
-    found += run_check("bucket", lambda: bucket(config))
-    return found + (end_needs(config, store, model) if rank.rank == 0 else [])  # rank 0 exports
+    return found + run_check("bucket", lambda: bucket(config))
 
 
 def end_needs(config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration) -> list[Finding]:
-    """What is missed only after hours: the files that an export reads, room for it and for checkpoints."""
+    """What rank 0, which exports, misses only after hours: files that it reads, room for them and for checkpoints."""
     found = run_check("export", lambda: export(config, store))
     readable = all(finding.level != "fail" for finding in found)
     return found + run_check("disk", lambda: disk(config, store if readable else None, model))
 
 
-def refuse_unready(config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration) -> None:
-    """Refuse to begin what cannot come to its end. A collective: rank 0, which exports, looks.
+def refuse_unready(found: list[Finding]) -> None:
+    """Refuse to begin what cannot come to its end. A collective: what rank 0 has `found` counts.
 
     Raises:
         ValueError: with all that is missing.
     """
     from composer.utils import dist
 
-    found = end_needs(config, store, model) if dist.get_global_rank() == 0 else []
     missing = dist.all_gather_object([finding.text for finding in found if finding.level == "fail"])[0]
     if missing:
         raise ValueError("this run could not come to its end: " + "; ".join(missing))
@@ -128,10 +124,10 @@ def disk(
 
 def _checkpoints(config: TrainConfig) -> int:
     """How many checkpoints lie on the disk at the same time, at most; at least, where only the data tell."""
-    keep, every = config.checkpoint.keep, config.checkpoint.interval
-    total = config.steps if every.endswith("ba") else config.epochs
-    if keep < 0 and total is not None:
-        return total // int(every[:-2]) + 1  # all, and the one at the end
+    keep, every, unit = config.checkpoint.keep, int(config.checkpoint.interval[:-2]), config.checkpoint.interval[-2:]
+    total = config.steps if unit == "ba" else None if config.steps else config.epochs
+    if keep < 0 and total is not None and every:  # 0: none but the one at a stop
+        return total // every + 1  # all, and the one at the end
     return max(1, keep) + 1  # a new one is written before the oldest goes
 
 

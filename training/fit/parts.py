@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from composer.utils import dist
 
 from pipeline.manifest import read_store, shards_of
 from pipeline.schema import StoreSpec
 from pipeline.storage import Storage
+from training.checkpoints.resume import together
 from training.config import TrainConfig
 from training.fit.build import build_model, load_tokenizer
 from training.model.model import CompactVisionForConditionalGeneration
@@ -43,7 +43,7 @@ def open_parts(config: TrainConfig, rank: int, ranks: int) -> Parts:
     store = read_store(Storage(config.data.store))
     tokenizer = load_tokenizer(config)
     model = build_model(config, store)
-    shards = dist.all_gather_object(shards_at_start(config))[0]  # rank 0 speaks for all
+    (shards,) = together(rank == 0, lambda: shards_at_start(config))  # rank 0 speaks for all
     collate = text_collate(config, tokenizer, model)
     stream = open_stream(config, model.connector.columns, rank, ranks, collate, shards)
     return Parts(store, tokenizer, model, stream)

@@ -10,16 +10,15 @@ import yaml
 
 from training.config import TrainConfig
 from training.engines import engine_class
-from training.fit.finding import ThisRank
-from training.fit.needs import needs
+from training.fit.finding import Finding
 from training.fit.parts import Parts
 from training.model.markers import IGNORE
 
 SUPERVISED, IMAGE, PLAIN = "\033[32m", "\033[36m", "\033[0m"  # green, cyan, the terminal's own
 
 
-def preview(config: TrainConfig, parts: Parts, optimizer: torch.optim.Optimizer, rank: ThisRank) -> str:
-    """Configuration, the optimizer's groups, what is needed, and the first example of the first batch, for a person."""
+def preview(config: TrainConfig, parts: Parts, optimizer: torch.optim.Optimizer, found: list[Finding]) -> str:
+    """Configuration, the optimizer's groups, what was `found` of needs, and the first example decoded, for a person."""
     settings = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
     return (
         "\n--- configuration\n"
@@ -27,7 +26,7 @@ def preview(config: TrainConfig, parts: Parts, optimizer: torch.optim.Optimizer,
         + "\n--- parameter groups\n"
         + parameter_groups(parts.model, optimizer)
         + "\n\n--- needs\n"
-        + "\n".join(map(str, needs(config, parts.store, parts.model, rank)))
+        + "\n".join(map(str, found))
         + "\n\n--- first example\n"
         + example(parts, coloured=sys.stdout.isatty())
         + elsewhere(config)

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +30,8 @@ from training.release.connector import export_connector
 from training.release.folder import export_model
 from training.release.records import (
     CONFIG,
+    LOG,
+    SKIPPED,
     SUMMARY,
     Summary,
     final_loss,
@@ -57,23 +60,30 @@ def held(config: TrainConfig, stop: StopRequest | None) -> Iterator[None]:
 
     Raises:
         ValueError: if another process works there, the folder holds another run, or its files are damaged.
+        SystemExit: with 128 + the signal's number, if that ended the wait.
     """
-    run, lock, wrong = Path(config.run), None, ""
+    run, lock = Path(config.run), None
+    wrong: str | int | None = None  # what is wrong, or the code to exit with
     new = not run.exists()
     if dist.get_global_rank() == 0:
         try:
             lock = None if stop is None else _lock(run, stop)
             refuse_another(config)
+        except SystemExit as stopped:
+            wrong = stopped.code
         except (ValueError, OSError) as error:
             wrong = str(error)
     wrong = dist.all_gather_object(wrong)[0]  # rank 0 speaks for all
     try:
-        if wrong:
+        if isinstance(wrong, int):
+            sys.exit(wrong)
+        if wrong is not None:
             raise ValueError(wrong)
         yield
     finally:
         if lock is not None:
-            (run / LOCK).unlink(missing_ok=True)  # while it is locked: whoever waits for this file opens a new one
+            if _is_at(lock, run / LOCK):  # else someone deleted it, and another process has made its own
+                (run / LOCK).unlink()  # while it is locked: whoever waits for this file opens a new one
             lock.close()
             if new:
                 with contextlib.suppress(OSError):  # something lies in it: the run has begun
@@ -88,6 +98,7 @@ def _lock(run: Path, stop: StopRequest) -> IO[str]:
 
     Raises:
         ValueError: if another process keeps it longer than `PATIENCE_S`. OSError: if the folder cannot be written.
+        SystemExit: with 128 + the number of the signal that ended the wait.
     """
     waited = 0.0
     while True:
@@ -98,7 +109,10 @@ def _lock(run: Path, stop: StopRequest) -> IO[str]:
         except BlockingIOError:
             who = _holder(file)
             file.close()
-            if waited >= PATIENCE_S or stop.signal:
+            if stop.signal:
+                print(f"stopped   by signal {stop.signal} while another process works in {run}: {who}", flush=True)
+                sys.exit(128 + stop.signal)
+            if waited >= PATIENCE_S:
                 raise ValueError(
                     f"another process works in {run}: {who}; let it end, or stop it, then run the same command again "
                     f"(if it is gone, and only the file server believes that it is not, delete {run / LOCK})"
@@ -140,9 +154,9 @@ def _is_at(file: IO[str], path: Path) -> bool:
 def working(run: Path) -> str | None:
     """Who works in the folder of a run just now, None if nobody does."""
     try:
-        with (run / LOCK).open("r+", encoding="utf-8") as file:
+        with (run / LOCK).open(encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # others may look at the same time
             except BlockingIOError:
                 return _holder(file)
     except OSError:  # no such file, or no locks: nobody who could be named
@@ -157,9 +171,10 @@ def refuse_another(config: TrainConfig) -> None:
         ValueError: if the folder holds another run, or a file of it is damaged. OSError: if one cannot be read.
     """
     run = Path(config.run)
+    for name in (LOG, SKIPPED):
+        read_log(run, name)
     if not (run / CONFIG).exists():
         return
-    read_log(run)
     if (run / SUMMARY).exists():
         read_as(Summary, run / SUMMARY)
     before = read_config(run)
@@ -223,7 +238,8 @@ def what_it_holds(config: TrainConfig) -> str | None:
     """Of a complete run what its folder holds, for a person; None if anything of its end is missing. A collective."""
     run, found = Path(config.run), None
     parts = ["connector", "model"] if "llm" in config.train else ["connector"]
-    if dist.get_global_rank() == 0 and (run / SUMMARY).is_file() and all((run / part).is_dir() for part in parts):
+    files = all((run / name).is_file() for name in (CONFIG, SUMMARY))
+    if dist.get_global_rank() == 0 and files and all((run / part).is_dir() for part in parts):
         summary = read_as(Summary, run / SUMMARY)
         found = (
             f"complete  {run} holds {' and '.join(f'{part}/' for part in parts)} of {summary.steps} steps, "

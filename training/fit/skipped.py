@@ -9,16 +9,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from training.release.records import read_log, write_whole
+from training.checkpoints.checkpoint import most
+from training.release.records import SKIPPED, read_log, write_whole
 from training.stream.stream import Stream
 from training.text.collate import Skip
 
-SKIPPED = "skipped.jsonl"  # in a run's folder
 ALLOWED = 10  # at any rate: one bad record of twenty must not stop a trial run
 SHOWN = 5  # on screen; the file has all
 
@@ -56,9 +55,7 @@ class SkippedExamples(Callback):  # type: ignore[misc]
             SystemExit: with a message on every rank, if too many are skipped.
         """
         mine: list[Skip] = [skip for skip in state.batch["skipped"] if skip is not None]
-        count = state.device.tensor_to_device(torch.tensor(len(mine)))
-        dist.all_reduce(count)
-        if not count:  # as in nearly every step
+        if not most(len(mine)):  # as in nearly every step
             return
         step = state.timestamp.batch.value + 1
         everyone = [skip for part in dist.all_gather_object(mine) for skip in part]

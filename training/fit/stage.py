@@ -12,11 +12,12 @@ from composer.core import State
 from composer.utils import dist, get_device
 
 from training.checkpoints.checkpoint import Checkpoints, StopRequest
+from training.checkpoints.mark import MARK
 from training.config import TrainConfig
 from training.engines import engine_of
 from training.engines.base import Engine
-from training.fit.finding import ThisRank
-from training.fit.needs import refuse_unready
+from training.fit.finding import Finding, ThisRank
+from training.fit.needs import end_needs, needs, refuse_unready
 from training.fit.optimizer import build_optimizer
 from training.fit.parts import Parts, open_parts
 from training.fit.preview import preview
@@ -56,11 +57,15 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         steps = config.steps or config.epochs * len(parts.stream)
         if rank == 0:
             print(describe(config, parts, steps, ranks), flush=True)
+        last = Path(config.run) / "checkpoints" / f"ba{steps:08d}" / MARK
+        ending: list[Finding] = []
+        if rank == 0 and (stop is None or not last.is_file()):  # else it exports now, and says it then
+            ending = end_needs(config, parts.store, parts.model)
         if stop is None and rank == 0:
             here = ThisRank(rank, ranks, dist.get_local_rank(), dist.get_local_world_size(), planned=ranks)
-            print(preview(config, parts, build_optimizer(parts.model, config.optimizer), here), flush=True)
-        if not (Path(config.run) / "checkpoints" / f"ba{steps:08d}").is_dir():  # else it exports now, and says it then
-            refuse_unready(config, parts.store, parts.model)
+            found = needs(config, parts.model, here) + ending
+            print(preview(config, parts, build_optimizer(parts.model, config.optimizer), found), flush=True)
+        refuse_unready(ending)
         if stop is None:
             return
         engine = engine_of(config, ranks)

@@ -18,12 +18,17 @@ from training.config import TrainConfig
 M = TypeVar("M", bound=BaseModel)
 
 CONFIG, LOG, SUMMARY = "config.json", "log.jsonl", "summary.json"
+SKIPPED = "skipped.jsonl"  # a line for each example that teaches nothing (fit/skipped)
 LAST = 20  # steps that the final loss is a mean of: one batch says little
 IN_EVERY_LINE = ("step", "loss", "step_s", "data_wait", "samples_per_s")  # numbers that readers of a log count on
 
 _CURE = {
     CONFIG: "put a copy of it back, or delete it and start the run's own command again, which writes it",
     SUMMARY: "delete it and start the run's own command again, which writes it",
+}
+_LOSS = {  # of a line
+    LOG: "its step is then missing in tables and curves",
+    SKIPPED: "its example is then not listed",
 }
 
 
@@ -83,29 +88,31 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
-    """The lines of a run's log `name`, each with its step, in the order of steps; none if the run has not begun.
+    """The lines of a run's `LOG` or `SKIPPED`, each with its step, in the order of steps; none if there is no file.
 
     The last line, which a killed process may have left unfinished, is skipped if it is: its step is done again.
 
     Raises:
         ValueError: if a line before it is damaged. OSError: if the log cannot be read.
     """
-    path, numbers = run / name, IN_EVERY_LINE if name == LOG else ("step",)
+    path = run / name
+    numbers, texts = (IN_EVERY_LINE, ()) if name == LOG else (("step",), ("key", "reason"))
     if not path.is_file():
         return []
     lines = []
-    texts = path.read_bytes().split(b"\n")  # what stands behind the last line's end, mostly nothing, comes last
-    for number, text in enumerate(texts, start=1):
+    found = path.read_bytes().split(b"\n")  # what stands behind the last line's end, mostly nothing, comes last
+    for number, text in enumerate(found, start=1):
         try:
             line = json.loads(text)
             if not isinstance(line, dict) or not all(isinstance(line.get(key), int | float) for key in numbers):
                 raise ValueError(f"{str(line)[:40]!r} has not the numbers {', '.join(numbers)}")
+            if not all(isinstance(line.get(key), str) for key in texts):
+                raise ValueError(f"{str(line)[:40]!r} has not the texts {', '.join(texts)}")
         except (ValueError, RecursionError) as error:
-            if number == len(texts):
+            if number == len(found):
                 break
             raise ValueError(
-                f"{path}:{number} is damaged ({error}); delete this line (its step is then missing in tables and "
-                "curves) and run the same command again"
+                f"{path}:{number} is damaged ({error}); delete this line ({_LOSS[name]}) and run the same command again"
             ) from error
         lines.append(line)
     return lines

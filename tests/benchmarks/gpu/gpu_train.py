@@ -52,7 +52,7 @@ class Bench:
         captions, talk = (32, 32) if job.cpu else (7 * 64, 8 * 16)
         self.stores = {1: write_store(job, "captions", captions, (8, 20)), 2: write_store(job, "talk", talk, (60, 200))}
         training.fit.build.AutoModelForCausalLM = _Random(random_llama(job.device))  # type: ignore[attr-defined]
-        training.fit.stage.finish = training.fit.stage.refuse_unready = lambda *_: None  # no export
+        training.fit.stage.finish, training.fit.stage.end_needs = lambda *_: None, lambda *_: []  # no export
         training.checkpoints.checkpoint.Checkpoints.save = lambda *_: None  # type: ignore[method-assign]
         training.fit.callbacks.peak_flops = lambda: 1.0  # `mfu` in the log is then the step's FLOP/s
         self.nominal = training.cost.mfu.peak_flops() or float("nan")

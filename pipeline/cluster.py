@@ -14,6 +14,7 @@ SOCKET_PATH = 107  # bytes, the longest path of a socket
 SOCKET_NAME = "/ray-01234567/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # as Ray makes them
 ANSWERS_IN = 10  # s, what is there
 LONGEST = 300  # characters of a message of Ray's
+TOKEN = secrets.token_hex(32)  # of every local Ray of this process, which reads it once
 
 
 @contextlib.contextmanager
@@ -94,7 +95,7 @@ def _local(num_gpus: int | None, object_store_memory: int) -> Iterator[None]:
     root = str(Path(__file__).resolve().parent.parent)
     paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # there Ray keeps to loopback; this asks for it here too
     import ray
 

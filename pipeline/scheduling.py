@@ -180,9 +180,10 @@ class _RayWorker:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         asked = json.loads(row["row"])
-        self._sign = dataclasses.replace(self._sign, shard=asked["shard"], place="")
         try:
-            outcome = self._worker(asked)
+            worker = self._worker  # it imports torch, which counts as no hang: the process is between two shards
+            self._sign = dataclasses.replace(self._sign, shard=asked["shard"], place="")
+            outcome = worker(asked)
         except Exception as error:
             outcome = {"shard": asked["shard"], "error": f"{_reason(error)} (worker on {self._sign.host})"}
         self._sign = dataclasses.replace(self._sign, shard=None)

@@ -167,8 +167,8 @@ class _RayWorker:
     def __init__(self, config: BuildConfig, spec: StoreSpec, board: str) -> None:
         self._config, self._spec = config, spec
         context = ray.get_runtime_context()
-        started = psutil.Process().create_time()
-        self._sign = Sign(socket.gethostname(), context.get_node_id(), os.getpid(), started, beat=0)
+        identity = hash(psutil.Process())
+        self._sign = Sign(socket.gethostname(), context.get_node_id(), os.getpid(), identity, beat=0)
         name = f"{board}/{context.get_actor_id()}"
         threading.Thread(target=self._send_signs, args=(name, _period(config.hang_s)), daemon=True).start()
 
@@ -297,7 +297,7 @@ class _Guard:
         there = NodeAffinitySchedulingStrategy(sign.node, soft=False)
         task = ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there)
         try:
-            was_there = ray.get(task.remote(sign.pid, sign.started), timeout=ENDS_IN)
+            was_there = ray.get(task.remote(sign.pid, sign.identity), timeout=ENDS_IN)
         except ray.exceptions.TaskUnschedulableError:  # its whole node is gone; Ray has seen it
             was_there = False
         except ray.exceptions.RayError as error:
@@ -319,11 +319,11 @@ class _Guard:
         self._say(f"{said}; its work is tried again")
 
 
-def _kill(pid: int, started: float) -> bool:
+def _kill(pid: int, identity: int) -> bool:
     """On the node of a worker: end it, if it still is that process."""
     try:
         process = psutil.Process(pid)
-        if process.create_time() != started:
+        if hash(process) != identity:
             return False
         process.kill()
     except psutil.NoSuchProcess:

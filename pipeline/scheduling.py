@@ -296,11 +296,13 @@ class _Guard:
 
         there = NodeAffinitySchedulingStrategy(sign.node, soft=False)
         task = ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there)
+        ending = task.remote(sign.pid, sign.identity)
         try:
-            was_there = ray.get(task.remote(sign.pid, sign.identity), timeout=ENDS_IN)
+            was_there = ray.get(ending, timeout=ENDS_IN)
         except ray.exceptions.TaskUnschedulableError:  # its whole node is gone; Ray has seen it
             was_there = False
         except ray.exceptions.RayError as error:
+            ray.cancel(ending)  # it may not come later: the worker could have gone on by then
             self._say(f"{sign}, has not moved for {seconds:.0f} s, and its node does not answer: {error}")
             return
         if not was_there:

@@ -73,8 +73,8 @@ def schedule(
     """
     board = uuid.uuid4().hex
     outcomes: queue.SimpleQueue[dict[str, Any] | Exception | None] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(_dataset(config, spec, rows, workers, board), outcomes), name=READER).start()
     guard = _Guard(board, config.hang_s, say)
+    threading.Thread(target=_read, args=(_dataset(config, spec, rows, workers, board), outcomes), name=READER).start()
     try:
         while True:
             guard.look()
@@ -83,7 +83,6 @@ def schedule(
             except queue.Empty:
                 continue
             if outcome is None:
-                guard.clear()
                 return
             if isinstance(outcome, Exception):
                 raise _explained(outcome) from outcome
@@ -92,6 +91,7 @@ def schedule(
             yield outcome
     finally:
         _end_threads()
+        guard.clear()
 
 
 def _dataset(

@@ -315,8 +315,8 @@ class _Guard:
             self._hangs[sign.shard] += 1
             if self._hangs[sign.shard] >= HANGS:
                 raise ValueError(
-                    f"{said}; this shard has hung {HANGS} times. Look at what it reads there, or raise hang_s if it is "
-                    f"only slow. {AGAIN}"
+                    f"{said}; this shard has hung {HANGS} times. Look at what it reads there; raise hang_s, or lower "
+                    f"batch_size, if it is only slow. {AGAIN}"
                 )
         self._say(f"{said}; its work is tried again")
 

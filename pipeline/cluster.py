@@ -54,15 +54,20 @@ def _join(address: str, source: str) -> None:
 
     try:
         # Ray itself asks an address where nobody is for many minutes.
-        if "://" not in address and (fault := no_answer(canonicalize_bootstrap_address(address, None) or address)):
-            raise ConnectionError(fault)
+        if "://" not in address:
+            ask(canonicalize_bootstrap_address(address, None) or address)
         ray.init(address=address)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ValueError(f"no Ray cluster to join at {source}={address}: {_short(error)}; {cure}") from error
 
 
-def no_answer(gcs_address: str) -> str:
-    """Why the control process (GCS) of a cluster does not answer this process within 10 s; "" if it does."""
+def ask(gcs_address: str) -> None:
+    """Ask the control process (GCS) of a cluster for a sign of life.
+
+    Raises:
+        TimeoutError: if it does not answer within 10 s.
+        ConnectionError: if there is none, or it does not hear this process.
+    """
     import grpc
     from ray._private.gcs_utils import create_gcs_channel
     from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
@@ -73,14 +78,14 @@ def no_answer(gcs_address: str) -> str:
         with create_gcs_channel(gcs_address) as channel:
             NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWERS_IN)
     except AuthenticationError as error:
-        return _short(error)
+        raise ConnectionError(_short(error)) from error
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-            return f"no answer within {ANSWERS_IN} s"
+            raise TimeoutError(f"no answer within {ANSWERS_IN} s") from error
+        fault = _short(error.details() or error.code().name).rpartition("last error: ")[2]
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            return "it asks for a token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
-        return _short(error.details() or error.code().name).rpartition("last error: ")[2]
-    return ""
+            fault = "it asks for a token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
+        raise ConnectionError(fault) from error
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray
 
-from pipeline.cluster import no_answer
+from pipeline.cluster import ask
 from pipeline.watch import Sign, Watch
 
 if TYPE_CHECKING:
@@ -264,18 +264,24 @@ class _Guard:
 
     def _answers(self, now: float) -> bool:
         """Whether Ray's control process does; without it the process ends here, as Ray cannot be left in order."""
-        fault = "" if self._gcs is None else no_answer(self._gcs)
-        if not fault:
-            self._answered = now
-        elif now - self._answered > RESTARTS_IN:
-            print(
-                f"\nerror: Ray's control process (GCS) at {self._gcs} does not answer: {fault}; it has ended, perhaps "
-                "for want of memory. The shards that are done stay; run the same command again",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(1)
-        return not fault
+        try:
+            if self._gcs is not None:
+                ask(self._gcs)
+        except OSError as error:
+            late = isinstance(error, TimeoutError)  # it may only be busy
+            silent = now - self._answered
+            if silent > (max(self._watch.hang_s, RESTARTS_IN) if late else RESTARTS_IN):
+                why = f"not for {silent:.0f} s" if late else "it has ended, perhaps for want of memory"
+                print(
+                    f"\nerror: Ray's control process (GCS) at {self._gcs} does not answer: {error}; {why}. The shards "
+                    "that are done stay; run the same command again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+            return False
+        self._answered = now
+        return True
 
     def _signs(self) -> dict[str, Sign]:
         from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list

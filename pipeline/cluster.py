@@ -14,6 +14,7 @@ SOCKET_PATH = 107  # bytes, the longest path of a socket
 SOCKET_NAME = "/ray-01234567/ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # as Ray makes them
 ANSWERS_IN = 10  # s, what is there
 LONGEST = 300  # characters of a message of Ray's
+TOKEN = secrets.token_hex(32)  # of every local Ray of this process, which reads it once
 
 
 @contextlib.contextmanager
@@ -53,15 +54,20 @@ def _join(address: str, source: str) -> None:
 
     try:
         # Ray itself asks an address where nobody is for many minutes.
-        if "://" not in address and (fault := no_answer(canonicalize_bootstrap_address(address, None) or address)):
-            raise ConnectionError(fault)
+        if "://" not in address:
+            ask(canonicalize_bootstrap_address(address, None) or address)
         ray.init(address=address)
     except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         raise ValueError(f"no Ray cluster to join at {source}={address}: {_short(error)}; {cure}") from error
 
 
-def no_answer(gcs_address: str) -> str:
-    """Why the control process (GCS) of a cluster does not answer this process within 10 s; "" if it does."""
+def ask(gcs_address: str) -> None:
+    """Ask the control process (GCS) of a cluster for a sign of life.
+
+    Raises:
+        TimeoutError: if it does not answer within 10 s.
+        ConnectionError: if there is none, or it does not hear this process.
+    """
     import grpc
     from ray._private.gcs_utils import create_gcs_channel
     from ray.core.generated.gcs_service_pb2 import CheckAliveRequest
@@ -72,14 +78,14 @@ def no_answer(gcs_address: str) -> str:
         with create_gcs_channel(gcs_address) as channel:
             NodeInfoGcsServiceStub(channel).CheckAlive(CheckAliveRequest(), timeout=ANSWERS_IN)
     except AuthenticationError as error:
-        return _short(error)
+        raise ConnectionError(_short(error)) from error
     except grpc.RpcError as error:
         if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
-            return f"no answer within {ANSWERS_IN} s"
+            raise TimeoutError(f"no answer within {ANSWERS_IN} s") from error
+        fault = _short(error.details() or error.code().name).rpartition("last error: ")[2]
         if error.code() == grpc.StatusCode.UNAUTHENTICATED:
-            return "it asks for a token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
-        return _short(error.details() or error.code().name).rpartition("last error: ")[2]
-    return ""
+            fault = "it asks for a token (RAY_AUTH_MODE=token and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH)"
+        raise ConnectionError(fault) from error
 
 
 @contextlib.contextmanager
@@ -94,7 +100,7 @@ def _local(num_gpus: int | None, object_store_memory: int) -> Iterator[None]:
     root = str(Path(__file__).resolve().parent.parent)
     paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH")) if path)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # there Ray keeps to loopback; this asks for it here too
     import ray
 

@@ -243,7 +243,8 @@ class BuildConfig(Settings):
     hang_s: float = Field(
         default=900,
         gt=0,
-        description="seconds without progress after which a worker is ended and its shard tried again",
+        description="seconds without a step (one image, one forward pass of a batch, or one tar published) after "
+        "which a worker is ended and its shard tried again",
     )
     ray_address: str | None = Field(default=None, description="Ray cluster; default: RAY_ADDRESS, else a local one")
 

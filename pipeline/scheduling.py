@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import ray
 
-from pipeline.cluster import no_answer
+from pipeline.cluster import ask
 from pipeline.watch import Sign, Watch
 
 if TYPE_CHECKING:
@@ -73,8 +73,8 @@ def schedule(
     """
     board = uuid.uuid4().hex
     outcomes: queue.SimpleQueue[dict[str, Any] | Exception | None] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(_dataset(config, spec, rows, workers, board), outcomes), name=READER).start()
     guard = _Guard(board, config.hang_s, say)
+    threading.Thread(target=_read, args=(_dataset(config, spec, rows, workers, board), outcomes), name=READER).start()
     try:
         while True:
             guard.look()
@@ -83,7 +83,6 @@ def schedule(
             except queue.Empty:
                 continue
             if outcome is None:
-                guard.clear()
                 return
             if isinstance(outcome, Exception):
                 raise _explained(outcome) from outcome
@@ -92,6 +91,7 @@ def schedule(
             yield outcome
     finally:
         _end_threads()
+        guard.clear()
 
 
 def _dataset(
@@ -167,8 +167,8 @@ class _RayWorker:
     def __init__(self, config: BuildConfig, spec: StoreSpec, board: str) -> None:
         self._config, self._spec = config, spec
         context = ray.get_runtime_context()
-        started = psutil.Process().create_time()
-        self._sign = Sign(socket.gethostname(), context.get_node_id(), os.getpid(), started, beat=0)
+        identity = hash(psutil.Process())
+        self._sign = Sign(socket.gethostname(), context.get_node_id(), os.getpid(), identity, beat=0)
         name = f"{board}/{context.get_actor_id()}"
         threading.Thread(target=self._send_signs, args=(name, _period(config.hang_s)), daemon=True).start()
 
@@ -180,9 +180,10 @@ class _RayWorker:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, str]:
         asked = json.loads(row["row"])
-        self._sign = dataclasses.replace(self._sign, shard=asked["shard"], place="")
         try:
-            outcome = self._worker(asked)
+            worker = self._worker  # it imports torch, which counts as no hang: the process is between two shards
+            self._sign = dataclasses.replace(self._sign, shard=asked["shard"], place="")
+            outcome = worker(asked)
         except Exception as error:
             outcome = {"shard": asked["shard"], "error": f"{_reason(error)} (worker on {self._sign.host})"}
         self._sign = dataclasses.replace(self._sign, shard=None)
@@ -263,18 +264,24 @@ class _Guard:
 
     def _answers(self, now: float) -> bool:
         """Whether Ray's control process does; without it the process ends here, as Ray cannot be left in order."""
-        fault = "" if self._gcs is None else no_answer(self._gcs)
-        if not fault:
-            self._answered = now
-        elif now - self._answered > RESTARTS_IN:
-            print(
-                f"\nerror: Ray's control process (GCS) at {self._gcs} does not answer: {fault}; it has ended, perhaps "
-                "for want of memory. The shards that are done stay; run the same command again",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(1)
-        return not fault
+        try:
+            if self._gcs is not None:
+                ask(self._gcs)
+        except OSError as error:
+            late = isinstance(error, TimeoutError)  # it may only be busy
+            silent = now - self._answered
+            if silent > (max(self._watch.hang_s, RESTARTS_IN) if late else RESTARTS_IN):
+                why = f"not for {silent:.0f} s" if late else "it has ended, perhaps for want of memory"
+                print(
+                    f"\nerror: Ray's control process (GCS) at {self._gcs} does not answer: {error}; {why}. The shards "
+                    "that are done stay; run the same command again",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                os._exit(1)
+            return False
+        self._answered = now
+        return True
 
     def _signs(self) -> dict[str, Sign]:
         from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
@@ -295,11 +302,13 @@ class _Guard:
 
         there = NodeAffinitySchedulingStrategy(sign.node, soft=False)
         task = ray.remote(num_cpus=0, max_retries=0)(_kill).options(scheduling_strategy=there)
+        ending = task.remote(sign.pid, sign.identity)
         try:
-            was_there = ray.get(task.remote(sign.pid, sign.started), timeout=ENDS_IN)
+            was_there = ray.get(ending, timeout=ENDS_IN)
         except ray.exceptions.TaskUnschedulableError:  # its whole node is gone; Ray has seen it
             was_there = False
         except ray.exceptions.RayError as error:
+            ray.cancel(ending)  # it may not come later: the worker could have gone on by then
             self._say(f"{sign}, has not moved for {seconds:.0f} s, and its node does not answer: {error}")
             return
         if not was_there:
@@ -312,17 +321,17 @@ class _Guard:
             self._hangs[sign.shard] += 1
             if self._hangs[sign.shard] >= HANGS:
                 raise ValueError(
-                    f"{said}; this shard has hung {HANGS} times. Look at what it reads there, or raise hang_s if it is "
-                    f"only slow. {AGAIN}"
+                    f"{said}; this shard has hung {HANGS} times. Look at what it reads there; raise hang_s, or lower "
+                    f"batch_size, if it is only slow. {AGAIN}"
                 )
         self._say(f"{said}; its work is tried again")
 
 
-def _kill(pid: int, started: float) -> bool:
+def _kill(pid: int, identity: int) -> bool:
     """On the node of a worker: end it, if it still is that process."""
     try:
         process = psutil.Process(pid)
-        if process.create_time() != started:
+        if hash(process) != identity:
             return False
         process.kill()
     except psutil.NoSuchProcess:

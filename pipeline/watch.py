@@ -17,7 +17,7 @@ class Sign:
     host: str
     node: str  # Ray's id of it
     pid: int
-    started: float  # when the process began, as its own host counts: it tells two processes of one pid apart
+    identity: int  # of the process: the hash of pid and start since boot, which no setting of the clock moves
     beat: int  # goes up as long as the process runs
     steps: int = 0  # goes up as long as the work goes on: records and batches
     shard: int | None = None  # None between two shards
@@ -60,7 +60,7 @@ class Watch:
         found = {}
         for name, sign in signs.items():
             seen = self._seen.get(name)
-            if seen is None or (seen.sign.pid, seen.sign.started) != (sign.pid, sign.started):
+            if seen is None or seen.sign.identity != sign.identity:
                 self._seen[name] = _Seen(sign, moved=now, since=now, steps=sign.steps)
                 self.moved = now
                 continue

@@ -32,6 +32,13 @@ with joined(None, 0, 80_000_000):
     print(ray.get_runtime_context().gcs_address, flush=True)
     sys.stdin.read()
 """
+TWICE = """
+from pipeline.cluster import joined
+for number in range(2):
+    with joined(None, 0, 80_000_000):
+        import ray
+        print(ray.get(ray.remote(num_cpus=0)(lambda number: number).remote(number)))
+"""
 ATTACK = """
 import pathlib, ray, sys
 ray.init(address=sys.argv[1], log_to_driver=False)
@@ -111,6 +118,16 @@ def outsiders(address: str, home: Path, mark: Path, **token: str) -> subprocess.
     return subprocess.Popen(
         [sys.executable, "-c", ATTACK, address, str(mark)], cwd=home, env=environment, stderr=subprocess.DEVNULL
     )
+
+
+@pytest.mark.slow
+def test_a_process_starts_one_local_ray_after_the_other() -> None:
+    """As a build does that makes new shards and adds a column to old ones."""
+    known = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE], check=False, cwd=ROOT, env=known, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["0", "1"], done.stderr[-4000:]
 
 
 @pytest.mark.slow

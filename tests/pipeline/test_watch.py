@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
 
 from pipeline.watch import Sign, Watch
 
 HANG_S = 100.0
-BUSY = Sign("host", "node", pid=7, started=1.0, beat=0, steps=5, shard=3, place="sample 000000012")
+BUSY = Sign("host", "node", pid=7, identity=1, beat=0, steps=5, shard=3, place="sample 000000012")
 
 
 def after(sign: Sign, **changes: object) -> Sign:
@@ -41,7 +47,30 @@ def test_between_two_shards_a_worker_hangs_only_if_it_is_silent() -> None:
 def test_another_process_under_the_same_name_is_another_worker() -> None:
     watch = Watch(HANG_S)
     watch.hung({"a": BUSY}, now=0)
-    assert watch.hung({"a": after(BUSY, started=2.0)}, now=101) == {}
+    assert watch.hung({"a": after(BUSY, identity=2)}, now=101) == {}
+
+
+def test_a_worker_is_ended_though_the_clock_was_set_and_another_process_of_its_pid_is_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from pipeline.scheduling import _kill
+
+    with subprocess.Popen(["sleep", "inf"]) as worker:
+        try:
+            process = psutil.Process(worker.pid)
+            identity, began = hash(process), process.create_time()
+            hour_later = re.sub(
+                r"(?<=btime )\d+", lambda found: str(int(found[0]) + 3600), Path("/proc/stat").read_text()
+            )
+            (tmp_path / "stat").write_text(hour_later)  # the kernel counts it from the clock of today
+            (tmp_path / str(worker.pid)).symlink_to(f"/proc/{worker.pid}")
+            monkeypatch.setattr(psutil, "PROCFS_PATH", str(tmp_path))
+            assert psutil.Process(worker.pid).create_time() > began + 1800
+            assert not _kill(worker.pid, identity + 1)
+            assert worker.poll() is None
+            assert _kill(worker.pid, identity)
+        finally:
+            worker.kill()
 
 
 def test_a_worker_far_slower_than_the_others_is_named_once() -> None:

@@ -302,7 +302,6 @@ class _Progress:
         self.config, self.spec = config, spec
         self.failures = len(known)  # a rerun must not start counting anew
         self.reasons = [f"{failure.source}: {failure.reason}" for failure in known[:1]]
-        self.wasted = 0
         self.postponed: set[int] = set()
 
     def begin(self, rows: list[dict[str, Any]]) -> None:
@@ -314,6 +313,7 @@ class _Progress:
         from tqdm import tqdm
 
         refuse_too_many(self.config, self.spec, self.failures, self.reasons)
+        self.wasted = 0
         self.samples = {row["shard"]: len(row["records"]) for row in rows}
         self.bar = tqdm(total=sum(self.samples.values()), unit=" samples", mininterval=1.0, desc="encode")
 

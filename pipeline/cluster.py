@@ -6,6 +6,7 @@ import contextlib
 import os
 import secrets
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,8 +118,12 @@ def _local(num_gpus: int | None, object_store_memory: int) -> Iterator[None]:
         )
     except (RuntimeError, ray.exceptions.RayError) as error:
         raise ValueError(f"Ray does not start here: {_short(error)}; its logs are in {folder}") from error
-    yield
-    shutil.rmtree(folder, ignore_errors=True)  # after a failure Ray's logs stay
+    try:
+        yield
+    except BaseException:
+        print(f"\nRay's logs stay in {folder}", file=sys.stderr)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _private_folder() -> Path:

@@ -446,7 +446,7 @@ def test_a_stopped_worker_is_named_and_ended_and_the_build_goes_on(
     cluster: Any, options: Any, undisturbed: Path, contents: Any, tmp_path: Path
 ) -> None:
     store, log = tmp_path / "store", tmp_path / "log"
-    job = start(cluster, options(store, hang_s=20), log)
+    job = start(cluster, options(store, hang_s=60), log)
     wait_for_files(job, lambda: len([*store.glob("commits/*.json")]), 2)
     victim = cluster.actors()[0]
     victim.send_signal(signal.SIGSTOP)
@@ -462,7 +462,7 @@ def test_a_read_that_never_ends_is_named_with_its_sample_and_the_same_command_re
     for path in (data / "scenes/images").rglob("*.*"):
         client.upload_file(str(path), "chaos", f"stalled/{path.name}")
     commit = json.loads((undisturbed / "commits" / "00030.json").read_text())
-    arguments = options(tmp_path / "store", images="s3://chaos/stalled", hang_s=15)
+    arguments = options(tmp_path / "store", images="s3://chaos/stalled", hang_s=60)
     faulty_s3.stalled = commit["images"][5]
     said = end_of(start(cluster, arguments, tmp_path / "log"), tmp_path / "log")
     assert f"in shard 30, at sample {commit['keys'][5]}, had not moved for" in said

@@ -16,7 +16,7 @@ from training.fit.watch import HUNG
 
 pytestmark = [pytest.mark.slow, pytest.mark.minutes(2)]
 SHORT = {"checkpoint.interval": "2ba", "steps": 12}
-HANG = {**SHORT, "hang_s": 10}
+HANG = {**SHORT, "hang_s": 30}
 
 
 def test_a_rank_that_is_stopped_ends_the_job_which_names_it_and_goes_on(

@@ -58,6 +58,7 @@ class Watch(Callback):  # type: ignore[misc]
         self._store = _store() if self._ranks > 1 else None
         self._say(0)
         dist.barrier()  # now everyone has said something: no read has to wait for its writer
+        self._listen()
         for thread in self._threads:
             thread.start()
         return self
@@ -93,6 +94,13 @@ class Watch(Callback):  # type: ignore[misc]
         else:
             self._store.set(f"watch/{self._rank}", json.dumps(said))
 
+    def _listen(self) -> None:
+        """Hear what the others say: rank 0 all of them, the others rank 0."""
+        for rank in range(self._ranks) if self._rank == 0 else (0,):
+            if self._store is not None:
+                self._hear(rank, self._store.get(f"watch/{rank}").decode())
+        self._answered = time.monotonic()
+
     def _hear(self, rank: int, text: str) -> None:
         """Take note of what a rank says."""
         now = time.monotonic()
@@ -109,10 +117,7 @@ class Watch(Callback):  # type: ignore[misc]
             beat += 1
             with contextlib.suppress(RuntimeError):  # rank 0 is gone: `_judge` says so, if it does not come back
                 self._say(beat)
-                for rank in range(self._ranks) if self._rank == 0 else (0,):
-                    if self._store is not None:
-                        self._hear(rank, self._store.get(f"watch/{rank}").decode())
-                self._answered = time.monotonic()
+                self._listen()
 
     def _judge(self) -> None:
         """In a thread: end the process when something hangs."""

@@ -191,7 +191,7 @@ def claim(storage: Storage, shard: int, job: str) -> bool:
     """
     name = claim_path(shard)
     try:
-        return storage.publish_bytes(name, job.encode()) or storage.read(name).decode() == job
+        return storage.publish_bytes(name, job.encode()) or storage.read(name) == job.encode()
     except FileNotFoundError:  # a job has just ended, and removed what claims there were
         return True
 
@@ -238,20 +238,28 @@ def retried(storage: Storage, spec: StoreSpec) -> dict[int, tuple[str, ...]]:
         ValueError: if what describes them is damaged.
     """
     found: dict[int, tuple[str, ...]] = {}
-    for shard, number in enumerate(_numbers(storage, "retried", ".json"), spec.shards):
-        name = retried_path(number)
-        try:
-            keys = Retried.model_validate_json(storage.read(name)).keys
-        except ValidationError as error:
-            raise ValueError(f"{storage.root}/{name} is damaged ({first_fault(error)}); {_RESTORE}") from error
-        before = {key for others in found.values() for key in others}
-        if number != shard or before & {*keys} or max(map(int, keys)) >= spec.samples:
+    known: set[str] = set()
+    numbers = _numbers(storage, "retried", ".json")
+    with ThreadPoolExecutor(READERS) as pool:
+        lists = list(pool.map(lambda number: _read_retried(storage, number), numbers))
+    for shard, (number, keys) in enumerate(zip(numbers, lists, strict=True), spec.shards):
+        if number != shard or known & {*keys} or max(map(int, keys)) >= spec.samples:
             raise ValueError(
-                f"{storage.root}/{name} does not fit the store: {retried_path(shard)} is next, with other keys than "
-                f"the shards before it, below {spec.samples:09d}; {_RESTORE}"
+                f"{storage.root}/{retried_path(number)} does not fit the store: {retried_path(shard)} is next, with "
+                f"other keys than the shards before it, below {spec.samples:09d}; {_RESTORE}"
             )
         found[shard] = keys
+        known |= {*keys}
     return found
+
+
+def _read_retried(storage: Storage, number: int) -> tuple[str, ...]:
+    """The keys of a shard of retried samples; ValueError if the list is damaged."""
+    name = retried_path(number)
+    try:
+        return Retried.model_validate_json(storage.read(name)).keys
+    except ValidationError as error:
+        raise ValueError(f"{storage.root}/{name} is damaged ({first_fault(error)}); {_RESTORE}") from error
 
 
 def existing_commits(storage: Storage) -> list[Commit]:

@@ -24,7 +24,10 @@ def list_readable(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> tup
         OSError: for what is no fact of the images.
     """
     storage, worker, zips = Storage(config.store), ShardWorker(config, spec), index_zips(config.image_roots)
-    failed = [failure.key for failure in known_failures(storage) if failure.kind != "features"]
+    later = retried(storage, spec)
+    listed = {key for keys in later.values() for key in keys}
+    failures = [failure for failure in known_failures(storage) if failure.kind != "features"]
+    failed = [failure.key for failure in failures if failure.key not in listed]
 
     def can_be_read(key: str) -> bool:
         record = dataset.records[int(key)]
@@ -35,10 +38,14 @@ def list_readable(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> tup
         readable = [key for key, fine in zip(failed, pool.map(can_be_read, failed), strict=True) if fine]
     left = readable
     while left:
-        later = retried(storage, spec)
-        listed = {key for keys in later.values() for key in keys}  # by us, or by a build beside this one
+        listed = {key for keys in later.values() for key in keys}
         left = [key for key in left if key not in listed]
-        if left:
-            shard = Retried(keys=tuple(left[: spec.shard_size]))
-            storage.publish_bytes(retried_path(spec.shards + len(later)), shard.model_dump_json().encode())
+        for first in range(0, len(left), spec.shard_size):
+            number, shard = spec.shards + len(later), Retried(keys=tuple(left[first : first + spec.shard_size]))
+            if not storage.publish_bytes(retried_path(number), shard.model_dump_json().encode()):
+                later = retried(storage, spec)  # a build beside this one was first, perhaps with some of these
+                break
+            later[number] = shard.keys
+        else:
+            break
     return len(failed), len(readable)

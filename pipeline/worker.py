@@ -22,7 +22,7 @@ import torch
 
 from pipeline.codec import to_payload
 from pipeline.config import BuildConfig
-from pipeline.encoder import Encoder, family_of
+from pipeline.encoder import Encoder, describe_encoder, family_of
 from pipeline.encoders.base import VisionEncoder
 from pipeline.encoders.decode import load_image
 from pipeline.encoders.pixels import Pixels
@@ -39,6 +39,7 @@ from pipeline.schema import (
     Sample,
     StoreSpec,
     claim_path,
+    retried_path,
     tar_path,
 )
 from pipeline.shard import TarWriter, image_member, members, sample_json, sha256_of
@@ -151,8 +152,8 @@ class ShardWorker:
             if written is not None:
                 written.result()
             commit = shard.finish()
-        if not base:
-            self._same_samples(commit)
+        if not base or commit.shard >= self.spec.shards:
+            self._lacks_none(commit, base)
         return commit
 
     def _skipped(self, row: Mapping[str, Any]) -> dict[str, Failure]:
@@ -200,18 +201,21 @@ class ShardWorker:
     ) -> _Item:
         """Fetch, decode and preprocess one image, in a thread; what is wrong with it becomes its fault.
 
-        An OSError is no fault of the image (permission, network, disk, file handles): it ends the build.
+        Raises:
+            OSError: for what is no fault of the image: permission, network, disk, file handles. It ends the build.
+            ValueError: if the encoder's configuration cannot be read here and now.
         """
         item = _Item(key, image, conversations)
         if skipped is not None:
             item.fault, item.kind = skipped.reason, skipped.kind
         if image is None or item.fault is not None:
             return item
+        family = self.family  # an encoder that this machine cannot read is no fault of the image
         try:
             data = self.source.read(image, places)
             picture = load_image(data)
             item.size = picture.size
-            item.pixels = self.family.pixels(picture, self.spec.aspect, self.spec.encoder.image_size)
+            item.pixels = family.pixels(picture, self.spec.aspect, self.spec.encoder.image_size)
             item.data = data if self.spec.stores_images else None
         except ValueError as error:
             item.fault = str(error)
@@ -251,19 +255,37 @@ class ShardWorker:
         return to_host(payloads if all(fine) else {name: value[finite] for name, value in payloads.items()})
 
     def _encoder(self, columns: tuple[Column, ...]) -> Encoder:
-        """CLIP up to the deepest of these columns, on this worker's device."""
-        config = self.config
+        """CLIP up to the deepest of these columns, on this worker's device.
+
+        Raises:
+            ValueError: if what has its name on this machine is another encoder than the store's.
+        """
+        config, wanted = self.config, self.spec.encoder.revision
+        here = describe_encoder(config.encoder, config.revision).revision
+        if here != wanted:
+            raise ValueError(
+                f"encoder {config.encoder} is another one on this machine than where the build was started: "
+                f"{here[:12]} here, {wanted[:12]} there; copy it to every machine, or put it where all see the same"
+            )
         return Encoder(config.encoder, config.revision, columns, self.spec.compute, self.device)
 
-    def _same_samples(self, commit: Commit) -> None:
-        """Check that an added column has exactly the samples that the store holds."""
-        base = read_commit(self.storage, commit.shard)
-        assert base is not None, "the base of a shard comes first"
-        if base.keys != commit.keys:
-            lost = [f for f in commit.failures if f.key in set(base.keys)]
+    def _lacks_none(self, commit: Commit, base: bool) -> None:
+        """Check that an added column has the samples that the store holds, a shard of retried ones those of its list.
+
+        No sample is listed twice: what would fail here for want of an image would be lost.
+        """
+        if not base:
+            whole = read_commit(self.storage, commit.shard)
+            assert whole is not None, "the base of a shard comes first"
+            wanted, cure = set(whole.keys), "give the images of the first build"
+        else:
+            wanted = {*commit.keys, *(f.key for f in commit.failures if f.kind != "features")}
+            path = retried_path(commit.shard)
+            cure = f"give the images that --retry-failed had; if they are gone, delete {path}, the last of its kind"
+        if lost := [f for f in commit.failures if f.key in wanted]:
             raise ValueError(
-                f"shard {commit.shard}: the store holds {len(base.keys)} samples, {len(commit.keys)} can be read now; "
-                "give the images of the first build" + "".join(f"\n  {f.source}: {f.reason}" for f in lost[:5])
+                f"shard {commit.shard}: of {len(wanted)} samples that it is to hold, {len(commit.keys)} can be read "
+                f"now; {cure}" + "".join(f"\n  {f.source}: {f.reason}" for f in lost[:5])
             )
 
     def _publish(self, commit: Commit, folder: Path, base: bool) -> bool:
@@ -278,7 +300,9 @@ class ShardWorker:
                 files[name] = self._adopted(path, folder, file)
         if base:
             return write_commit(self.storage, commit.model_copy(update={"files": files}))
-        made = [write_commit(self.storage, _only(commit, name, files[name]), name) for name in files]
+        # Each added column has a commit record.
+        ones = {name: commit.model_copy(update={"files": {name: file}}) for name, file in files.items()}
+        made = [write_commit(self.storage, one, name) for name, one in ones.items()]
         return all(made)
 
     def _adopted(self, path: str, folder: Path, mine: ColumnFile) -> ColumnFile:
@@ -301,11 +325,6 @@ class ShardWorker:
                 "delete it, then run pipeline/build_shards.py again"
             )
         return mine.model_copy(update={"sha256": sha256, "bytes": theirs.stat().st_size})
-
-
-def _only(commit: Commit, name: str, file: ColumnFile) -> Commit:
-    """The commit record of one added column."""
-    return commit.model_copy(update={"files": {name: file}})
 
 
 class _ShardInTheMaking:

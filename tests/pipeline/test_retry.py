@@ -155,6 +155,71 @@ def test_a_retry_that_was_killed_is_ended_by_the_next_build(build: Build, scenes
     assert len(rows(build)) == 60
 
 
+@pytest.mark.parametrize("again", ["gone", "damaged"])
+def test_a_listed_sample_that_fails_again_for_want_of_its_image_stays_to_be_stored(
+    build: Build, scenes: Path, images: Path, again: str
+) -> None:
+    """As after a kill, by a build from other images: it would be listed no second time."""
+    come(scenes, images, lost(scenes))
+    build.list_retried()
+    path = images / lost(scenes)[0]
+    path.unlink() if again == "gone" else path.write_bytes(b"GIF89a")
+    with pytest.raises(ValueError, match=r"shard 4: of 6 samples .* 5 can be read now; give the images that --retry-"):
+        build()
+    come(scenes, images, lost(scenes))
+    build()
+    assert known_failures(Storage(build.store)) == []
+    assert build.problems() == []
+
+
+def test_many_gained_samples_are_listed_by_reading_each_list_once(
+    build: Build, scenes: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    come(scenes, images, lost(scenes))
+    config = load_config(BuildConfig, None, build.arguments)
+    dataset, spec = read_sources(config)
+    asked: list[str] = []
+
+    def read(self: Storage, name: str, plainly: Callable[..., bytes] = Storage.read) -> bytes:
+        asked.append(name)
+        return plainly(self, name)
+
+    monkeypatch.setattr(Storage, "read", read)
+    for _ in range(2):
+        assert list_readable(config, dataset, spec.model_copy(update={"shard_size": 1}))[0] in (len(LOST), 0)
+    assert [name for name in asked if name.startswith("retried/")] == [f"retried/{4 + i:05d}.json" for i in range(6)]
+
+
+@pytest.mark.parametrize("retry", [False, True])
+def test_an_encoder_that_cannot_be_read_just_now_is_no_fault_of_the_images(
+    build: Build, scenes: Path, images: Path, retry: bool, tmp_path: Path
+) -> None:
+    """Read where the build was started, and not where a worker runs."""
+    come(scenes, images, lost(scenes))
+    if retry:
+        build.list_retried()
+    else:
+        shutil.rmtree(build.store)
+    worker, (row, *_), _ = build.prepared()
+    worker.config = worker.config.model_copy(update={"encoder": str(tmp_path / "not-mounted")})
+    with pytest.raises(ValueError, match=r"encoder .*not-mounted.*: no vision model can be read from it"):
+        worker(row)
+    assert not list(build.store.glob(f"commits/{row['shard']:05d}.json"))
+
+
+def test_another_encoder_under_the_same_name_is_refused_by_the_worker(
+    settings: Callable[..., list[str]], clip: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(clip, tmp_path / "clip")
+    build = Build(settings(tmp_path / "store", encoder=tmp_path / "clip"))
+    worker, (row, *_), _ = build.prepared()
+    with (tmp_path / "clip/config.json").open("a") as file:
+        file.write(" ")
+    with pytest.raises(ValueError, match="is another one on this machine than where the build was started"):
+        worker(row)
+    assert not list(build.store.glob("*/*.tar"))
+
+
 def test_a_repaired_shard_does_not_take_back_what_a_later_one_holds(build: Build, scenes: Path, images: Path) -> None:
     come(scenes, images, lost(scenes))
     build(retry=True)

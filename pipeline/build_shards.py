@@ -209,7 +209,7 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec, retry: bool = 
     except TooManyFailuresError as error:
         write_failures(storage, dataset.failures)
         raise TooManyFailuresError(f"{error}{missing_names(config, known_failures(storage))}") from error
-    samples = write_manifest(storage, spec, dataset.failures)
+    samples = write_manifest(storage, dataset.failures)
     for shard in claimed(storage):
         storage.delete(claim_path(shard))
     storage.sweep_scratch()

@@ -230,8 +230,14 @@ def absent_images(roots: tuple[str, ...], names: Iterable[str]) -> list[str]:
 
 def compare_names(roots: tuple[str, ...], absent: Sequence[str]) -> str:
     """Names that are asked for beside names that are there, for a message about images that are missing."""
-    there = [f"{root} holds {', '.join(_shown(_names_in(root))) or 'nothing'}" for root in roots]
-    return f"asked for {', '.join(_shown(absent))}; " + "; ".join(there)
+
+    def holds(root: str) -> str:
+        try:
+            return f"{root} holds {', '.join(_shown(_names_in(root))) or 'nothing'}"
+        except (ValueError, OSError) as error:  # the message is about something else
+            return f"what {root} holds cannot be listed ({error})"
+
+    return f"asked for {', '.join(_shown(absent))}; " + "; ".join(map(holds, roots))
 
 
 def _names_in(root: str) -> Iterable[str]:

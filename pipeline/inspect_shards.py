@@ -43,11 +43,13 @@ def main() -> None:
     parser.add_argument("--images", action="append", default=[], help="image folder or zip (repeatable)")
     parser.add_argument("--samples", type=int, default=8, help="samples to show (default: %(default)s)")
     arguments = parser.parse_args()
+    if arguments.samples < 0:
+        parser.error(f"--samples is {arguments.samples}; give at least 0")
     try:
         page = render(Storage(arguments.store), tuple(arguments.images), arguments.samples)
+        arguments.html.write_text(page, encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    arguments.html.write_text(page, encoding="utf-8")
     print(arguments.html)
 
 

@@ -201,13 +201,13 @@ def claimed(storage: Storage) -> set[int]:
     return set(_numbers(storage, "claims", ""))
 
 
-def write_manifest(storage: Storage, spec: StoreSpec, failures: Iterable[Failure]) -> int:
+def write_manifest(storage: Storage, failures: Iterable[Failure]) -> int:
     """Gather every commit into `manifest.parquet` and `failures.jsonl`; returns the number of samples.
 
     Raises:
         ValueError: if a shard is missing.
     """
-    table = manifest_table(storage, spec)
+    table = manifest_table(storage, read_store(storage))  # a build beside this one may have added a column
     buffer = io.BytesIO()
     pq.write_table(table, buffer, compression="zstd")
     write_failures(storage, failures)

@@ -33,7 +33,7 @@ from pipeline.manifest import (
 )
 from pipeline.schema import SAMPLES, ColumnFile, Commit, StoreSpec, commit_path, retried_path, tar_path
 from pipeline.shard import members, read_sample, sha256_of
-from pipeline.storage import Storage
+from pipeline.storage import Storage, is_absent
 
 LISTED = 100  # missing shards, each by its own name
 DERIVED = ("report.html",)  # may lie beside the store's own files
@@ -69,15 +69,28 @@ def main() -> None:
         parser.error(f"--deep encodes the images of {arguments.store} again: say where they are with --images")
     if min(arguments.sample, arguments.threads) < 1:
         parser.error(f"--sample is {arguments.sample}, --threads is {arguments.threads}; give at least 1")
-    storage = Storage(arguments.store)
     try:
-        spec = read_store(storage)
-        problems = verify(storage, spec, arguments.threads)
-        if arguments.deep:
-            encoder = arguments.encoder or spec.encoder.id
-            problems += compare_with_live_clip(storage, spec, tuple(arguments.images), encoder, arguments.sample)
+        check(arguments)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\nstopped")
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Print what is wrong, and repair it if that is asked for; SystemExit if anything is.
+
+    Raises:
+        ValueError: if there is no store. OSError: if it cannot be read, or repaired, just now.
+    """
+    storage = Storage(arguments.store)
+    spec = read_store(storage)
+    problems = verify(storage, spec, arguments.threads)
+    if arguments.deep and not problems:
+        encoder = arguments.encoder or spec.encoder.id
+        problems += compare_with_live_clip(storage, spec, tuple(arguments.images), encoder, arguments.sample)
+    elif arguments.deep:
+        print("deep: left out, only a store without the problems below is compared")
     if not problems:
         shards = spec.shards + len(retried(storage, spec))
         print(f"{storage.root}: {spec.samples} samples in {shards} shards, {len(spec.columns)} columns: all right")
@@ -90,7 +103,11 @@ def main() -> None:
 
 
 def verify(storage: Storage, spec: StoreSpec, threads: int = 4) -> list[Problem]:
-    """Everything that is wrong with a store, except for the numbers of its features: `compare_with_live_clip`."""
+    """Everything that is wrong with a store, except for the numbers of its features: `compare_with_live_clip`.
+
+    Raises:
+        OSError: for what is of the moment (permission, network, disk), and no fault of a shard.
+    """
     from tqdm import tqdm
 
     there = storage.list()
@@ -226,6 +243,8 @@ def _check_tar(storage: Storage, spec: StoreSpec, commit: Commit, name: str, add
     except FileNotFoundError:
         return wrong("missing")
     except (tarfile.TarError, OSError) as error:
+        if isinstance(error, OSError) and not is_absent(error):
+            raise  # `repair` would remove a sound shard
         return wrong(f"unreadable: {error}")
     return [] if what is None else wrong(what)
 

@@ -76,7 +76,7 @@ for item in todo(storage, spec, spec.columns)[: None if sys.argv[1] == "all" els
     row = row_of(item, shard_records(dataset.records, spec, item.shard), [{}], sys.argv[1], sys.argv[1] == "all")
     print(json.dumps(worker(row)))
 if sys.argv[1] == "all":
-    write_manifest(storage, spec, dataset.failures)
+    write_manifest(storage, dataset.failures)
     storage.sweep_scratch()
 """
 pytestmark = [pytest.mark.slow, pytest.mark.minutes(9)]  # of all of pipeline/

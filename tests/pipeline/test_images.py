@@ -22,6 +22,7 @@ from pipeline.images import (
     find_file,
     index_zips,
 )
+from pipeline.storage import Storage
 
 
 def test_images_are_found_in_the_first_root_that_has_them(tmp_path: Path) -> None:
@@ -134,6 +135,18 @@ def test_images_behind_links_are_found_and_links_without_content_are_missing(tmp
     for name in ("dangling.jpg", "loop.jpg", "loop.jpg/0.jpg", "coco", "one.jpg/0.jpg", "n" * 300, "a/" * 3000):
         assert is_missing(root, name)
     assert "'coco/train2017/0.jpg'" in compare_names((str(root),), ["0.jpg"])  # and the search ends
+
+
+def test_a_root_that_cannot_be_listed_does_not_hide_what_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(self: Storage, count: int) -> list[str]:
+        raise PermissionError("Access Denied")
+
+    (tmp_path / "damaged.zip").write_bytes(b"PK")
+    monkeypatch.setattr(Storage, "first", refuses)
+    said = compare_names(("s3://bucket/images", str(tmp_path / "damaged.zip")), ["a.jpg"])
+    assert "asked for 'a.jpg'; what s3://bucket/images holds cannot be listed (Access Denied); what " in said
 
 
 def test_a_pipe_is_no_image_and_is_not_waited_for(tmp_path: Path) -> None:

@@ -104,6 +104,16 @@ def test_a_store_that_is_not_complete_says_what_to_do(store: Path, call: Any, tm
     assert "Traceback" not in output
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [(["--html", "{}/no/folder/page.html"], "error: [Errno 2]"), (["--html", "{}", "--samples", "-1"], "is -1; give")],
+)
+def test_a_page_that_cannot_be_made_is_named(
+    store: Path, call: Any, tmp_path: Path, more: list[str], said: str
+) -> None:
+    assert said in call(INSPECT, str(store), *(word.format(tmp_path) for word in more), fails=True)
+
+
 @pytest.mark.parametrize("column", ["block02", "block04"])
 def test_the_manifest_points_at_every_payload(store: Path, column: str) -> None:
     storage = Storage(store)

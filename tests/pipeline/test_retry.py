@@ -66,7 +66,7 @@ class Build:
         for item in todo(storage, spec, columns):
             records = shard_records(dataset.records, spec, item.shard, item.keys)
             rows.append(json.loads(json.dumps(row_of(item, records, [{}], "job", True, moved))))
-        return ShardWorker(config, spec), rows, lambda: write_manifest(storage, spec, dataset.failures)
+        return ShardWorker(config, spec), rows, lambda: write_manifest(storage, dataset.failures)
 
     def problems(self) -> list[str]:
         storage = Storage(self.store)
@@ -218,6 +218,14 @@ def test_another_encoder_under_the_same_name_is_refused_by_the_worker(
     with pytest.raises(ValueError, match="is another one on this machine than where the build was started"):
         worker(row)
     assert not list(build.store.glob("*/*.tar"))
+
+
+def test_a_build_that_ends_beside_one_that_adds_a_column_keeps_it_in_the_manifest(build: Build) -> None:
+    _, _, end_of_the_first = build.prepared()
+    build("blocks=[2,3,4]")
+    end_of_the_first()
+    assert all(row["block03.size"] > 0 for row in rows(build))
+    assert build.problems() == []
 
 
 def test_a_repaired_shard_does_not_take_back_what_a_later_one_holds(build: Build, scenes: Path, images: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -189,6 +191,43 @@ def test_a_column_added_later_is_verified_and_repaired_by_itself(
     assert not (copy / "commits/block03/00001.json").exists()
     run("pipeline/build_shards.py", *settings(copy, blocks="[2,3,4]"))
     assert contents(copy) == whole
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO, errno.EMFILE])
+@pytest.mark.parametrize("of", ["tars", "commit records"])
+def test_what_cannot_be_read_just_now_is_not_repaired_away(
+    copy: Path, call: Any, monkeypatch: pytest.MonkeyPatch, number: int, of: str
+) -> None:
+    """As a tar from S3 for which this disk has no room."""
+
+    def fails(*_: object) -> Any:
+        raise OSError(number, os.strerror(number), "here")
+
+    monkeypatch.setattr(Storage, "local_copy" if of == "tars" else "read", fails)
+    output = call(VERIFY, str(copy), "--repair", fails=True)
+    assert f"error: [Errno {number}]" in output
+    monkeypatch.undo()
+    assert problems(copy) == []
+
+
+def test_a_repair_that_may_not_delete_says_so_after_what_is_wrong(
+    copy: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuses(self: Storage, name: str) -> None:
+        raise PermissionError(errno.EACCES, "Access Denied", name)
+
+    flip_a_byte(copy)
+    monkeypatch.setattr(Storage, "delete", refuses)
+    output = call(VERIFY, str(copy), "--repair", fails=True)
+    assert "block02/00001.tar: checksum" in output
+    assert "error: [Errno 13] Access Denied: 'manifest.parquet'" in output
+
+
+def test_deep_leaves_the_problems_of_a_store_in_sight(copy: Path, scenes: Path, call: Any) -> None:
+    (copy / "manifest.parquet").unlink()
+    output = call(VERIFY, str(copy), "--deep", "--images", str(scenes / "images"), fails=True)
+    assert "deep: left out" in output
+    assert "manifest.parquet: missing" in output
 
 
 def test_deep_finds_features_of_another_image(copy: Path, scenes: Path, call: Any) -> None:

@@ -272,7 +272,8 @@ def build_on_ray(config: BuildConfig, dataset: Dataset, spec: StoreSpec, work: l
     from pipeline.storage import Storage
 
     storage = Storage(config.store)
-    zips, job, others = index_zips(config.image_roots), uuid.uuid4().hex, claimed(storage)
+    zips = index_zips(config.image_roots, (record.image for record in dataset.records))
+    job, others = uuid.uuid4().hex, claimed(storage)
     moved = {key for keys in retried(storage, spec).values() for key in keys}
     # What another job works on comes last: it is there by then, unless that job was killed.
     work = sorted(work, key=lambda item: item.shard in others)

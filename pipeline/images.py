@@ -6,6 +6,7 @@ links too, under the names that records ask for, in any Unicode normal form.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import os
@@ -15,7 +16,7 @@ import struct
 import unicodedata
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,10 @@ LOCAL_HEADER = 30  # bytes of a zip member's header before its name
 SHOWN = 3  # names of each side in a message about names
 _ENCRYPTED, _UTF8 = 0x1, 0x800  # flag bits of a zip member
 _PACKINGS = {9: "deflate64", 12: "bzip2", 14: "lzma", 93: "zstd", 95: "xz", 98: "ppmd", 99: "AES"}  # not read
+ENCODINGS = (  # of names in archives that do not tell theirs: what Windows packs in as many countries
+    *("utf-8", "cp437", "gb18030", "big5hkscs", "cp932", "cp949", "cp1252", "cp1250", "cp1251", "cp1253", "cp1254"),
+    *("cp1255", "cp1256", "cp1257", "cp1258", "cp850", "cp852", "cp866", "cp874"),
+)
 _UNICODE_PATH = 0x7075  # the extra field that holds a member's name in UTF-8
 
 
@@ -74,16 +79,11 @@ class ImageSource:
                 path = storage.local_path(spelling)
                 if path is not None and not is_file(path):
                     continue
-                if path is not None:
-                    check_bytes(path.stat().st_size)
                 try:
-                    data = storage.read(spelling)
+                    return storage.read(spelling, check_bytes)
                 except OSError as error:
                     if not is_absent(error):
                         raise
-                else:
-                    check_bytes(len(data))  # of an S3 object: to ask before would take a request more for each image
-                    return data
             if "://" not in root and not Path(root).is_dir():
                 host = os.uname().nodename
                 raise OSError(errno.ENOTCONN, f"the image folder {root} is not there on {host}; mount it")
@@ -150,17 +150,20 @@ def _read_member(storage: Storage, archive: str, place: ZipMember) -> bytes:
     return data
 
 
-def index_zips(roots: tuple[str, ...]) -> list[dict[str, ZipMember]]:
+def index_zips(roots: tuple[str, ...], asked: Iterable[str | None] = ()) -> list[dict[str, ZipMember]]:
     """For each root, where the members of its archive lie (empty for folders), by every spelling of their names.
+
+    `asked`: the names that records ask for, which tell in what encoding an archive's names are if it does not say.
 
     Raises:
         ValueError: if an archive is not there, is none, or holds what cannot be read in place.
     """
-    return [_index_zip(root) if is_zip(root) else {} for root in roots]
+    odd = {name for name in asked if name is not None and not name.isascii()} if any(map(is_zip, roots)) else set()
+    return [_index_zip(root, odd) if is_zip(root) else {} for root in roots]
 
 
-def _index_zip(root: str) -> dict[str, ZipMember]:
-    """The members of one archive."""
+def _index_zip(root: str, asked: Set[str] = frozenset()) -> dict[str, ZipMember]:
+    """The members of one archive; `asked`: names beyond ASCII."""
     folder, _, name = root.rpartition("/")
     try:
         with Storage(folder or ".").open(name) as file, zipfile.ZipFile(file) as archive:
@@ -169,9 +172,12 @@ def _index_zip(root: str) -> dict[str, ZipMember]:
         raise ValueError(f"images: {root} does not exist; give a folder or a .zip file") from error
     except IsADirectoryError as error:
         raise ValueError(f"images: {root} is a folder; rename it, so that it does not end in .zip") from error
-    except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError, UnicodeError) as error:
+        if isinstance(error.__context__, OSError):  # zipfile takes any error of reading for the lack of an end
+            raise error.__context__ from None
         raise ValueError(f"images: {root} is not a zip archive: {error}; copy it again") from error
     index: dict[str, ZipMember] = {}
+    unsaid: dict[bytes, ZipMember] = {}  # by names in an encoding that the archive does not tell
     for info in infos:
         if info.flag_bits & _ENCRYPTED:
             raise ValueError(f"images: {root} is encrypted ({info.filename}); unpack it with its password")
@@ -182,20 +188,24 @@ def _index_zip(root: str) -> dict[str, ZipMember]:
                 "or pack it again with `zip -r` (stored or deflated)"
             )
         member = ZipMember(info.header_offset, info.compress_size, info.file_size, info.compress_type, info.CRC)
-        index[_true_name(info)] = member
+        if (said := _said_name(info)) is None:
+            unsaid[info.filename.encode("cp437")] = member  # as which Python reads it, byte for byte
+        else:
+            index[_plain(said)] = member
+    index |= _in_one_encoding(unsaid, asked - index.keys())
     for name in [name for name in index if not name.isascii()]:
         for spelling in spellings(name):
             index.setdefault(spelling, index[name])
     return index
 
 
-def _true_name(info: zipfile.ZipInfo) -> str:
-    """A member's name as records write it: no backslashes, no leading `./`, in the characters that were meant."""
-    return posixpath.normpath(_decoded_name(info).replace("\\", "/"))
+def _plain(name: str) -> str:
+    """A member's name as records write it: no backslashes, no leading `./`."""
+    return posixpath.normpath(name.replace("\\", "/"))
 
 
-def _decoded_name(info: zipfile.ZipInfo) -> str:
-    """Python reads a name without the UTF-8 flag as cp437. macOS and many other tools write UTF-8 there."""
+def _said_name(info: zipfile.ZipInfo) -> str | None:
+    """A member's name if the archive says in what encoding it is."""
     if info.flag_bits & _UTF8 or info.filename.isascii():
         return info.filename
     extra = info.extra
@@ -204,10 +214,30 @@ def _decoded_name(info: zipfile.ZipInfo) -> str:
         if kind == _UNICODE_PATH and size > 5:  # a version (1 byte), the CRC of the other name (4), then this one
             return extra[9 : 4 + size].decode("utf-8", "replace")
         extra = extra[4 + size :]
-    try:
-        return info.filename.encode("cp437").decode("utf-8")
-    except UnicodeError:
-        return info.filename
+    return None
+
+
+def _in_one_encoding(unsaid: Mapping[bytes, ZipMember], asked: Set[str]) -> dict[str, ZipMember]:
+    """Members by their names: read as UTF-8, as macOS writes it, else as cp437, and as the records ask for them.
+
+    One packer wrote them all, so one encoding is theirs. It is the one that gives most of the names that are `asked`
+    for; if two give as many, but other members, none is believed.
+    """
+    plain, found = {}, []
+    for raw, member in unsaid.items():
+        try:
+            plain[_plain(raw.decode())] = member
+        except UnicodeError:
+            plain[_plain(raw.decode("cp437"))] = member
+    for encoding in ENCODINGS if asked - plain.keys() else ():
+        with contextlib.suppress(UnicodeError):
+            names = {_plain(raw.decode(encoding)): member for raw, member in unsaid.items()}
+            spelled = {spelling: name for name in names for spelling in spellings(name)}
+            found.append({name: names[spelled[name]] for name in asked & spelled.keys()})
+    best = max(found, key=len, default={})
+    if any(len(other) == len(best) and other != best for other in found):
+        return plain
+    return plain | best
 
 
 def absent_images(roots: tuple[str, ...], names: Iterable[str]) -> list[str]:
@@ -217,7 +247,7 @@ def absent_images(roots: tuple[str, ...], names: Iterable[str]) -> list[str]:
         ValueError, OSError: if a root cannot be read.
     """
     names = list(names)
-    for root, index in zip(roots, index_zips(roots), strict=True):
+    for root, index in zip(roots, index_zips(roots, names), strict=True):
         if is_zip(root):
             names = [name for name in names if name not in index]
         elif "://" in root:

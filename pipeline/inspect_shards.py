@@ -67,7 +67,7 @@ def render(storage: Storage, images: tuple[str, ...], samples: int) -> str:
     rows = table.take(
         list(range(0, len(table), max(1, len(table) // samples)))[:samples] if samples else []
     ).to_pylist()
-    pictures = _Pictures(storage, spec, images)
+    pictures = _Pictures(storage, spec, images, table.column("image").to_pylist())
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]))
     shown = [_sample(storage, spec, row, pictures) for row in rows]
     return environment.get_template("inspect.html").render(
@@ -173,12 +173,12 @@ def _heat(values: npt.NDArray[np.float32]) -> str:
 class _Pictures:
     """The source images: from the image folders or, if the store keeps them, from behind the records."""
 
-    def __init__(self, storage: Storage, spec: StoreSpec, images: tuple[str, ...]) -> None:
+    def __init__(self, storage: Storage, spec: StoreSpec, images: tuple[str, ...], names: list[str | None]) -> None:
         from pipeline.images import ImageSource, index_zips
 
         self.storage, self.spec = storage, spec
         self.source = ImageSource(images) if images else None
-        self.zips = index_zips(images)
+        self.zips = index_zips(images, names)
 
     def __call__(self, sample: Sample, shard: int) -> str | None:
         """A small copy as a data URL; None if the image cannot be read."""

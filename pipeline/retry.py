@@ -23,7 +23,8 @@ def list_readable(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> tup
     Raises:
         OSError: for what is no fact of the images.
     """
-    storage, worker, zips = Storage(config.store), ShardWorker(config, spec), index_zips(config.image_roots)
+    storage, worker = Storage(config.store), ShardWorker(config, spec)
+    zips = index_zips(config.image_roots, (record.image for record in dataset.records))
     later = retried(storage, spec)
     listed = {key for keys in later.values() for key in keys}
     failures = [failure for failure in known_failures(storage) if failure.kind != "features"]

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
+import io
+import itertools
 import logging
 import os
 import random
@@ -22,6 +25,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
+from pipeline import bucket
+
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -30,8 +35,9 @@ SCRATCH_LASTS = 2 * 86400  # s; whether a process of another machine lives canno
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # said of a write, without a name
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV)  # FAT, some FUSE and network file systems
 ATTEMPTS = 6  # of a request, beside s3fs's own quick retries; pauses of 1, 2, 4, 8 and 16 s, jittered
+BUFFER = 2**20  # bytes read at a time of a file on S3 that is read in parts
+GET, LIST, PUT, DELETE = "s3:GetObject", "s3:ListBucket", "s3:PutObject", "s3:DeleteObject"  # what a request needs
 _ABSENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG}
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidToken", "RequestExpired", "TokenRefreshRequired"}
 
 
 def is_absent(error: OSError) -> bool:
@@ -51,6 +57,8 @@ class Storage:
         self.root = text.rstrip("/") or text
         if "://" in text and not text.startswith("s3://"):
             raise ValueError(f"{text!r} is of an unknown scheme; give a local folder or s3://bucket/prefix")
+        if text.startswith("s3://") and not text[5:].partition("/")[0]:
+            raise ValueError(f"{text!r} names no bucket; give s3://bucket/prefix")
         self._local = None if text.startswith("s3://") else Path(text)
         self._s3: Any = None
         self._answered = False  # whether a request has succeeded, in this process
@@ -69,32 +77,32 @@ class Storage:
         """Where a file lies on the local disk; None on S3."""
         return None if self._local is None else self._local / _checked(name)
 
-    def read(self, name: str) -> bytes:
-        """The whole file. Raises FileNotFoundError."""
+    def read(self, name: str, check: Callable[[int], None] | None = None) -> bytes:
+        """The whole file, if `check` raises no ValueError of its length in bytes. Raises FileNotFoundError."""
         if self._local is not None:
-            return self._retried(lambda _, path: Path(path).read_bytes(), name)
-        data: bytes = self._retried(lambda fs, key: fs.cat_file(key, max_concurrency=1), name)
-        return data
+            return self._retried(lambda _, path: _read_whole(path, check), name)
+        return self._retried(lambda fs, key: bucket.get(fs, key, check), name)
 
     def read_range(self, name: str, offset: int, length: int) -> bytes:
         """`length` bytes from `offset` on, fewer where the file ends."""
         if self._local is not None:
             return self._retried(lambda _, path: _read_range(path, offset, length), name)
-        data: bytes = self._retried(lambda fs, key: fs.cat_file(key, start=offset, end=offset + length), name)
-        return data
+        part = f"bytes={offset}-{offset + length - 1}"
+        return self._retried(lambda fs, key: bucket.get(fs, key, Range=part), name) if length else b""
 
     def open(self, name: str) -> IO[bytes]:
         """A seekable file to read from."""
         if self._local is not None:
             return (self._local / _checked(name)).open("rb")
-        file: IO[bytes] = self._retried(lambda fs, key: fs.open(key, "rb"), name)
-        return file
+        size = self.size(name)
+        part = functools.partial(self.read_range, name)
+        return io.BufferedReader(bucket.Ranges(size, part), BUFFER)
 
     def size(self, name: str) -> int:
         """Length in bytes. Raises FileNotFoundError."""
         if self._local is not None:
             return (self._local / _checked(name)).stat().st_size
-        return int(self._retried(lambda fs, key: fs.info(key)["size"], name))
+        return int(self._retried(lambda fs, key: fs.info(key, timeout=bucket.within())["size"], name))
 
     def exists(self, name: str) -> bool:
         """Whether there is such a file."""
@@ -105,20 +113,27 @@ class Storage:
         return True
 
     def first(self, count: int) -> list[str]:
-        """Names of the first `count` files below an S3 prefix, in one request."""
-        bucket, _, prefix = self.root.removeprefix("s3://").partition("/")
-        prefix = f"{prefix}/" if prefix else ""
-        asked = {"Bucket": bucket, "Prefix": prefix, "MaxKeys": count}
-        found = self._retried(lambda fs, _: fs.call_s3("list_objects_v2", **asked), "")
-        return [entry["Key"].removeprefix(prefix) for entry in found.get("Contents", [])]
+        """Names of the first `count` files below an S3 prefix."""
+        return [name for name, _ in itertools.islice(self._listed("", count), count)]
 
     def list(self, prefix: str = "") -> dict[str, int]:
         """Names (relative to the root) and lengths of all files below `prefix`, sorted by name."""
-        if self._local is not None:
-            return _list_local(self._local, prefix)
-        found = self._retried(lambda fs, key: fs.find(key, detail=True), prefix)
-        skip = len(self.root) - len("s3://") + 1  # s3fs names files bucket/prefix/name: cut off up to the last slash
-        return {key[skip:]: int(entry["size"]) for key, entry in sorted(found.items()) if entry["type"] == "file"}
+        return _list_local(self._local, prefix) if self._local is not None else dict(sorted(self._listed(prefix)))
+
+    def _listed(self, prefix: str, at_a_time: int = 1000) -> Iterator[tuple[str, int]]:
+        """As `list`, of an S3 prefix, a request for each `at_a_time` of them."""
+        place, _, below = f"{self._key(prefix)}/".removeprefix("s3://").partition("/")
+        skip = len(self.root) - len("s3://") - len(place)  # of a key: up to the last slash of the root
+        asked = {"Bucket": place, "Prefix": below, "MaxKeys": at_a_time}
+        while True:
+            page = self._retried(
+                lambda fs, _: fs.call_s3("list_objects_v2", timeout=bucket.within(), **asked), prefix, LIST
+            )
+            entries = page.get("Contents", [])
+            yield from ((entry["Key"][skip:], entry["Size"]) for entry in entries if not entry["Key"].endswith("/"))
+            if not page.get("IsTruncated"):
+                return
+            asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def download(self, name: str, target: Path) -> None:
         """Copy a file to the local path `target`, replacing it."""
@@ -146,8 +161,9 @@ class Storage:
         """
         if self._local is not None:
             return _link(source, self._local / _checked(name))
+        bound = bucket.within(source.stat().st_size)
         try:
-            self._retried(lambda fs, key: fs.put_file(str(source), key, mode="create"), name)
+            self._retried(lambda fs, key: fs.put_file(str(source), key, mode="create", timeout=bound), name, PUT)
         except FileExistsError:
             return False
         if self.size(name) != source.stat().st_size:
@@ -168,7 +184,7 @@ class Storage:
     def replace(self, name: str, data: bytes) -> None:
         """Write a file whole, over an older one if need be: for what is derived from the rest."""
         if self._local is None:
-            self._retried(lambda fs, key: fs.pipe_file(key, data), name)
+            self._retried(lambda fs, key: fs.pipe_file(key, data, timeout=bucket.within(len(data))), name, PUT)
             return
         with self.scratch() as folder:
             path = folder / "file"
@@ -185,7 +201,7 @@ class Storage:
             (self._local / _checked(name)).unlink(missing_ok=True)
             return
         with contextlib.suppress(FileNotFoundError):
-            self._retried(lambda fs, key: fs.rm_file(key), name)
+            self._retried(lambda fs, key: fs.rm_file(key, timeout=bucket.within()), name, DELETE)
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -239,72 +255,40 @@ class Storage:
             return str(self._local / _checked(name))
         return f"{self.root}/{_checked(name)}" if name else self.root
 
-    def _retried(self, call: Callable[[Any, str], T], name: str) -> T:
+    def _retried(self, call: Callable[[Any, str], T], name: str, right: str = GET) -> T:
         """Run `call(filesystem, key)`, on a local store `call(None, path)`, again after a pause while that may help."""
         key = self._key(name)
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 result = call(self._filesystem(), key)
             except Exception as error:
-                final = self._s3_error(error, key) if self._local is None else _local_error(error)
+                if expired := self._local is None and bucket.is_expired(error, self._answered):
+                    self._s3 = None  # a new client reads the credentials again
+                meant = bucket.meaning(error, key, right) if self._local is None else _local_error(error)
+                final = None if expired else meant
                 if final is error:
                     raise
                 if final is not None:
                     raise final from error
+                said = str(error) or f"no answer within {bucket.within():.0f} s"  # of a TimeoutError
                 if attempt == ATTEMPTS:
                     number = getattr(error, "errno", None) or errno.EIO
-                    said = f"{error} ({ATTEMPTS} attempts): {key}; run again when that is mended"
+                    said = f"{said} ({ATTEMPTS} attempts): {key}; run again when that is mended"
                     raise OSError(number, said) from error
-                log.warning("%s: %s (attempt %d of %d)", key, error, attempt, ATTEMPTS)
+                log.warning("%s: %s (attempt %d of %d)", key, said, attempt, ATTEMPTS)
                 time.sleep(2 ** (attempt - 1) * random.uniform(0.5, 1.0))
             else:
                 self._answered = True
                 return result
         raise AssertionError("the last attempt returns or raises")
 
-    def _s3_error(self, error: Exception, key: str) -> Exception | None:
-        """What an error of S3 means for the file at `key`; None if the same request may succeed later."""
-        from aiohttp import ClientError
-        from botocore.exceptions import BotoCoreError, NoCredentialsError
-
-        number, said = getattr(error, "errno", None) or errno.EIO, getattr(error, "strerror", None) or str(error)
-        code = (getattr(error.__cause__, "response", None) or {}).get("Error", {}).get("Code")
-        meaning: Exception | None = error
-        if number == errno.EINVAL and "precondition" in str(error).lower():
-            meaning = FileExistsError(key)  # how some servers word a failed If-None-Match
-        elif code in _EXPIRED or (isinstance(error, NoCredentialsError) and self._answered):
-            self._s3 = meaning = None  # a new session reads the credentials again
-        elif isinstance(error, NoCredentialsError):
-            said = f"no S3 credentials for {key}; set AWS_ACCESS_KEY_ID and its secret, or AWS_PROFILE"
-            meaning = PermissionError(errno.EACCES, said)
-        elif isinstance(error, FileNotFoundError):
-            meaning = FileNotFoundError(errno.ENOENT, f"{said}: {key}")
-        elif isinstance(error, PermissionError):
-            meaning = PermissionError(
-                errno.EACCES,
-                f"{said}: {key}. S3 answers so (403) also for a key that is not there, where the credentials may not "
-                "list the bucket. Allow s3:GetObject, and s3:ListBucket to tell the two apart",
-            )
-        elif isinstance(error, OSError) and is_absent(error):
-            meaning = OSError(number, f"{said}: {key}")
-        elif isinstance(error, (OSError, BotoCoreError, ClientError)) and not isinstance(error, FileExistsError):
-            meaning = None  # ClientError: an answer that ends too early
-        return meaning
-
     def _filesystem(self) -> Any:
         """s3fs, made on first use in this process; None for a local store."""
         if self._local is not None:
             return None
-        fs = self._s3
+        fs = self._s3  # another thread may take it away
         if fs is None:
-            import s3fs
-
-            fs = self._s3 = s3fs.S3FileSystem(
-                use_listings_cache=False,
-                skip_instance_cache=True,
-                default_block_size=16 * 2**20,
-                config_kwargs={"connect_timeout": 10, "read_timeout": 20, "retries": {"max_attempts": 4}},
-            )
+            fs = self._s3 = bucket.client()
         return fs
 
 
@@ -312,6 +296,14 @@ def _local_error(error: Exception) -> Exception | None:
     """The error itself, or None if the same call may succeed later: open files, a disk that does not answer."""
     lasting = not isinstance(error, OSError) or is_absent(error) or isinstance(error, PermissionError)
     return error if lasting else None
+
+
+def _read_whole(path: str, check: Callable[[int], None] | None) -> bytes:
+    """A local file, if `check` allows its length."""
+    with Path(path).open("rb") as file:
+        if check is not None:
+            check(os.fstat(file.fileno()).st_size)
+        return file.read()
 
 
 def _read_range(path: str, offset: int, length: int) -> bytes:

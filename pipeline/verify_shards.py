@@ -308,7 +308,7 @@ def compare_with_live_clip(
     columns = tuple(column for column in spec.columns if f"{column.name}.offset" in table.column_names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     live = Encoder(encoder, None, columns, spec.compute, device)
-    source, zips = ImageSource(images), index_zips(images)
+    source, zips = ImageSource(images), index_zips(images, table.column("image").to_pylist())
     allowed = _CODEC_ERROR[spec.codec] + _COMPUTE_ERROR[spec.compute]
     problems, largest = [], 0.0
     for row in rows:

@@ -131,7 +131,7 @@ def test_a_process_starts_one_local_ray_after_the_other() -> None:
 
 
 @pytest.mark.slow
-def test_only_who_holds_its_token_can_use_a_local_ray(tmp_path: Path) -> None:
+def test_only_who_holds_its_token_can_use_a_local_ray(tmp_path: Path, hang_s: int) -> None:
     with ExitStack() as stack:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         victim = stack.enter_context(subprocess.Popen([sys.executable, "-c", VICTIM], cwd=ROOT, **pipes))

@@ -213,6 +213,75 @@ def test_names_that_macos_packs_are_found(archive: Callable[..., Path]) -> None:
     assert read(path, "caf\u00e9 \u4e2d.jpg") == b"1"
 
 
+class Unsaid(zipfile.ZipInfo):
+    """A member whose name is these bytes, in an encoding that the archive does not tell."""
+
+    raw: bytes
+
+    def _encodeFilenameFlags(self) -> tuple[bytes, int]:  # noqa: N802
+        return self.raw, self.flag_bits & ~0x800
+
+
+def packed(path: Path, names: dict[bytes, bytes]) -> tuple[str]:
+    """An archive of {raw name: content}, as image roots."""
+    with zipfile.ZipFile(path, "w") as zipped:
+        for number, (raw, content) in enumerate(names.items()):
+            info = Unsaid(f"{number}")
+            info.raw = raw
+            zipped.writestr(info, content)
+    return (str(path),)
+
+
+def found(roots: tuple[str, ...], asked: list[str]) -> dict[str, bytes]:
+    """What the build reads of these names, after checking that the plan agrees."""
+    places = {name: index_zips(roots, asked)[0].get(name) for name in asked}
+    assert absent_images(roots, asked) == [name for name, place in places.items() if place is None]
+    return {name: ImageSource(roots).read(name, [place]) for name, place in places.items() if place is not None}
+
+
+@pytest.mark.parametrize(
+    ("encoding", "names"),
+    [
+        ("gbk", ["照片/联通.jpg", "照片/乗客.jpg"]),  # the first is UTF-8 too, the other holds the byte of a backslash
+        ("gb18030", ["照片/㐀.jpg", "é/ü.jpg"]),
+        ("big5", ["相片/功能.jpg"]),
+        ("cp932", ["写真/表ソ.jpg", "ｶﾅ.jpg"]),
+        ("cp949", ["사진/똠방.jpg"]),
+        ("cp1251", ["фото/Ёж.jpg"]),
+        ("cp866", ["фото/Ёж.jpg"]),
+        ("cp1252", ["Fotos/Größe œ.jpg", "Ñandú.jpg"]),
+        ("cp850", ["Fotos/Größe ø.jpg"]),
+        ("cp437", ["Fotos/Größe.jpg"]),
+        ("utf-8", ["照片/联通.jpg", "cafe\u0301.jpg"]),
+    ],
+)
+def test_names_in_an_encoding_that_the_archive_does_not_tell_are_those_that_are_asked_for(
+    tmp_path: Path, encoding: str, names: list[str]
+) -> None:
+    roots = packed(tmp_path / "a.zip", {name.encode(encoding): name.encode() for name in [*names, "plain.jpg"]})
+    there = {unicodedata.normalize("NFC", name): name.encode() for name in [*names, "plain.jpg"]}
+    assert found(roots, [*there, "ни.jpg", "没有.jpg"]) == there
+
+
+def test_where_two_encodings_give_as_many_names_but_other_members_none_is_believed(tmp_path: Path) -> None:
+    roots = packed(tmp_path / "a.zip", {b"\xe6.jpg": b"1", b"\xf1.jpg": b"2"})
+    assert found(roots, ["æ.jpg", "ж.jpg"]) == {}
+    assert found(roots, ["æ.jpg", "ж.jpg", "ñ.jpg"]) == {"æ.jpg": b"1", "ñ.jpg": b"2"}
+    assert found(roots, ["µ.jpg"]) == {"µ.jpg": b"1"}, "as Python reads it, whoever wrote the records so"
+
+
+def test_an_archive_whose_names_are_not_what_it_says_is_named(tmp_path: Path) -> None:
+    (root,) = packed(tmp_path / "a.zip", {b"\xff.jpg": b"1"})
+    data = bytearray(Path(root).read_bytes())
+
+    def flag(flags: int, _: int) -> None:
+        data[flags + 1] |= 8
+
+    Path(root).write_bytes(headers(data, flag))
+    with pytest.raises(ValueError, match=r"a\.zip is not a zip archive: 'utf-8' codec.*copy it again"):
+        index_zips((root,))
+
+
 def test_names_in_a_field_of_their_own_are_found(tmp_path: Path) -> None:
     info = zipfile.ZipInfo("????.jpg")
     true = "\u4e2d\u6587.jpg".encode()

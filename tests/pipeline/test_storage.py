@@ -14,8 +14,9 @@ import pytest
 from werkzeug.serving import make_server
 from werkzeug.wrappers import Request, Response
 
+from pipeline import bucket
 from pipeline import storage as storing
-from pipeline.images import ImageSource, MissingImageError
+from pipeline.images import ImageSource, MissingImageError, index_zips
 from pipeline.storage import Storage, is_absent
 
 Answer = Callable[[int, Request], Response]
@@ -102,6 +103,133 @@ def test_a_key_that_cannot_be_there_is_a_missing_image_at_once(
     with pytest.raises(MissingImageError):
         ImageSource(("s3://bucket/images",)).read("a.jpg")
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda storage: storage.read("a"),
+        lambda storage: storage.read_range("a", 0, 1),
+        lambda storage: storage.size("a"),
+        lambda storage: storage.open("a").read(1),
+        lambda storage: storage.list(),
+        lambda storage: storage.first(1),
+        lambda storage: storage.publish_bytes("a", b"1"),
+        lambda storage: storage.replace("a", b"1"),
+        lambda storage: storage.delete("a"),
+    ],
+    ids=["read", "range", "size", "open", "list", "first", "publish", "replace", "delete"],
+)
+@pytest.mark.parametrize("way", ["mute", "drips"])
+def test_a_request_that_does_not_end_is_named(
+    serve: Callable[[Answer], list[str]], monkeypatch: pytest.MonkeyPatch, ask: Callable[[Storage], object], way: str
+) -> None:
+    ends = threading.Event()
+
+    def drops() -> Iterator[bytes]:
+        yield b"<"
+        ends.wait()
+
+    def answer(number: int, request: Request) -> Response:
+        if way == "mute" or request.method == "HEAD":  # to which an answer has no body
+            ends.wait()
+        return Response(drops(), headers={"Content-Length": "1000"})
+
+    monkeypatch.setattr(bucket, "ANSWERS_IN", 0.2)
+    monkeypatch.setattr(storing, "ATTEMPTS", 2)
+    serve(answer)
+    try:
+        with pytest.raises(OSError, match=r"no answer within 0 s \(2 attempts\): s3://bucket/images.*; run again"):
+            ask(Storage("s3://bucket/images"))
+    finally:
+        ends.set()
+
+
+def test_an_object_above_the_bound_is_refused_by_the_size_that_is_announced(
+    serve: Callable[[Answer], list[str]],
+) -> None:
+    ends = threading.Event()
+
+    def drops() -> Iterator[bytes]:
+        yield b"1"
+        ends.wait()
+
+    asked = serve(lambda *_: Response(drops(), headers={"Content-Length": str(2**40)}))
+    try:
+        with pytest.raises(ValueError, match=r"file of 1,099,511,627,776 bytes"):
+            ImageSource(("s3://bucket/images",)).read("a.jpg")
+    finally:
+        ends.set()
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "part"), [(1, 2, b"12"), (3, 5, b"3"), (4, 5, b""), (9, 5, b""), (1, 0, b"")]
+)
+def test_a_part_behind_the_end_is_as_short_on_s3_as_on_a_disk(
+    s3: dict[str, str], tmp_path: Path, offset: int, length: int, part: bytes
+) -> None:
+    for storage in (Storage(tmp_path), Storage("s3://chaos/parts")):
+        storage.replace("a", b"0123")
+        assert storage.read_range("a", offset, length) == part
+        with storage.open("a") as file:
+            file.seek(offset)
+            assert file.read(length) == part
+
+
+@pytest.mark.parametrize("kind", ["endpoint", "profile"])
+def test_settings_of_s3_that_are_wrong_here_are_no_fault_of_an_image(
+    monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv(
+        *{"endpoint": ("AWS_ENDPOINT_URL", "not an address"), "profile": ("AWS_PROFILE", "nobody")}[kind]
+    )
+    with pytest.raises(OSError, match=r"(Invalid endpoint|could not be found).*s3://bucket/images/a\.jpg"):
+        ImageSource(("s3://bucket/images",)).read("a.jpg")
+
+
+@pytest.mark.parametrize("root", ["s3://", "s3:///images"])
+def test_an_address_without_a_bucket_is_refused(root: str) -> None:
+    with pytest.raises(ValueError, match=f"'{root}' names no bucket; give s3://bucket/prefix"):
+        Storage(root)
+
+
+def test_an_address_that_cannot_be_is_named_at_once(serve: Callable[[Answer], list[str]]) -> None:
+    asked = serve(lambda *_: Response(b"1"))
+    with pytest.raises(OSError, match=r"Invalid bucket name.*s3://my bucket/store\.json; correct the address"):
+        Storage("s3://my bucket").read("store.json")
+    assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("ask", "right"),
+    [
+        (lambda storage: storage.publish_bytes("a", b"1"), "s3:PutObject"),
+        (lambda storage: storage.replace("a", b"1"), "s3:PutObject"),
+        (lambda storage: storage.delete("a"), "s3:DeleteObject"),
+        (lambda storage: storage.list(), "s3:ListBucket"),
+    ],
+)
+def test_a_403_names_the_right_that_is_missing(
+    serve: Callable[[Answer], list[str]], ask: Callable[[Storage], object], right: str
+) -> None:
+    serve(lambda *_: refused("AccessDenied", 403, "Access Denied"))
+    with pytest.raises(PermissionError, match=rf"Access Denied: s3://bucket/store.*; allow {right}$"):
+        ask(Storage("s3://bucket/store"))
+
+
+@pytest.mark.parametrize(("code", "said"), [("AccessDenied", "Allow s3:GetObject"), ("InternalError", "6 attempts")])
+def test_an_archive_that_cannot_be_read_just_now_is_not_called_damaged(
+    serve: Callable[[Answer], list[str]], code: str, said: str
+) -> None:
+    def answer(number: int, request: Request) -> Response:
+        if request.method == "HEAD":
+            return Response(headers={"Content-Length": "1000"})
+        return refused(code, 403 if code == "AccessDenied" else 500)
+
+    serve(answer)
+    with pytest.raises(OSError, match=said):
+        index_zips(("s3://bucket/images.zip",))
 
 
 def test_missing_credentials_are_named_at_once(

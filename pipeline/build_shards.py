@@ -77,8 +77,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--step-time", type=float, default=1.0, help="s per training step (default: %(default)s)")
     parser.add_argument("--batch", type=int, default=32, help="images per GPU and training step (default: %(default)s)")
     arguments = parser.parse_intermixed_args()
-    if min(arguments.rate, arguments.step_time) <= 0:
-        parser.error(f"--rate is {arguments.rate:g}, --step-time is {arguments.step_time:g}; give numbers above 0")
+    for name in ("rate", "step_time", "batch", "price"):
+        value, least = getattr(arguments, name), 0 if name == "price" else sys.float_info.min
+        if not least <= value < float("inf"):
+            parser.error(f"--{name.replace('_', '-')} is {value:g}; give a number above 0")
     return arguments
 
 
@@ -192,6 +194,7 @@ def build(config: BuildConfig, dataset: Dataset, spec: StoreSpec, retry: bool = 
     from pipeline.storage import Storage
 
     start = time.perf_counter()
+    refuse_bad_records(config, dataset, spec)
     storage = Storage(config.store)
     storage.sweep_scratch()
     columns = spec.columns
@@ -252,9 +255,24 @@ class TooManyFailuresError(ValueError):
     """The rate of failures is above what the configuration allows."""
 
 
+def allowed_failures(config: BuildConfig, spec: StoreSpec) -> float:
+    """How many failures a build goes on with: a rate, and some at any rate."""
+    return max(FAILURES_ALLOWED, config.max_failures * spec.samples)
+
+
+def refuse_bad_records(config: BuildConfig, dataset: Dataset, spec: StoreSpec) -> None:
+    """Raise TooManyFailuresError if too many records are unusable: before a store is bound to the data as they are."""
+    bad, allowed = dataset.failures, allowed_failures(config, spec)
+    if len(bad) > allowed:
+        raise TooManyFailuresError(
+            f"{len(bad)} records are unusable, {allowed:.0f} are allowed (max_failures); correct them in the data, or "
+            "raise max_failures" + "".join(f"\n  {failure.source}: {failure.reason}" for failure in bad[:5])
+        )
+
+
 def refuse_too_many(config: BuildConfig, spec: StoreSpec, failures: int, reasons: list[str]) -> None:
     """Raise TooManyFailuresError above the bound, with the first reason."""
-    allowed = max(FAILURES_ALLOWED, config.max_failures * spec.samples)  # a rate, and some at any rate
+    allowed = allowed_failures(config, spec)
     if failures > allowed:
         raise TooManyFailuresError(
             f"{failures} samples have failed, {allowed:.0f} are allowed (max_failures); the reasons are in "

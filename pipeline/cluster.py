@@ -58,7 +58,7 @@ def _join(address: str, source: str) -> None:
         if "://" not in address:
             ask(canonicalize_bootstrap_address(address, None) or address)
         ray.init(address=address)
-    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+    except Exception as error:  # Ray raises any, plain `Exception` too
         raise ValueError(f"no Ray cluster to join at {source}={address}: {_short(error)}; {cure}") from error
 
 
@@ -116,7 +116,7 @@ def _local(num_gpus: int | None, object_store_memory: int) -> Iterator[None]:
             _node_ip_address="127.0.0.1",
             _temp_dir=str(folder / "ray"),  # Ray opens it to everyone; the folder around it stays closed
         )
-    except (RuntimeError, ray.exceptions.RayError) as error:
+    except Exception as error:  # as above
         raise ValueError(f"Ray does not start here: {_short(error)}; its logs are in {folder}") from error
     try:
         yield

@@ -258,6 +258,13 @@ class BuildConfig(Settings):
         """The roots of `images`: one or several."""
         return (self.images,) if isinstance(self.images, str) else self.images
 
+    @field_validator("data", "images")
+    @classmethod
+    def _some_paths(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value or not all(value):
+            raise ValueError("expected a path or several, none of them empty")
+        return value
+
     @field_validator("blocks", "cls")
     @classmethod
     def _unique_blocks(cls, value: tuple[int, ...]) -> tuple[int, ...]:

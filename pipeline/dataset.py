@@ -22,6 +22,7 @@ from pipeline.schema import Conversation, Failure, Turn
 from pipeline.storage import Storage
 
 _AS_LINE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_PACKED = (b"\x1f\x8b", b"PK\3\4", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, zip, bzip2, xz and zstd
 LONGEST_REASON = 500  # characters
 
 
@@ -100,7 +101,8 @@ def _raw_records(files: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         try:
             text = data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise ValueError(f"data: {file} is not UTF-8 text: {error}; save it as UTF-8") from error
+            cure = "unpack it" if data.startswith(_PACKED) else "save it as UTF-8"
+            raise ValueError(f"data: {file} is not UTF-8 text: {error}; {cure}") from error
         if text.lstrip().startswith("["):
             try:
                 records = json.loads(text)
@@ -112,6 +114,8 @@ def _raw_records(files: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
             continue
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         parsed = [(number, _parsed(line)) for number, line in lines]
+        if not lines:
+            raise ValueError(f"data: {file} is empty; copy it again, or leave it out")
         if all(isinstance(record, ValueError) for _, record in parsed):
             raise ValueError(
                 f"data: {file} is neither a JSON list nor JSON lines, it begins with {text[:40]!r}; give LLaVA records"

@@ -124,8 +124,9 @@ def check(storage: Storage, spec: StoreSpec) -> StoreSpec:
     shared = {name: value for name, value in mine.items() if name in theirs}
     differing = [line + _MEANING.get(line.partition(":")[0], "") for line in differences(theirs, shared)]
     if differing:
+        empty = "" if committed(storage) else " (it has no shard yet: if no other build works on it, delete it)"
         raise ValueError(
-            f"{storage.root} is a store of another build; take another store=..., or the same settings:\n  - "
+            f"{storage.root} is a store of another build{empty}; take another store=..., or the same settings:\n  - "
             + "\n  - ".join(differing)
         )
     return found

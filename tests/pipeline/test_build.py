@@ -158,6 +158,35 @@ def test_too_many_failures_stop_the_job(
     assert (tmp_path / "store" / "failures.jsonl").read_text().count("missing image") >= 11
 
 
+def test_too_many_bad_records_bind_no_store_to_the_data_as_they_are(
+    scenes: Path, settings: Settings, call: Run, own_data: Callable[..., Path], tmp_path: Path
+) -> None:
+    good = json.loads((scenes / "chat.json").read_text())[0]
+    data = own_data([good, *[{"id": "empty"}] * 11])
+    output = call(BUILD, *settings(tmp_path / "store", data=data), fails=True)
+    assert "error: 11 records are unusable, 10 are allowed (max_failures); correct them in the data" in output
+    assert "data.json#1: no conversations" in output
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_store_without_a_shard_may_be_deleted_where_its_settings_are_corrected(
+    store: Path, settings: Settings, call: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "store").mkdir()
+    shutil.copy(store / "store.json", tmp_path / "store")
+    output = call(BUILD, *settings(tmp_path / "store"), "codec=fp16", fails=True)
+    assert "of another build (it has no shard yet: if no other build works on it, delete it); take another" in output
+
+
+@pytest.mark.parametrize("setting", ["data", "images"])
+@pytest.mark.parametrize("value", ["[]", "['']"])
+def test_no_path_is_a_mistake_in_the_settings(
+    settings: Settings, call: Run, tmp_path: Path, setting: str, value: str
+) -> None:
+    output = call(BUILD, *settings(tmp_path / "store"), f"{setting}={value}", fails=True)
+    assert f"- {setting}: expected a path or several, none of them empty (found {value}" in output
+
+
 @pytest.mark.slow  # a second build; test_dataset.py reads zips without one
 def test_a_zip_is_read_without_unpacking(
     store: Path, scenes: Path, settings: Settings, run: Run, contents: Contents, tmp_path: Path
@@ -185,9 +214,12 @@ def test_blocks_are_added_without_touching_what_is_there(
     assert "0 to do" in call(BUILD, *settings(tmp_path / "store"))
 
 
-def test_a_plan_of_no_images_a_second_is_refused(settings: Settings, call: Run, tmp_path: Path) -> None:
-    output = call(BUILD, *settings(tmp_path / "store"), "--plan", "--rate", "0", fails=True)
-    assert "--rate is 0" in output
+@pytest.mark.parametrize(("option", "value"), [("rate", "0"), ("rate", "nan"), ("step-time", "inf"), ("batch", "-3")])
+def test_a_plan_by_numbers_that_cannot_be_is_refused(
+    settings: Settings, call: Run, tmp_path: Path, option: str, value: str
+) -> None:
+    output = call(BUILD, *settings(tmp_path / "store"), "--plan", f"--{option}", value, fails=True)
+    assert f"--{option} is {value}" in output
     assert "Traceback" not in output
 
 

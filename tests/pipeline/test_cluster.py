@@ -90,6 +90,26 @@ def test_the_address_of_a_dashboard_is_refused_with_the_cure(monkeypatch: pytest
         pass
 
 
+@pytest.mark.parametrize("kind", [Exception, RuntimeError, OSError, AssertionError])
+def test_whatever_ray_raises_at_its_start_is_one_message(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
+    """As of a node that a full disk keeps from starting, a plain Exception."""
+
+    def fails(**_: object) -> None:
+        raise kind("The current node timed out during startup.")
+
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"):
+        monkeypatch.setenv(name, "")  # as they were, afterwards
+    monkeypatch.setattr("ray.init", fails)
+    monkeypatch.setattr(cluster, "_private_folder", lambda: tmp_path)
+    with (
+        pytest.raises(ValueError, match=r"Ray does not start here: The current node timed.*; its logs are in "),
+        cluster.joined("local", 0, 1),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("name", ["store", "data", "images"])
 def test_in_a_ray_job_a_relative_path_is_refused_with_the_cure(
     settings: Callable[..., list[str]],

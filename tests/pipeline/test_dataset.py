@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
 import json
+import lzma
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -141,6 +143,24 @@ def test_a_broken_line_costs_that_line_only(write: Write) -> None:
 def test_a_file_that_is_not_llava_data_is_named(write: Write, text: str, said: str) -> None:
     with pytest.raises(ValueError, match=rf"data\.json.*{said}"):
         read_dataset((write(text),), seed=0, limit=None)
+
+
+@pytest.mark.parametrize(
+    ("pack", "said"),
+    [
+        (gzip.compress, "is not UTF-8 text: .*; unpack it"),
+        (lzma.compress, "is not UTF-8 text: .*; unpack it"),
+        (lambda data: data.decode().encode("utf-16"), "is not UTF-8 text: .*; save it as UTF-8"),
+        (lambda data: b" \n", "is empty; copy it again, or leave it out"),
+    ],
+)
+def test_a_file_of_other_bytes_is_named_with_its_cure(
+    write: Write, tmp_path: Path, pack: Callable[[bytes], bytes], said: str
+) -> None:
+    path = Path(write([record("a.jpg")]))
+    path.write_bytes(pack(path.read_bytes()))
+    with pytest.raises(ValueError, match=rf"data\.json {said}"):
+        read_dataset((str(path),), seed=0, limit=None)
 
 
 def test_a_file_that_does_not_exist_is_named(tmp_path: Path) -> None:

@@ -92,7 +92,7 @@ def test_the_address_of_a_dashboard_is_refused_with_the_cure(monkeypatch: pytest
 
 @pytest.mark.parametrize("kind", [Exception, RuntimeError, OSError, AssertionError])
 def test_whatever_ray_raises_at_its_start_is_one_message(
-    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception], tmp_path: Path
 ) -> None:
     """As of a node that a full disk keeps from starting, a plain Exception."""
 

@@ -200,7 +200,7 @@ class CheckpointSettings(Settings):
 
 
 # What a run may change on its way: nothing here decides what is learned, from which examples, in which order. All
-# other settings are the run's identity; of the store that is its fingerprint, not its path (fit/run_folder).
+# other settings are the run's identity; of a store or a model that is its fingerprint, not its path (fit/identity).
 MAY_CHANGE = frozenset(
     {"run", "boards", "project", "microbatch_size", "stop_on_spike", "hang_s", "device"}
     | {"model.activation_checkpointing", "model.loss_chunks", "model.compile"}

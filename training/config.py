@@ -209,6 +209,10 @@ MAY_CHANGE = frozenset(
 )
 
 
+# Folders (or Hub ids) of models, which may lie elsewhere when a run goes on, as its store may: contents are compared.
+FOLDERS = ("model.llm", "model.tokenizer", "model.connector_from")
+
+
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings under dotted names: `data.store`."""
     found: dict[str, Any] = {}
@@ -299,6 +303,10 @@ class TrainConfig(Settings):
         kept = {"microbatch_size"} if self.loss == "microbatch" else set()
         may_change = MAY_CHANGE - kept
         return {name: value for name, value in flat(self.model_dump(mode="json")).items() if name not in may_change}
+
+    def plain_identity(self) -> dict[str, Any]:
+        """Those of `identity` that say all by themselves, without paths."""
+        return {name: value for name, value in self.identity().items() if name not in ("data.store", *FOLDERS)}
 
     def per_rank(self, world_size: int) -> int:
         """Examples per rank and step.

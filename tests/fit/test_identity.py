@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from training.config import TrainConfig
-from training.fit.identity import FOLDERS, SOURCES, refuse_another, sources
+from training.config import FOLDERS, TrainConfig
+from training.fit.identity import SOURCES, refuse_another, sources
 from training.release.records import CONFIG
 
 Config = Callable[..., TrainConfig]

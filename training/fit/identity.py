@@ -14,13 +14,12 @@ from pydantic import RootModel
 
 from pipeline.manifest import fingerprint, shards_of
 from pipeline.storage import Storage
-from training.config import TrainConfig
+from training.config import FOLDERS, TrainConfig
 from training.fit.parts import STORE
 from training.release.connector import SHAPE
 from training.release.records import CONFIG, LOG, SKIPPED, SUMMARY, Summary, read_as, read_config, read_log
 
 SOURCES = "sources.json"  # in a run's folder: the fingerprints of the folders that its settings name
-FOLDERS = ("model.llm", "model.tokenizer", "model.connector_from")
 # What is read of such a folder: a card or a cache beside it changes nothing.
 READ = re.compile(rf"config\.json|tokenizer\.model|tokenizer_config\.json|{re.escape(SHAPE)}|.*\.(safetensors|bin)")
 PIECE, PIECES = 2**16, 64  # bytes, and how many of them are hashed of each file

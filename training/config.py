@@ -200,13 +200,17 @@ class CheckpointSettings(Settings):
 
 
 # What a run may change on its way: nothing here decides what is learned, from which examples, in which order. All
-# other settings are the run's identity; of the store that is its fingerprint, not its path (fit/run_folder).
+# other settings are the run's identity; of a store or a model that is its fingerprint, not its path (fit/identity).
 MAY_CHANGE = frozenset(
     {"run", "boards", "project", "microbatch_size", "stop_on_spike", "hang_s", "device"}
     | {"model.activation_checkpointing", "model.loss_chunks", "model.compile"}
     | {f"data.{name}" for name in ReadSettings.model_fields}
     | {f"checkpoint.{name}" for name in CheckpointSettings.model_fields}
 )
+
+
+# Folders (or Hub ids) of models, which may lie elsewhere when a run goes on, as its store may: contents are compared.
+FOLDERS = ("model.llm", "model.tokenizer", "model.connector_from")
 
 
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -299,6 +303,10 @@ class TrainConfig(Settings):
         kept = {"microbatch_size"} if self.loss == "microbatch" else set()
         may_change = MAY_CHANGE - kept
         return {name: value for name, value in flat(self.model_dump(mode="json")).items() if name not in may_change}
+
+    def plain_identity(self) -> dict[str, Any]:
+        """Those of `identity` that say all by themselves, without paths."""
+        return {name: value for name, value in self.identity().items() if name not in ("data.store", *FOLDERS)}
 
     def per_rank(self, world_size: int) -> int:
         """Examples per rank and step.

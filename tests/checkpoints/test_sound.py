@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -10,6 +11,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import torch.distributed.checkpoint as sharded
 
 from fixtures.hostile import mark_again, poison_metadata, poison_shard, poison_torch_file
 from pipeline.config import load_config
-from training.checkpoints.mark import FOLDER, MARK, read_mark
+from training.checkpoints.mark import FOLDER, MARK, read_mark, write_mark
 from training.checkpoints.remote import Remote
 from training.checkpoints.resume import find, newest_on_disk
 from training.checkpoints.safe import only_data, refuse_code
@@ -156,6 +158,32 @@ def test_marks_of_before_load_and_digests_can_be_left_out(tmp_path: Path) -> Non
     assert found(tmp_path, verify=False) == folder / "composer.pt"
     with pytest.raises(OSError, match="no checkpoint in"):
         found(tmp_path)
+
+
+def test_the_checkpoint_of_another_run_is_refused_with_what_differs(
+    tmp_path: Path, remote: Callable[[Path], str]
+) -> None:
+    folder = ddp(tmp_path / "there" / "ba00000004")
+    settings = engine("ddp").config.plain_identity()
+    mark = read_mark(folder)
+    assert mark is not None
+    write_mark(folder, replace(mark, run=settings | {"optimizer.lr": 5.0, "a setting of later": 1}))
+    with pytest.raises(ValueError, match=r"with other settings: optimizer.lr: 5.0 in it, 0.001 now; set them back"):
+        found(folder.parent)
+    with pytest.raises(ValueError, match=r"with other settings: optimizer.lr: 5.0 in it, 0.001 now; set them back"):
+        found(tmp_path / "here", remote=remote(folder.parent))  # two runs with one bucket
+    del settings["optimizer.eps"]  # a setting that did not exist yet
+    write_mark(folder, replace(mark, run=settings | {"a setting of later": 1}))
+    assert found(folder.parent) == folder / "composer.pt"
+
+
+def test_sealed_marks_of_before_runs_were_noted_are_whole(tmp_path: Path) -> None:
+    folder = ddp(tmp_path / "ba00000004")
+    mark = json.loads((folder / MARK).read_text())
+    del mark["run"]
+    mark["seal"] = hashlib.sha256(json.dumps(mark | {"seal": None}, sort_keys=True).encode()).hexdigest()
+    (folder / MARK).write_text(json.dumps(mark))
+    assert found(tmp_path) == folder / "composer.pt"
 
 
 @pytest.mark.parametrize(
@@ -294,6 +322,13 @@ def test_links_out_of_a_checkpoint_and_scripted_models_are_refused(tmp_path: Pat
     torch.save({"a": 1}, folder / "composer.pt", _use_new_zipfile_serialization=False)
     with pytest.raises(ValueError, match=r"composer.pt is not loaded"):
         refuse_code(folder, "ddp")
+
+
+@pytest.mark.parametrize("name", ["pipe.pt", ".metadata"])
+def test_a_pipe_in_a_checkpoint_keeps_nobody(tmp_path: Path, name: str) -> None:
+    os.mkfifo(ddp(tmp_path / "ba00000004") / name)
+    with pytest.raises(ValueError, match=f"{name} is not loaded, and nothing in it was run: it is no file"):
+        found(tmp_path)
 
 
 def test_shards_are_read_within_their_folder_only(tmp_path: Path) -> None:

@@ -70,6 +70,13 @@ def test_an_end_that_failed_is_done_by_the_same_command_and_a_complete_run_says_
     again = load_file(run / "model" / "model.safetensors")
     assert all(weight.equal(again[name]) for name, weight in weights.items())
 
+    (run / "connector" / "connector.json").unlink()
+    (run / "model" / "model.safetensors").write_bytes(b"")
+    stage.train(config)
+    again = load_file(run / "model" / "model.safetensors")
+    assert all(weight.equal(again[name]) for name, weight in weights.items())
+
+    capsys.readouterr()
     monkeypatch.setattr(stage, "open_parts", None)  # neither store nor model is opened
     shutil.rmtree(tmp_path / "store")
     stage.train(config)
@@ -97,6 +104,23 @@ def test_a_last_checkpoint_without_its_mark_excuses_no_run_from_what_its_end_nee
     (tmp_path / "clip").rename(tmp_path / "away")
     with pytest.raises(SystemExit, match="this run could not come to its end: the store's features"):
         stage.train(config)
+
+
+def test_steps_that_are_lost_are_said_and_a_complete_run_is_not_trained_again(
+    config: TrainConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = Path(config.run)
+    stage.train(config)
+    shutil.rmtree(run / "checkpoints")
+    (run / "model" / "config.json").unlink()
+    before = (run / "log.jsonl").read_bytes()
+    with pytest.raises(SystemExit, match="is complete, but what it exported is missing or damaged"):
+        stage.train(config)
+    assert (run / "log.jsonl").read_bytes() == before
+    (run / "summary.json").unlink()
+    capsys.readouterr()
+    stage.train(config)
+    assert f"anew      no checkpoint has the {STEPS} steps of" in capsys.readouterr().out
 
 
 def test_what_a_killed_export_leaves_is_swept_and_never_taken_for_whole(tmp_path: Path) -> None:

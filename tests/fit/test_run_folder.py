@@ -19,7 +19,9 @@ import pytest
 
 from training.config import MAY_CHANGE, TrainConfig, flat
 from training.fit import run_folder
-from training.fit.run_folder import LOCK, STORE, held, refuse_another, working
+from training.fit.identity import SOURCES, refuse_another
+from training.fit.parts import STORE
+from training.fit.run_folder import LOCK, held, working
 from training.release.records import CONFIG, IN_EVERY_LINE, LOG, SKIPPED, SUMMARY
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +73,7 @@ def test_a_failed_try_leaves_nothing_that_a_corrected_one_trips_over(
         assert not folder.exists()
     train(folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        ["checkpoints", CONFIG, "connector", LOG, STORE, SUMMARY]
+        ["checkpoints", CONFIG, "connector", LOG, SOURCES, STORE, SUMMARY]
     )
     capsys.readouterr()
 
@@ -238,6 +240,8 @@ def test_what_may_change_are_settings(settings: Settings, tmp_path: Path) -> Non
         (SKIPPED, '{"step": 1, "key"\n{}\n', "skipped.jsonl:1 is damaged"),
         (SKIPPED, '{"step": 1, "key": "0#0"}\n', "skipped.jsonl:1 is damaged"),
         (STORE, "0123", "store.sha256 is damaged"),
+        (SOURCES, "{", "sources.json is damaged"),
+        (SOURCES, '["a"]', "sources.json is damaged"),
     ],
 )
 def test_a_damaged_file_is_named_with_what_to_do(

@@ -62,6 +62,8 @@ def test_every_engine_goes_on_without_them_and_lists_each_once(
     assert [line["loss"] for line in other] == pytest.approx([line["loss"] for line in usual], rel=1e-4)
     lines = listed(runs / name)
     assert len(lines) == 35
+    assert json.loads((runs / name / "summary.json").read_text())["skipped"] == 35
+    assert "; 35 examples that teach nothing were skipped." in (runs / name / "model" / "README.md").read_text()
     assert sorted(map(str, lines)) == sorted(map(str, listed(runs / "ddp")))
     for line in lines:
         number = int(line["id"])

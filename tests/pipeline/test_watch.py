@@ -73,6 +73,22 @@ def test_a_worker_is_ended_though_the_clock_was_set_and_another_process_of_its_p
             worker.kill()
 
 
+def test_signs_that_cannot_be_taken_away_hide_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.experimental import internal_kv
+
+    from pipeline.scheduling import _Guard
+
+    def gone(*_: object, **__: object) -> None:
+        raise ConnectionError("no control process\nand more of it")
+
+    monkeypatch.setattr(internal_kv, "_internal_kv_del", gone)
+    said: list[str] = []
+    guard = _Guard.__new__(_Guard)  # it would look for a cluster
+    guard._board, guard._say = "board", said.append
+    guard.clear()
+    assert said == ["the workers' signs stay on Ray's board, in nobody's way (ConnectionError: no control process)"]
+
+
 def test_a_worker_far_slower_than_the_others_is_named_once() -> None:
     watch = Watch(HANG_S)
     workers = {name: after(BUSY, pid=pid, steps=0) for pid, name in enumerate("abc")}

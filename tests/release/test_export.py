@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from pipeline.codec import from_payload, to_payload
@@ -117,6 +117,17 @@ def test_the_tokenizer_is_the_one_that_is_named(config) -> None:
     assert load_tokenizer(config()).pad_id == 0
     with pytest.raises(ValueError, match=r"tokenizer.model does not exist"):
         load_tokenizer(config(tokenizer=None))
+    with pytest.raises(ValueError, match=r"model.tokenizer '/nowhere' is no folder here, .* correct model.tokenizer"):
+        load_tokenizer(config(tokenizer="/nowhere"))
+    with pytest.raises(ValueError, match=r"model.llm '/nowhere' is no folder here, .* correct model.llm"):
+        load_tokenizer(config(tokenizer=None, llm="/nowhere"))
+
+
+def test_a_file_that_is_no_tokenizer_is_named(config, tmp_path: Path) -> None:
+    for content in (b"", b"\xff"):
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        with pytest.raises(ValueError, match=r"tokenizer.model is no SentencePiece model"):
+            load_tokenizer(config(tokenizer=str(tmp_path)))
 
 
 def test_stage_two_starts_from_the_connector_of_stage_one(config, store: StoreSpec, tmp_path: Path) -> None:
@@ -137,6 +148,33 @@ def test_another_connector_is_refused_with_every_difference(config, store: Store
         ValueError, match=r"preset: 'paper' there, 'released' now; blocks: \(1, 2, 4\) there, \(1, 2\) now"
     ):
         load_connector(other.connector, tmp_path / "connector")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("connector.safetensors", b""),
+        ("connector.safetensors", b"\xff" * 100),
+        ("connector.json", b"{"),
+        ("connector.json", b"[1]"),
+        ("connector.json", b"[" * 100_000),
+        ("connector.json", b"\xff"),
+    ],
+)
+def test_a_damaged_connector_is_named(config, store: StoreSpec, tmp_path: Path, file: str, content: bytes) -> None:
+    connector = build_model(config(), store).connector
+    export_connector(connector, tmp_path / "connector")
+    (tmp_path / "connector" / file).write_bytes(content)
+    with pytest.raises(ValueError, match=r"connector holds a damaged connector: .* put a copy of it back"):
+        load_connector(connector, tmp_path / "connector")
+
+
+def test_weights_of_another_connector_under_its_shape_are_named(config, store: StoreSpec, tmp_path: Path) -> None:
+    connector = build_model(config(), store).connector
+    export_connector(connector, tmp_path / "connector")
+    save_file({"weight": torch.zeros(2)}, tmp_path / "connector" / "connector.safetensors")
+    with pytest.raises(ValueError, match=r"connector.safetensors is not of .*connector.json"):
+        load_connector(connector, tmp_path / "connector")
 
 
 def test_the_exported_model_sees_what_it_was_trained_on(

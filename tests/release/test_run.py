@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,6 +25,7 @@ from training.export import main
 from training.fit.trained import export_run
 from training.model.model import CompactVisionForConditionalGeneration
 from training.model.processor import CompactVisionProcessor
+from training.release.card import trained
 from training.release.folder import push
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,6 +119,15 @@ def test_the_card_holds_the_runs_numbers(run: Path, store: Path) -> None:
     ):
         assert fact in card
     assert "Scores" not in card
+    assert "were skipped" not in card
+
+
+def test_the_card_calls_no_other_step_the_first(run: Path, tmp_path: Path) -> None:
+    later = Path(shutil.copytree(run, tmp_path / "run"))
+    lines = (later / "log.jsonl").read_text().splitlines(keepends=True)
+    (later / "log.jsonl").write_text("".join(lines[1:]))  # the run went on after its log was lost
+    (text,) = trained(later)
+    assert f"loss {json.loads(lines[1])['loss']:.4f} at step 2, the first that its log holds, " in text
 
 
 @pytest.mark.parametrize("end", ["finished", "killed"])

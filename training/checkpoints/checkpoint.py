@@ -196,7 +196,8 @@ class Checkpoints(Callback):  # type: ignore[misc]
         if _is_local_leader():
             for name in mine:
                 sync(target / name)
-            write_mark(target, Mark(step, self.engine.name, self.engine.ranks, load, files, sha256))
+            run = self.engine.config.plain_identity()
+            write_mark(target, Mark(step, self.engine.name, self.engine.ranks, load, files, sha256, run=run))
             self._rotate()
         self._upload(target, holders)
         dist.barrier()

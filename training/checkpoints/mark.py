@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
@@ -28,7 +28,8 @@ class Mark:
     """What `complete.json` says: `load` is the file or folder that Composer loads, `files` maps names to bytes.
 
     `sha256` maps the same names to the hex digest of the file. It is empty in older marks, and where
-    `checkpoint.verify` was off. `seal` is the digest of the mark without it.
+    `checkpoint.verify` was off. `seal` is the digest of the mark without it. `run` holds the settings that make the run
+    what it is (`TrainConfig.plain_identity`), where they are kept.
     """
 
     step: int
@@ -38,10 +39,14 @@ class Mark:
     files: dict[str, int]
     sha256: dict[str, str] | None = None
     seal: str | None = None
+    run: dict[str, Any] | None = None
 
     def sealed(self) -> Mark:
         """This mark with the digest of its own contents."""
-        bare = json.dumps(asdict(replace(self, seal=None)), sort_keys=True)
+        said = asdict(replace(self, seal=None))
+        if self.run is None:
+            del said["run"]  # older marks lack it
+        bare = json.dumps(said, sort_keys=True)
         return replace(self, seal=hashlib.sha256(bare.encode()).hexdigest())
 
 

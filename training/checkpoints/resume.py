@@ -18,6 +18,7 @@ from typing import TypeVar
 
 from composer.utils import dist
 
+from pipeline.config import differences
 from training.checkpoints.mark import (
     FOLDER,
     MARK,
@@ -44,8 +45,8 @@ def find(folder: Path, settings: CheckpointSettings, engine: Engine) -> Path | N
     A collective. What a node lacks of it, or has damaged, is fetched from the bucket.
 
     Raises:
-        ValueError: if it was saved by another engine, or by a number of ranks that this one cannot take up, or holds
-            more than data.
+        ValueError: if it was saved by another run or engine, or by a number of ranks that this one cannot take up, or
+            holds more than data.
         OSError: if there are checkpoints and none is sound on every node, or the bucket cannot be read.
     """
     if not settings.autoresume:
@@ -86,6 +87,23 @@ def check_engine(checkpoint: Path, mark: Mark, engine: Engine) -> None:
         f"{checkpoint} was saved by {mark.engine} on {mark.ranks} ranks, this run is {engine.name} on {engine.ranks}; "
         f"{hint}, or begin another run from the exported weights"
     )
+
+
+def check_run(checkpoint: Path, mark: Mark, engine: Engine) -> None:
+    """Refuse the checkpoint of a run with other settings: one that was copied here, or of a bucket that two runs share.
+
+    A setting that only one of the two versions knows is not compared.
+
+    Raises:
+        ValueError: with each that differs, and what to do.
+    """
+    theirs, mine = mark.run or {}, engine.config.plain_identity()
+    differing = differences(theirs, {name: value for name, value in mine.items() if name in theirs}, "in it")
+    if differing:
+        raise ValueError(
+            f"{checkpoint} was saved by a run with other settings: {'; '.join(differing)}; set them back, or take a "
+            "checkpoint.remote and a run=... that no other run has (its weights: training/export.py)"
+        )
 
 
 def newest_on_disk(folder: Path) -> tuple[Path, Mark] | None:
@@ -161,6 +179,7 @@ def _sound(path: Path, bucket: Remote | None, verify: bool, engine: Engine) -> M
     if mark is None:
         return None
     check_engine(path, mark, engine)
+    check_run(path, mark, engine)
     found = together(leader, partial(_flaws, path, mark, bucket, verify))
     bad = {name: what for node in found for name, what in node.items()}
     if first:

@@ -101,6 +101,8 @@ def refuse_code(folder: Path, engine: str) -> None:
 
 def _look_at(path: Path) -> None:
     """Raise, of any kind, for a file that holds more than data, or is of no known kind."""
+    if not path.is_file():
+        raise ValueError("it is no file")  # a pipe would keep its reader for ever
     if path.name.endswith(".metadata"):
         _look_at_shards(path.parent, read_metadata(path))
     elif path.suffix == ".pt":

@@ -172,7 +172,15 @@ def load_tokenizer(config: TrainConfig) -> Tokenizer:
     """The SentencePiece tokenizer of `model.tokenizer`, by default that of the language model.
 
     Raises:
-        ValueError: if it has no `tokenizer.model`.
+        ValueError: if there is none, or it has no sound `tokenizer.model`.
     """
     name = config.model.tokenizer or config.model.llm
-    return Tokenizer.from_pretrained(name, revision=config.model.revision if name == config.model.llm else None)
+    try:
+        return Tokenizer.from_pretrained(name, revision=config.model.revision if name == config.model.llm else None)
+    except (ValueError, OSError) as error:
+        if Path(name).is_dir():
+            raise
+        setting, first = "tokenizer" if config.model.tokenizer else "llm", str(error).strip().partition("\n")[0]
+        raise ValueError(
+            f"model.{setting} {name!r} is no folder here, and as an id on the Hub: {first}; correct model.{setting}"
+        ) from error

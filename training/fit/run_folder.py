@@ -8,7 +8,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -18,16 +17,16 @@ from typing import IO
 from composer.core import State
 from composer.utils import dist
 
-from pipeline.manifest import fingerprint, shards_of
-from pipeline.storage import Storage
 from training.checkpoints.checkpoint import StopRequest
+from training.checkpoints.resume import together
 from training.config import TrainConfig
 from training.engines.base import Engine
 from training.fit.build import is_exported, whole_model
+from training.fit.identity import SOURCES, refuse_another, sources
 from training.fit.parts import STORE, Parts
 from training.release.card import CardFiles
-from training.release.connector import export_connector
-from training.release.folder import export_model
+from training.release.connector import SHAPE, export_connector
+from training.release.folder import export_model, is_whole
 from training.release.records import (
     CONFIG,
     LOG,
@@ -36,13 +35,14 @@ from training.release.records import (
     Summary,
     final_loss,
     read_as,
-    read_config,
     read_log,
     write_whole,
 )
 
 log = logging.getLogger(__name__)
 
+# What a stage exports, and what lies in each folder beside its weights.
+EXPORTED = {"connector": (SHAPE,), "model": ("config.json", "tokenizer.model", "processor_config.json")}
 LOCK = "lock"  # who works in the folder; locked for as long as that process lives
 # For another process to let go of the folder. When a node dies, its file server takes some 90 to 150 s to notice (NFS,
 # Lustre), and its job may start elsewhere before that.
@@ -164,88 +164,49 @@ def working(run: Path) -> str | None:
     return None
 
 
-def refuse_another(config: TrainConfig) -> None:
-    """A run folder belongs to one run: say what differs instead of mixing two.
-
-    Raises:
-        ValueError: if the folder holds another run, or a file of it is damaged. OSError: if one cannot be read.
-    """
-    run = Path(config.run)
-    for name in (LOG, SKIPPED):
-        read_log(run, name)
-    if not (run / CONFIG).exists():
-        return
-    if (run / SUMMARY).exists():
-        read_as(Summary, run / SUMMARY)
-    before = read_config(run)
-    theirs, mine = before.identity(), config.identity()
-    paths = theirs.pop("data.store"), mine.pop("data.store")
-    differing = [
-        f"{name}: {theirs.get(name)} -> {mine.get(name)}"
-        for name in {**theirs, **mine}
-        if theirs.get(name) != mine.get(name)
-    ]
-    if not _same_store(run, *paths):
-        differing.append(f"data.store: {paths[0]} -> {paths[1]}, which holds another store")
-    if differing:
-        raise ValueError(
-            f"{run} holds a run with other settings; set them back, take another run=..., or delete it:\n  "
-            + "\n  ".join(differing)
-        )
-
-
-def _same_store(run: Path, there: str, here: str) -> bool:
-    """Whether the store at path `here` is the one that the run learns from, which lay at `there`.
-
-    It may have got further shards since.
-    """
-    path = run / STORE
-    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
-    if known is not None and not re.fullmatch(r"[0-9a-f]{64}", known):
-        raise ValueError(
-            f"{path} is damaged (found {known[:80]!r}, not the fingerprint of a store); if {here} is the store that "
-            "the run learns from, delete this file and run the same command again"
-        )
-    if known is None and there == here:
-        return True  # a run that began before fingerprints were kept
-    if known is None:
-        known = _fingerprint(there)
-    try:
-        return known is not None and shards_of(Storage(here), known) is not None
-    except (ValueError, OSError):
-        if there == here:
-            return True  # that it is gone is said when it is opened
-        raise
-
-
-def _fingerprint(store: str) -> str | None:
-    """The fingerprint of the store at a path, None if there is none to be read any more."""
-    try:
-        return fingerprint(Storage(store))
-    except (ValueError, OSError):
-        return None
-
-
 def claim(config: TrainConfig, parts: Parts) -> None:
     """Say whose the folder is, once everything that a run is made of is there. Rank 0 writes."""
     if dist.get_global_rank() == 0:
         run = Path(config.run)
         write_whole(run / STORE, parts.stream.fingerprint + "\n")
+        write_whole(run / SOURCES, json.dumps(sources(config), indent=1))
         write_whole(run / CONFIG, json.dumps(config.model_dump(mode="json"), indent=1))
 
 
 def what_it_holds(config: TrainConfig) -> str | None:
     """Of a complete run what its folder holds, for a person; None if anything of its end is missing. A collective."""
     run, found = Path(config.run), None
-    parts = ["connector", "model"] if "llm" in config.train else ["connector"]
-    files = all((run / name).is_file() for name in (CONFIG, SUMMARY))
-    if dist.get_global_rank() == 0 and files and all((run / part).is_dir() for part in parts):
+    parts = {name: files for name, files in EXPORTED.items() if name == "connector" or "llm" in config.train}
+    begun = all((run / name).is_file() for name in (CONFIG, SUMMARY))
+    if dist.get_global_rank() == 0 and begun and all(is_whole(run / part, files) for part, files in parts.items()):
         summary = read_as(Summary, run / SUMMARY)
         found = (
             f"complete  {run} holds {' and '.join(f'{part}/' for part in parts)} of {summary.steps} steps, "
             f"{summary.course()}; nothing is left to do"
         )
     return dist.all_gather_object(found)[0]  # type: ignore[no-any-return]
+
+
+def begin_anew(config: TrainConfig) -> None:
+    """Begin with the first step: say so of steps that were done and are lost, and refuse to repeat a complete run.
+
+    A collective.
+
+    Raises:
+        ValueError: if the run is complete and only its export is lost. OSError: if its files cannot be read.
+    """
+    run = Path(config.run)
+
+    def look() -> None:
+        if (run / SUMMARY).exists() and config.checkpoint.autoresume:
+            raise ValueError(
+                f"{run} is complete, but what it exported is missing or damaged, and no checkpoint is left to export "
+                f"it from; put it back, or delete {run / SUMMARY} to train all steps again"
+            )
+        if lines := read_log(run):
+            print(f"anew      no checkpoint has the {len(lines)} steps of {run / LOG}: they are done again", flush=True)
+
+    together(dist.get_global_rank() == 0, look)
 
 
 def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: int) -> None:
@@ -266,12 +227,13 @@ def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, step
     seconds = sum(line["step_s"] for line in lines)
     summary = Summary(
         steps=steps,
-        loss_first=lines[0]["loss"] if lines else None,
+        loss_first=next((line["loss"] for line in lines if line["step"] == 1), None),
         loss_last=final_loss(lines) if lines else None,
         seconds=round(seconds, 2),
         data_wait=sum(line["data_wait"] * line["step_s"] for line in lines) / seconds if lines else 0.0,
         vision_tokens_in=parts.store.encoder.grid**2,
         vision_tokens_out=parts.model.connector.tokens,
+        skipped=len(read_log(run, SKIPPED)),
     )
     write_whole(run / SUMMARY, summary.model_dump_json(indent=1))
     print(f"done      {summary.course()}; weights in {run}", flush=True)

@@ -21,7 +21,7 @@ from training.fit.needs import end_needs, needs, refuse_unready
 from training.fit.optimizer import build_optimizer
 from training.fit.parts import Parts, open_parts
 from training.fit.preview import preview
-from training.fit.run_folder import claim, finish, held, what_it_holds
+from training.fit.run_folder import begin_anew, claim, finish, held, what_it_holds
 from training.fit.trainer import build_trainer, wait_s
 from training.fit.watch import Watch
 
@@ -70,6 +70,8 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
             return
         engine = engine_of(config, ranks)
         trainer, checkpoints = build_trainer(config, parts, engine, steps, stop, watch)
+        if not trainer.state.timestamp.batch.value:
+            begin_anew(config)
         claim(config, parts)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

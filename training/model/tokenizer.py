@@ -129,6 +129,8 @@ def _load(model_file: Path, override: bytes = b"") -> SentencePieceProcessor:
             "Hub beside the weights); name its folder with model.tokenizer"
         )
     try:
-        return SentencePieceProcessor(model_proto=model_file.read_bytes() + override)
+        found = SentencePieceProcessor()
+        found.load_from_serialized_proto(model_file.read_bytes() + override)
+        return found
     except (RuntimeError, OSError) as error:
         raise ValueError(f"{model_file} is no SentencePiece model: {error}; copy or download it again") from error

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.config import flat
-from training.release.records import CONFIG, LAST, final_loss, read_config, read_log
+from training.release.records import CONFIG, LAST, SKIPPED, final_loss, read_config, read_log
 
 if TYPE_CHECKING:
     import torch
@@ -158,10 +158,14 @@ def trained(run: Path | None) -> list[str]:
     lines = read_log(run)
     text = f"## Trained: {', '.join(settings.train)}\n\n"
     if lines:
+        at = (
+            "the first step" if lines[0]["step"] == 1 else f"step {lines[0]['step']:,.0f}, the first that its log holds"
+        )
+        skipped = len(read_log(run, SKIPPED))
         text += (
             f"{lines[-1]['step']:,.0f} steps in {sum(line['step_s'] for line in lines):,.0f} s; loss "
-            f"{lines[0]['loss']:.4f} at the first step, {final_loss(lines):.4f} over the last "
-            f"{min(LAST, len(lines))}.\n\n"
+            f"{lines[0]['loss']:.4f} at {at}, {final_loss(lines):.4f} over the last {min(LAST, len(lines))}"
+            f"{f'; {skipped:,} examples that teach nothing were skipped' if skipped else ''}.\n\n"
         )
     return [*earlier, text + "<details><summary>Settings</summary>\n\n" + _table(rows) + "\n\n</details>"]
 

@@ -31,19 +31,32 @@ def load_connector(connector: Connector, folder: Path) -> None:
     """Load the weights that `export_connector` wrote.
 
     Raises:
-        ValueError: if there are none, or the connector has another shape, naming each difference.
+        ValueError: if there are none, they are damaged, or the connector has another shape, naming each difference.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     if not (folder / WEIGHTS).is_file() or not (folder / SHAPE).is_file():
         raise ValueError(
             f"{folder} holds no {WEIGHTS} with its {SHAPE}; name the folder connector/ of a finished run of stage 1"
         )
-    theirs = asdict(connector_config(json.loads((folder / SHAPE).read_text(encoding="utf-8"))))
+    try:
+        theirs = asdict(connector_config(json.loads((folder / SHAPE).read_text(encoding="utf-8"))))
+        weights = load_file(folder / WEIGHTS)
+    except (SafetensorError, ValueError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{folder} holds a damaged connector: {error}; put a copy of it back, or start the command of the run that "
+            "it is of, which exports it again"
+        ) from error
     mine = asdict(connector.config)
     differing = differences(theirs, mine)
     if differing:
         raise ValueError(
             f"{folder} holds another connector: {'; '.join(differing)}; set model.connector as it was in stage 1"
         )
-    connector.load_state_dict(load_file(folder / WEIGHTS))
+    try:
+        connector.load_state_dict(weights)
+    except RuntimeError as error:
+        raise ValueError(
+            f"{folder / WEIGHTS} is not of {folder / SHAPE}: {error}; put both back as they were"
+        ) from error

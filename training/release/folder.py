@@ -5,10 +5,11 @@ Every folder is written beside its final place and renamed, so one that exists i
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,6 +133,22 @@ def _sweep(folder: Path) -> None:
         # Under another name first: a process that still writes there fails, and never renames half a folder.
         gone = left if left.suffix == ".gone" else left.rename(left.with_name(f"{left.name}.gone"))
         shutil.rmtree(gone, ignore_errors=True)
+
+
+def is_whole(folder: Path, others: Sequence[str]) -> bool:
+    """Whether an exported folder has its files of weights, each as long as its own header says, and the `others`."""
+    from safetensors import SafetensorError, safe_open
+
+    index = folder / "model.safetensors.index.json"
+    try:
+        told = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values() if index.is_file() else ()
+        weights = {*told} or {path.name for path in folder.glob("*.safetensors")}
+        for name in weights:
+            with safe_open(folder / name, framework="np"):
+                pass
+    except (SafetensorError, OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    return bool(weights) and all((folder / name).is_file() for name in others)
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:

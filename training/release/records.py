@@ -36,18 +36,20 @@ class Summary(BaseModel):
     """`summary.json`: what a stage has come to."""
 
     steps: int
-    loss_first: float | None  # of the first step; None where the log is lost, as on the new disk of a lost node
+    loss_first: float | None  # of step 1; None where its line is lost, as on the new disk of a lost node
     loss_last: float | None  # see `final_loss`
     seconds: float  # of all steps
     data_wait: float  # share of them that waited for data
     vision_tokens_in: int
     vision_tokens_out: int
+    skipped: int | None = None  # examples that taught nothing; None in summaries of the time before they were counted
 
     def course(self) -> str:
         """How the loss went, for a person."""
-        if self.loss_first is None or self.loss_last is None:
+        if self.loss_last is None:
             return f"loss not known, there is no {LOG}"
-        return f"loss {self.loss_first:.4f} -> {self.loss_last:.4f}"
+        first = "not known" if self.loss_first is None else f"{self.loss_first:.4f}"
+        return f"loss {first} -> {self.loss_last:.4f}" + (f", {self.skipped} examples skipped" if self.skipped else "")
 
 
 def write_whole(path: Path, text: str) -> None:

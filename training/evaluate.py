@@ -21,14 +21,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
-from training.benchmarks import BENCHMARKS, Source
+from training.benchmarks import BENCHMARKS, Source, benchmark_class
 from training.benchmarks.report import describe
 
 
 def main() -> None:
     """Command line."""
-    arguments = _parser().parse_args()
     try:
+        arguments = _parser().parse_args()
         _check(arguments)
         if arguments.average:
             from training.benchmarks.scores import averages
@@ -46,7 +46,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     """Every option, in the groups that `--help` shows."""
-    needed = "\n".join(f"  {name:<12} {kind.files}" for name, kind in BENCHMARKS.items())
+    needed = "\n".join(f"  {name:<12} {benchmark_class(name).files}" for name in BENCHMARKS)
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

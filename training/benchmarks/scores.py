@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from training.benchmarks import BENCHMARKS, paper_average
+from training.benchmarks import BENCHMARKS, benchmark_class, paper_average
 from training.benchmarks.metrics import Scored
 from training.benchmarks.predictions import Predictions, read_predictions
 from training.benchmarks.questions import Benchmark, read_json
@@ -89,7 +89,8 @@ def averages(folder: Path) -> str:
     """
     rows: list[str] = []
     values: dict[str, float | None] = {}
-    for name, kind in BENCHMARKS.items():
+    for name in BENCHMARKS:
+        kind = benchmark_class(name)
         path = scores_beside(kind.answers_in(folder))
         if path.exists():
             scores = read_json(path)

@@ -94,10 +94,10 @@ def _sizes(folder: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     from training.cost.flops import image_flops
-    from training.model.model import CompactVisionConfig
+    from training.model.exported import exported_config
     from training.model.reducers import connector_config
 
-    model: Any = CompactVisionConfig.from_pretrained(folder / "finetune" / "model")
+    model: Any = exported_config(folder / "finetune" / "model")
     connector = connector_config(model.connector)
     with safe_open(folder / "finetune" / "connector" / "connector.safetensors", framework="np") as file:
         parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118

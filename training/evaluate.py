@@ -92,6 +92,8 @@ def _check(arguments: argparse.Namespace) -> None:
         problems.append(f"--predictions is of one benchmark; found {', '.join(arguments.benchmark)}")
     if not arguments.average and (arguments.model is None) is (arguments.predictions is None):
         problems.append("give a model, or the --predictions of one")
+    if arguments.average and (arguments.model or arguments.predictions or arguments.against):
+        problems.append("--average only prints scores that are there; leave out the model and the predictions")
     if arguments.benchmark and arguments.predictions is None and arguments.out is None:
         problems.append("--out is needed: the folder for answers and scores")
     if arguments.shuffle_images is not None and not arguments.questions:

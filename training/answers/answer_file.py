@@ -71,7 +71,7 @@ class AnswerFile:
             ValueError: if a line is no answer, naming it.
         """
         files = [path for path in (self.path, *self._parts()) if path.exists()]
-        return {(line["question_id"], line["image"]): line for path in files for line in _lines(path)}
+        return {(line["question_id"], line["image"]): line for path in files for line in answer_lines(path)}
 
     def part(self, process: AnsweringProcess) -> Path:
         """Where a process writes, without the half line that a crash left at its end."""
@@ -104,16 +104,20 @@ def as_line(answer: AnswerLine) -> str:
     return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
-def _lines(path: Path) -> Iterator[AnswerLine]:
-    """Answers of one file; half a line at its end, left by a crash, is not one."""
+def answer_lines(path: Path) -> Iterator[AnswerLine]:
+    """Answers of one file; half a line at its end, left by a crash, is not one.
+
+    Raises:
+        ValueError: if a line is no answer, naming it. OSError: if the file cannot be read.
+    """
     *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if last:
         print(f"note: {path} ends in half a line; that question is asked again", file=sys.stderr)
     for number, text in enumerate(lines, 1):
         try:
             record = from_json(text)
-            for key, kinds in (("question_id", str | int), ("image", str | None), ("text", str)):
-                if not isinstance(record[key], kinds):
+            for key, kinds in (("question_id", str | int), ("image", str | None), ("text", str), ("prompt", str)):
+                if not isinstance(record[key] if key != "prompt" else record.get(key, ""), kinds):
                     raise TypeError(f"{key} is {type(record[key]).__name__}")
             yield cast(AnswerLine, record)
         except (ValueError, KeyError, TypeError) as error:

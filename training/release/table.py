@@ -54,9 +54,9 @@ class Row(_Part):
     total_flops: int  # encoder, connector, prefill with the text, one position of the head
     loss_pretrain: float  # final losses, see `records.final_loss`
     loss_finetune: float
-    seconds_train: float  # of both stages
+    seconds_train: float  # of the steps of both stages
     seconds_answer: float
-    data_wait: float  # share of `seconds_train` that steps waited for data
+    data_wait: float  # share of it that they waited for data
     scores: dict[str, Score]
     published: dict[str, float]  # the paper's row: tflops, avg, and benchmarks by name
 

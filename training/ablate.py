@@ -22,7 +22,8 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
 from pipeline.config import load_config
-from training.sweep.plan import AblationConfig, Run, open_benchmarks, part_of, plan_runs
+from training.sweep.plan import AblationConfig, Run, asked, check_stores, open_benchmarks, part_of, plan_runs
+from training.sweep.runs import do_runs, is_first_rank, refuse_others
 
 if TYPE_CHECKING:
     from training.benchmarks.questions import Benchmark
@@ -44,28 +45,27 @@ def main() -> None:
         plan = plan_runs(config)
         mine = part_of(plan, arguments.part)
         benchmarks = open_benchmarks(config)  # what is missing is named now, not after days of training
-        failed = _on_ray(arguments, plan) if arguments.ray else []
+        runs = plan if arguments.ray else mine
+        check_stores(runs)
+        refuse_others(runs)
+        if arguments.ray:
+            _on_ray(arguments, plan, asked(config, benchmarks))
+        else:
+            do_runs(mine, benchmarks, config)
+        if is_first_rank():
+            finish(config, plan, benchmarks)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    if failed:
-        folders = ", ".join(str(run.folder) for run in failed)
-        sys.exit(f"error: {len(failed)} of {len(plan)} runs failed: {folders}; look at ablate.log in each")
-
-    from training.sweep.runs import do_runs, is_first_rank
-
-    if not arguments.ray:
-        do_runs(mine, benchmarks, config)
-    if is_first_rank():
-        try:
-            finish(config, plan, benchmarks)
-        except (ValueError, OSError) as error:
-            sys.exit(f"error: {error}")
 
 
-def _on_ray(arguments: argparse.Namespace, plan: list[Run]) -> list[Run]:
+def _on_ray(arguments: argparse.Namespace, plan: list[Run], questions: str) -> None:
+    """The runs as tasks; ValueError if some failed."""
     from training.sweep.on_ray import on_ray
 
-    return on_ray([arguments.config, *arguments.settings], plan, arguments.gpus)
+    failed = on_ray([arguments.config, *arguments.settings], plan, arguments.gpus, questions)
+    if failed:
+        folders = ", ".join(str(run.folder) for run in failed)
+        raise ValueError(f"{len(failed)} of {len(plan)} runs failed: {folders}; look at ablate.log in each")
 
 
 def finish(config: AblationConfig, plan: list[Run], benchmarks: list[Benchmark]) -> None:
@@ -76,7 +76,7 @@ def finish(config: AblationConfig, plan: list[Run], benchmarks: list[Benchmark])
     from training.sweep.table import as_text, build_table
 
     measure_encoding(config, plan)
-    waiting = [run for run in plan if not run.done.exists()]
+    waiting = [run for run in plan if not run.has_answered(asked(config, benchmarks))]
     if waiting:
         print(f"{len(waiting)} of {len(plan)} runs are not done yet: {', '.join(str(run.folder) for run in waiting)}")
         return

@@ -34,9 +34,9 @@ def main() -> None:
     if not arguments.web and (arguments.image is None or arguments.against):
         against = f"--against goes with --web; add it, or leave out {arguments.against}"
         parser.error(against if arguments.against else "give an IMAGE, or --web")
-    if arguments.max_new_tokens < 1 or arguments.temperature < 0:
+    if arguments.max_new_tokens < 1 or not 0 <= arguments.temperature < float("inf"):
         found = f"found {arguments.max_new_tokens} and {arguments.temperature}"
-        parser.error(f"--max-new-tokens is at least 1, --temperature at least 0; {found}")
+        parser.error(f"--max-new-tokens is at least 1, --temperature at least 0 and finite; {found}")
     try:
         start(arguments)
     except (ValueError, OSError) as error:

@@ -21,14 +21,14 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the repository root, not this folder
 
-from training.benchmarks import BENCHMARKS, Source
+from training.benchmarks import BENCHMARKS, Source, benchmark_class
 from training.benchmarks.report import describe
 
 
 def main() -> None:
     """Command line."""
-    arguments = _parser().parse_args()
     try:
+        arguments = _parser().parse_args()
         _check(arguments)
         if arguments.average:
             from training.benchmarks.scores import averages
@@ -46,7 +46,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     """Every option, in the groups that `--help` shows."""
-    needed = "\n".join(f"  {name:<12} {kind.files}" for name, kind in BENCHMARKS.items())
+    needed = "\n".join(f"  {name:<12} {benchmark_class(name).files}" for name in BENCHMARKS)
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -92,6 +92,8 @@ def _check(arguments: argparse.Namespace) -> None:
         problems.append(f"--predictions is of one benchmark; found {', '.join(arguments.benchmark)}")
     if not arguments.average and (arguments.model is None) is (arguments.predictions is None):
         problems.append("give a model, or the --predictions of one")
+    if arguments.average and (arguments.model or arguments.predictions or arguments.against):
+        problems.append("--average only prints scores that are there; leave out the model and the predictions")
     if arguments.benchmark and arguments.predictions is None and arguments.out is None:
         problems.append("--out is needed: the folder for answers and scores")
     if arguments.shuffle_images is not None and not arguments.questions:

@@ -24,11 +24,13 @@ def main() -> None:
     parser.add_argument("--images", type=Path, help="folder that the questions' images are relative to")
     parser.add_argument("--examples", type=int, default=EXAMPLES, help="questions to show")
     arguments = parser.parse_args()
+    if arguments.examples < 0:
+        parser.error(f"--examples is at least 0; found {arguments.examples}")
     try:
         page = render(arguments.run, arguments.images, arguments.examples)
+        write_whole(arguments.run / "report.html", page)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    write_whole(arguments.run / "report.html", page)
     print(arguments.run / "report.html")
 
 

@@ -78,6 +78,8 @@ def test_questions_that_cannot_be_asked_are_refused(talk: Talk) -> None:
     for question in ("", "  ", "what is <image>?"):
         with pytest.raises(ValueError, match="some text without <image>"):
             list(talk.ask(question))
+    with pytest.raises(ValueError, match=r"half a surrogate pair .*; write it in UTF-8"):  # what a shell hands on
+        list(talk.ask("caf\udce9?"))
     talk.history = [("<image>\nx", "word " * 3000)]
     with pytest.raises(ValueError, match="longer than the model can read"):
         list(talk.ask("And now?"))
@@ -91,6 +93,8 @@ def test_questions_that_cannot_be_asked_are_refused(talk: Talk) -> None:
         (["image.png", "--against", "other"], "--against goes with --web"),
         (["/nowhere.png"], "error: .*No such file"),
         (["BROKEN"], "error: .*broken.png: unreadable image"),
+        (["BROKEN", "--temperature", "nan"], "at least 0 and finite; found 512 and nan"),
+        (["BROKEN", "--temperature", "inf"], "at least 0 and finite; found 512 and inf"),
     ],
 )
 def test_mistakes_on_the_command_line_are_said(
@@ -209,6 +213,10 @@ def test_a_conversation_in_a_terminal(exported: Path, picture: Path, talk: Talk)
             assert expected.split()[0] in answers[-1]
         terminal.type("/image /nowhere.png")
         assert "No such file" in terminal.until("> ")
+        terminal.type("/image ~nobody-here/a.png")
+        assert "'~nobody-here/a.png': Could not determine home" in terminal.until("> ")
+        terminal.type("/image")
+        assert "/image needs a PATH" in terminal.until("> ")
         terminal.type("/dance")
         assert "/dance is unknown; say /image PATH, /new or /quit" in terminal.until("> ")
         terminal.type("/quit")

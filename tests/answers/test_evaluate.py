@@ -10,9 +10,10 @@ import pytest
 from PIL import Image
 
 from training.answers.answer import answer_all
-from training.benchmarks import Source
+from training.answers.answer_file import AnswerFile
+from training.benchmarks import AVERAGED, Source
 from training.benchmarks.report import describe
-from training.benchmarks.scores import score_file
+from training.benchmarks.scores import averages, score_file, scores_beside
 
 ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1"}
@@ -93,6 +94,40 @@ def test_answers_of_another_model_are_not_mixed_in(exported: Path, data: Path, t
     assert "weights: 'other' there" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("a.jsonl.run.json", '{"weights"', r"a\.jsonl\.run\.json is damaged .*; delete it"),
+        ("a.jsonl.run.json", "[]", r"a\.jsonl\.run\.json is damaged"),
+        (
+            "a.jsonl",
+            '{"question_id": [1], "image": null, "text": "x"}\n',
+            r"a\.jsonl:1 is not an answer \(TypeError: quest",
+        ),
+        ("a.jsonl", '{"question_id": 1, "image": null}\n', r"a\.jsonl:1 is not an answer \(KeyError: 'text'"),
+        ("a.jsonl", "[" * 200_000 + "\n", r"a\.jsonl:1 is not an answer .*nested too deep"),
+    ],
+)
+def test_damaged_files_of_answers_are_named(tmp_path: Path, file: str, text: str, said: str) -> None:
+    answers = AnswerFile(tmp_path / "a.jsonl")
+    answers.path.write_text("")
+    answers.claim(str(tmp_path), 8)
+    (tmp_path / file).write_text(text)
+    with pytest.raises(ValueError, match=said):
+        answers.claim(str(tmp_path), 8)
+        answers.answers()
+
+
+def test_each_file_of_answers_has_scores_of_its_own() -> None:
+    names = {name: scores_beside(Path("out") / name).name for name in ("gqa.jsonl", "a.json", "a.v1", "a.v2")}
+    assert names == {
+        "gqa.jsonl": "gqa.scores.json",
+        "a.json": "a.scores.json",
+        "a.v1": "a.v1.scores.json",
+        "a.v2": "a.v2.scores.json",
+    }
+
+
 def test_predictions_are_scored_and_compared_without_torch(data: Path, tmp_path: Path) -> None:
     said, other = tmp_path / "said.jsonl", tmp_path / "other.jsonl"
     said.write_text("".join(json.dumps({"question_id": id, "text": "yes"}) + "\n" for id in ("201", "202", "203")))
@@ -120,9 +155,6 @@ def test_predictions_are_scored_and_compared_without_torch(data: Path, tmp_path:
 
 
 def test_averages_with_and_without_vizwiz(tmp_path: Path) -> None:
-    from training.benchmarks import AVERAGED
-    from training.benchmarks.scores import averages
-
     assert len(AVERAGED) == 8
     for name in (*AVERAGED, "mme"):
         value = {"vizwiz": 2.0, "mme": 1500.0}.get(name, 66.0)
@@ -132,6 +164,10 @@ def test_averages_with_and_without_vizwiz(tmp_path: Path) -> None:
     assert "... without VizWiz           66.00" in table
     (tmp_path / "gqa.scores.json").unlink()
     assert "gqa missing" in averages(tmp_path)
+    for odd in ("[]", '{"headline": "h", "score": "high"}', '{"headline": "h", "score": 1, "questions": "many"}'):
+        (tmp_path / "pope.scores.json").write_text(odd)
+        with pytest.raises(ValueError, match=r"pope\.scores\.json holds no scores of pope"):
+            averages(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -140,6 +176,7 @@ def test_averages_with_and_without_vizwiz(tmp_path: Path) -> None:
         (["--benchmark", "pope", "--predictions", "x"], "--benchmark needs --data"),
         (["--benchmark", "pope", "--data", "."], "give a model, or the --predictions of one"),
         (["model", "--questions", "q.jsonl"], "--questions needs --images and --out"),
+        (["--average", ".", "--predictions", "x"], "leave out the model and the predictions"),
         (["model"], "give one of --benchmark, --questions and --average"),
         (
             ["model", "--questions", "none.jsonl", "--images", ".", "--out", "x"],

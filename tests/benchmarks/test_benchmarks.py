@@ -4,42 +4,17 @@ import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from openpyxl import Workbook, load_workbook
 
-from training.benchmarks import AVERAGED, BENCHMARKS, Source, open_benchmark, paper_average
-from training.benchmarks.own import OwnQuestions
-from training.benchmarks.predictions import Predictions, read_predictions
-from training.benchmarks.questions import Benchmark
-from training.benchmarks.report import describe
-from training.benchmarks.scores import averages, score_file
+from fixtures.official_files import opened, read, scores
+from training.benchmarks import BENCHMARKS, benchmark_class, open_benchmark
+from training.benchmarks.predictions import read_predictions
 
 SHORT = "\nAnswer the question using a single word or phrase."
 LETTER = "\nAnswer with the option's letter from the given choices directly."
-
-
-def opened(data: Path, name: str, split: str | None = None) -> Benchmark:
-    return open_benchmark(name, data, split)
-
-
-def read(
-    benchmark: Benchmark, tmp_path: Path, records: list[dict[str, Any]] | Any, name: str = "said.jsonl"
-) -> Predictions:
-    path = tmp_path / name
-    if name.endswith(".jsonl"):
-        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    else:
-        path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
-    return read_predictions(path, benchmark)
-
-
-def scores(benchmark: Benchmark, predictions: Predictions) -> dict[str, float | None]:
-    scored = benchmark.score(predictions.answers) | benchmark.score_rows(predictions.rows)
-    return {name: score.report()["score"] for name, score in scored.items()}
+KINDS = {name: benchmark_class(name) for name in BENCHMARKS}
 
 
 @pytest.mark.parametrize(
@@ -65,7 +40,7 @@ def test_prompts_and_images(data: Path, name: str, prompt: str) -> None:
 
 
 def test_lengths_of_answers() -> None:
-    assert {name: kind.max_new_tokens for name, kind in BENCHMARKS.items() if kind.max_new_tokens != 128} == {
+    assert {name: kind.max_new_tokens for name, kind in KINDS.items() if kind.max_new_tokens != 128} == {
         "scienceqa": 1024,
         "mmbench": 1024,
         "mmbench-cn": 1024,
@@ -185,83 +160,6 @@ def test_science_qa_reads_letters_under_any_key_and_the_table_that_its_accuracy_
         assert scores(sqa, read(sqa, tmp_path, {"acc": acc, **both}, "own.json"))["all"] == pytest.approx(expected)
 
 
-def test_a_reply_beats_the_truth_beside_it_and_two_replies_are_refused(data: Path, tmp_path: Path) -> None:
-    gqa = opened(data, "gqa")
-    for key in ("output", "pred", "response", "prediction", "text"):
-        rows = [{"question_id": id, "answer": "yes", key: "no"} for id in ("201", "202", "203")]
-        assert scores(gqa, read(gqa, tmp_path, rows))["accuracy"] == 0.0, key
-    rows = [{"question_id": "201", "text": "Is it red?", "answer": "yes"}]
-    assert read(gqa, tmp_path, rows).answers["201"].text == "yes"
-    rows = [{"question_id": "201", "pred": "yes", "response": "no"}, {"question_id": "202", "text": "cat"}]
-    assert "pred differ" in read(gqa, tmp_path, rows).malformed[0]
-
-
-@pytest.mark.parametrize("odd", ["null", "NaN", "3", "true", "[]", "{}", "-Infinity"])
-@pytest.mark.parametrize("name", ["pope", "mme", "mmbench"])
-def test_what_is_no_text_is_no_answer(data: Path, tmp_path: Path, name: str, odd: str) -> None:
-    bench = opened(data, name)
-    first, second = (json.dumps({"question_id": q.id}) for q in bench.questions[:2])
-    (tmp_path / "said.jsonl").write_text(f'{first[:-1]}, "text": {odd}}}\n{second[:-1]}, "text": "yes"}}')
-    result = read_predictions(tmp_path / "said.jsonl", bench)
-    assert list(result.answers) == [bench.questions[1].id]
-    assert len(result.malformed) == 1
-    assert "text was expected" in result.malformed[0]
-
-
-def test_an_empty_column_of_a_spreadsheet_is_no_answer(data: Path, tmp_path: Path) -> None:
-    book = Workbook()
-    book.active.append(["index", "prediction"])
-    for index in (1, 1000001, 2, 1000002, 2000002):
-        book.active.append([index, None])
-    book.save(tmp_path / "said.xlsx")
-    with pytest.raises(ValueError, match=r"no prediction for mmbench dev: found said\.xlsx row 2: prediction is null"):
-        read_predictions(tmp_path / "said.xlsx", opened(data, "mmbench"))
-
-
-def test_another_benchmarks_answers_are_refused_by_what_they_name(data: Path, tmp_path: Path) -> None:
-    gqa, vizwiz = opened(data, "gqa"), opened(data, "vizwiz", "val")
-    ids = ("201", "202", "203")
-    prompts = [{"question_id": id, "prompt": f"How many boats are on sea {id}?", "text": "yes"} for id in ids]
-    with pytest.raises(ValueError, match="3 of 3 answers name another prompt or image than the question of gqa"):
-        read(gqa, tmp_path, prompts)
-    images = [{"question_id": id, "image": f"COCO_{id}.jpg", "text": "yes"} for id in ids]
-    with pytest.raises(ValueError, match=r"3 of 3.*COCO_201"):
-        read(gqa, tmp_path, images)
-    with pytest.raises(ValueError, match="only 1 of 3 answers are to questions of gqa"):
-        read(gqa, tmp_path, [{"question_id": id, "text": "yes"} for id in ("201", "9", "10")])
-    with pytest.raises(ValueError, match="no prediction for vizwiz val"):
-        read(vizwiz, tmp_path, [{"question_id": 0, "prompt": "Which colour has the sky?", "text": "blue"}])
-    templates = [
-        {"question_id": id, "prompt": f"USER: {q} ASSISTANT:", "text": "yes"}
-        for id, q in zip(ids, ("is it red?", "What is it?\\n", "A boat?"), strict=True)
-    ]
-    result = read(gqa, tmp_path, templates)
-    assert len(result.answers) == 3
-    assert result.notes[0].startswith("1 of 3 answers name another prompt or image")
-
-
-def test_odd_files_are_named_without_a_traceback(data: Path, tmp_path: Path) -> None:
-    for name in ("gqa", "pope", "textvqa", "vizwiz", "scienceqa", "mme", "mmbench"):
-        bench = opened(data, name)
-        rows = [{"question_id": bench.questions[0].id, "text": "x"}, {"image": ["a"], "text": "x"}]
-        rows += [{"question_id": {}, "text": "x"}, {"row": "x", "question": "y", "answer": "z", "category": "random"}]
-        assert len(read(bench, tmp_path, rows).malformed) >= 2
-    for text in ("[" * 200_000, '{"a":' * 200_000, '{"question_id": "201", "text": "yes"}\n' + "[" * 200_000):
-        (tmp_path / "deep.jsonl").write_text(text)
-        if "201" in text:
-            assert "nested too deep" in read_predictions(tmp_path / "deep.jsonl", opened(data, "gqa")).malformed[0]
-        else:
-            with pytest.raises(ValueError, match="nested too deep"):
-                read_predictions(tmp_path / "deep.jsonl", opened(data, "gqa"))
-    (tmp_path / "latin.jsonl").write_bytes('{"question_id": "201", "text": "caf\xe9"}'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.jsonl is not UTF-8"):
-        read_predictions(tmp_path / "latin.jsonl", opened(data, "gqa"))
-    (tmp_path / "half.jsonl").write_text('{"question_id": "201", "text": "\\ud800"}\n{"id": "202", "x": 1}')
-    result = read_predictions(tmp_path / "half.jsonl", opened(data, "gqa"))
-    assert result.answers["201"].text == "?"
-    assert result.malformed[0].endswith("it has 'id', 'x'")
-
-
 def test_pope_aligns_a_file_with_faults_and_pairs_rows_as_llava_does(tmp_path: Path) -> None:
     folder = tmp_path / "pope"
     folder.mkdir()
@@ -318,29 +216,7 @@ def test_a_folder_of_llavas_evaluation_is_enough_to_score(data: Path, tmp_path: 
 
 
 def test_every_benchmark_lists_its_files() -> None:
-    assert all(kind.files for kind in BENCHMARKS.values())
-
-
-def test_the_score_of_an_incomplete_file_stands_beside_its_share(data: Path, tmp_path: Path) -> None:
-    said = tmp_path / "said.jsonl"
-    said.write_text('{"question_id": "201", "text": "yes"}')
-    report = score_file(opened(data, "gqa"), said, out=tmp_path / "gqa.jsonl")
-    assert "1 of 3 questions answered, the rest counts as wrong" in describe(report)
-    assert "n=3, 33.3% answered" in describe(report)
-    assert "33.33, 33.3% answered" in averages(tmp_path)
-
-
-def test_a_limit_leaves_the_rest_of_a_file_alone(data: Path, tmp_path: Path) -> None:
-    gqa = opened(data, "gqa")
-    gqa.keep(1)
-    result = read(gqa, tmp_path, [{"question_id": id, "text": "yes"} for id in ("203", "201", "x")])
-    assert {kind: problem["count"] for kind, problem in result.problems().items()} == {
-        "missing": 0,
-        "duplicates": 0,
-        "malformed": 0,
-        "unknown": 1,
-    }
-    assert scores(gqa, result)["accuracy"] == 100.0
+    assert all(kind.files for kind in KINDS.values())
 
 
 def test_a_missing_pope_answer_is_wrong_whatever_the_truth(data: Path, tmp_path: Path) -> None:
@@ -449,44 +325,6 @@ def test_mme_from_llava_and_from_result_files(data: Path, tmp_path: Path) -> Non
     assert scores(mme, read_predictions(folder, mme))["perception"] == pytest.approx(2000)
 
 
-def test_what_is_wrong_with_predictions_is_counted_and_named(data: Path, tmp_path: Path) -> None:
-    gqa = opened(data, "gqa")
-    path = tmp_path / "bad.jsonl"
-    text = [
-        '{"question_id": "201", "text": "no"}',
-        '{"question_id": "201", "text": "Yes"}',
-        "not json",
-        "[1]",
-        '{"question_id": "202"}',
-        '{"question_id": "202", "text": ["a"]}',
-        '{"question_id": "nobody", "text": "x"}',
-        '{"text": "x"}',
-        '{"question_id": "203", "text": "left\u2028\u0085"}',  # separators that end no line
-    ]
-    path.write_text("\n".join(text), encoding="utf-8")
-    result = read_predictions(path, gqa)
-    problems = result.problems()
-    assert {kind: problem["count"] for kind, problem in problems.items()} == {
-        "missing": 1,
-        "duplicates": 1,
-        "malformed": 4,
-        "unknown": 2,
-    }
-    assert problems["missing"]["first"] == ["202"]
-    assert problems["duplicates"]["first"] == ["201"]
-    assert problems["malformed"]["first"][0].startswith("bad.jsonl:3")
-    assert "'nobody'" in problems["unknown"]["first"][0]
-    assert scores(gqa, result)["accuracy"] == pytest.approx(100 * 2 / 3)  # the last of two answers counts
-
-
-def test_predictions_of_something_else_are_refused(data: Path, tmp_path: Path) -> None:
-    gqa = opened(data, "gqa")
-    with pytest.raises(ValueError, match=r"no prediction for gqa.*found.*'7'.*ids such as '201'"):
-        read(gqa, tmp_path, [{"question_id": "7", "text": "x"}])
-    with pytest.raises(ValueError, match="no such file"):
-        read_predictions(tmp_path / "none.jsonl", gqa)
-
-
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_missing_files_are_named_with_where_they_are_had(tmp_path: Path, name: str) -> None:
     with pytest.raises(ValueError, match=r"(?s)needs, in .*\(from (https://|you)") as error:
@@ -518,111 +356,46 @@ def test_files_of_another_layout_are_named(tmp_path: Path) -> None:
         open_benchmark("gqa", tmp_path)
 
 
-def own_questions(folder: Path, lines: list[dict[str, Any]]) -> OwnQuestions:
-    folder.mkdir(exist_ok=True)
-    path = folder / "asked.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    for line in lines:
-        (folder / line["image"]).write_bytes(b"an image")
-    (benchmark,) = Source(questions=path, images=folder).open()
-    assert isinstance(benchmark, OwnQuestions)
-    return benchmark
-
-
-OWN = [
-    {"question_id": 7, "image": "a.png", "text": "What?", "answer": "cat", "category": "what"},
-    {"image": "b.png", "question_id": 7, "text": "What?", "answer": "Dog.", "category": "what"},
-    {"question_id": "8", "image": "a.png", "text": "How many?", "answer": 2, "category": "count", "why": "kept"},
-    {"question_id": "9", "image": "b.png", "text": "Why?"},
-]
-
-
-def test_own_questions_are_scored_in_all_and_by_category(tmp_path: Path) -> None:
-    own = own_questions(tmp_path / "own", OWN)
-    texts = zip(OWN, [" CAT.", "cat", "2", "x"], strict=True)
-    said = [{**line, "prompt": line["text"], "text": text} for line, text in texts]
-    path = tmp_path / "said.jsonl"
-    path.write_text("".join(json.dumps(line) + "\n" for line in said))
-    report = score_file(own, path, out=tmp_path / "out" / "said.jsonl")
-    written = json.loads((tmp_path / "out" / "said.scores.json").read_text())
-    assert written == own.as_json(report) | {"interval": written["interval"]}
-    assert {key: written[key] for key in ("questions", "scored", "accuracy")} == {
-        "questions": 4,
-        "scored": 3,
-        "accuracy": report["score"] / 100,
-    }
-    assert written["accuracy"] == pytest.approx(2 / 3)
-    assert {name: part["accuracy"] for name, part in written["categories"].items()} == {"count": 1.0, "what": 0.5}
-    assert own.headline(written) == ("accuracy", pytest.approx(200 / 3))
-
-
-def test_own_questions_keep_their_line_and_are_found_by_id_and_image(tmp_path: Path) -> None:
-    own = own_questions(tmp_path / "own", OWN)
-    assert [list(q.line.items()) for q in own.to_ask()] == [list(line.items()) for line in OWN]
-    result = read(own, tmp_path, [{"question_id": 7, "text": "x"}, {"question_id": 8, "text": "2"}])
-    assert list(result.answers) == ["8 a.png"]
-    assert len(result.unknown) == 1  # two questions have the id 7
-    own.shuffle_images(0)
-    assert [q.line for q in own.to_ask()] == [
-        {**line, "image": {"a.png": "b.png", "b.png": "a.png"}[line["image"]]} for line in OWN
-    ]
-    shuffled = read(own, tmp_path, [{"question_id": 7, "image": "b.png", "text": "cat"}])
-    assert list(shuffled.answers) == ["7 a.png"]
-
-
-@pytest.mark.parametrize("word", ["<image>\nWhat?", "What is <image>?", "a <ima<image>ge>"])
-def test_a_question_that_holds_the_word_for_an_image_is_named_before_any_is_asked(tmp_path: Path, word: str) -> None:
-    own = own_questions(tmp_path / "own", [*OWN[:2], {**OWN[2], "text": word}])
-    with pytest.raises(ValueError, match=rf"asked.jsonl: question 3 \(id {OWN[2]['question_id']} .* holds <image>"):
-        own.to_ask()
-
-
-def test_own_questions_may_lie_beside_the_official_files(tmp_path: Path) -> None:
-    own_questions(tmp_path, [OWN[3]])
-    (tmp_path / "own" / "images").mkdir(parents=True)
-    (tmp_path / "asked.jsonl").rename(tmp_path / "own" / "questions.jsonl")
-    own = opened(tmp_path, "own")
-    with pytest.raises(ValueError, match=r"1 image\(s\) of own are not in .*images: b.png"):
-        own.to_ask()
-    (tmp_path / "b.png").rename(tmp_path / "own" / "images" / "b.png")
-    assert own.image(own.to_ask()[0].image or "") == b"an image"
+def change(path: Path, old: str, new: str) -> None:
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
 
 
 @pytest.mark.parametrize(
-    ("lines", "said"),
+    ("name", "file", "old", "new", "said"),
     [
-        ([], "holds no question"),
-        ([{"question_id": 1, "image": "a.png"}], "question 1 lacks text, give it; it has question_id, image"),
-        ([{**OWN[0], "text": 3}], "question 1 has text 3; give it text"),
-        ([OWN[0], {**OWN[0], "question_id": "7"}], r"occur again with the same image, first \('7', 'a.png'\)"),
+        ("vizwiz", "val.json", '"answer": "', '"said": "', "KeyError 'answer'"),
+        ("textvqa", "TextVQA_0.5.1_val.json", '"nokia", ', "7, ", "people answered '7' to question 'What brand"),
+        ("textvqa", "TextVQA_0.5.1_val.json", "34603", "34602", "question 2 has the id '34602' of an earlier one"),
+        (
+            "vqav2",
+            "v2_OpenEnded_mscoco_val2014_questions.json",
+            '"image_id": ',
+            '"image_id": "x", "x": ',
+            "invalid lit",
+        ),
+        ("pope", "coco/coco_pope_random.json", '"image": "', '"image": 5, "x": "', "question 1 has the image '5'"),
+        ("pope", "coco/coco_pope_random.json", "a dog1", "a \\ud800", "surrogates not allowed"),
+        ("scienceqa", "problems.json", '"answer": 1', '"answer": 2', "problem 4 has 2 choices, and the answer 2"),
+        ("scienceqa", "problems.json", '"answer": 1', '"answer": "B"', "problem 4 has 2 choices, and the answer 'B'"),
     ],
 )
-def test_mistakes_in_own_questions_are_named(tmp_path: Path, lines: list[dict[str, Any]], said: str) -> None:
-    with pytest.raises(ValueError, match=f"asked.jsonl.*{said}"):
-        own_questions(tmp_path, lines)
+def test_what_cannot_be_asked_or_scored_is_named_when_the_files_are_opened(
+    data: Path, tmp_path: Path, name: str, file: str, old: str, new: str, said: str
+) -> None:
+    shutil.copytree(data / name, tmp_path / name)
+    (path,) = (tmp_path / name).rglob(file)
+    change(path, old, new)
+    with pytest.raises(
+        ValueError, match=f"^the files of {name} .* in {tmp_path}.* not in the official layout: .*{said}"
+    ):
+        open_benchmark(name, tmp_path)
 
 
-def test_the_papers_average_is_of_its_eight_or_says_what_is_missing() -> None:
-    scores: dict[str, float | None] = dict.fromkeys(AVERAGED, 66.0) | {"vizwiz": 2.0, "mme": 1500.0, "own": 1.0}
-    assert paper_average(scores) == (58.0, ())
-    assert paper_average(scores, without="vizwiz") == (66.0, ())
-    assert paper_average(scores | {"gqa": None}) == (None, ("gqa",))
-
-
-SAID = ("A", "B", "C", " A\n", "up", "Yes", "no.", "The answer is B.", "猫", "left\u2028", "")
-
-
-@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
-@given(draw=st.data())
-@pytest.mark.parametrize("name", ["gqa", "scienceqa", "mmbench", "vqav2", "mme"])
-def test_the_order_of_predictions_does_not_matter(data: Path, tmp_path: Path, name: str, draw: Any) -> None:
-    benchmark = opened(data, name)
-    ids = [question.id for question in benchmark.questions]
-    rows = [{"question_id": id, "text": draw.draw(st.sampled_from(SAID))} for id in ids]
-    shuffled = draw.draw(st.permutations(rows))
-    spaced = [{**row, "text": f" {row['text']} \n"} for row in rows]
-    counts = [
-        {key: scored.counts() for key, scored in benchmark.score(read(benchmark, tmp_path, each).answers).items()}
-        for each in (rows, shuffled, spaced)
-    ]
-    assert counts[0] == counts[1] == counts[2]
+def test_a_table_with_control_characters_makes_the_servers_spreadsheet(data: Path, tmp_path: Path) -> None:
+    shutil.copytree(data / "mmbench", tmp_path / "mmbench")
+    change(tmp_path / "mmbench" / "mmbench_dev_20230712.tsv", "comment", "com\x01ment\x02s")
+    bench = open_benchmark("mmbench", tmp_path)
+    _, made = bench.server_file({})  # type: ignore[misc]
+    assert "comments" in [cell.value for cell in load_workbook(io.BytesIO(made)).active[1]]

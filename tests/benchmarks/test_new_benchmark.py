@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from training import evaluate
-from training.benchmarks import BENCHMARKS
+from training.benchmarks import BENCHMARKS, open_benchmark
 from training.benchmarks.metrics import Scored
 from training.benchmarks.questions import Answers, Benchmark, Question, read_json
 from training.sweep.plan import AblationConfig, open_benchmarks
@@ -38,7 +38,7 @@ class Colours(Benchmark):
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The toy's files; the toy is one more benchmark while the test runs."""
-    monkeypatch.setitem(BENCHMARKS, Colours.name, Colours)  # the one line
+    monkeypatch.setitem(BENCHMARKS, "colours", f"{__name__}:Colours")  # the one line
     folder = tmp_path / "data" / "colours"
     folder.mkdir(parents=True)
     for colour in ("red", "green", "blue"):
@@ -105,3 +105,24 @@ def test_an_ablation_may_name_it(data: Path) -> None:
     assert benchmark.heading == "colours"
     assert benchmark.answers_in(Path("run")) == Path("run/colours.jsonl")
     assert len(benchmark.to_ask()) == 2
+
+
+def test_a_line_that_names_no_whole_benchmark_is_one_message(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "torn_benchmark.py").write_text("class Torn:\n    def")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for place, said in (
+        ("training.benchmarks.gone:Gone", "__init__.py names 'training.benchmarks.gone:Gone': .*No module .*that line"),
+        ("training.benchmarks.own:Gone", "AttributeError .* has no attribute 'Gone'"),
+        ("training.benchmarks own", "ValueError invalid format"),
+        ("torn_benchmark:Torn", r"SyntaxError .*torn_benchmark.py, line 2\); correct that line, or that file"),
+        ("training.benchmarks.questions:Benchmark", "questions:Benchmark lacks read, score; write it there"),
+        ("training.benchmarks.own:OwnQuestions", "own:OwnQuestions 'half', it calls itself 'own'; correct one"),
+    ):
+        monkeypatch.setitem(BENCHMARKS, "half", place)
+        with pytest.raises(ValueError, match=said):
+            open_benchmark("half", data)
+        with pytest.raises(SystemExit, match=f"^error: .*{said}"):
+            run(monkeypatch, "--help")
+        assert len(open_benchmark("colours", data).questions) == 3  # nothing else is stopped by it

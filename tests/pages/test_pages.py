@@ -120,7 +120,9 @@ def test_bars_are_percent_of_the_longest_and_curves_rise_with_the_loss() -> None
     assert heights[0] < heights[1]  # SVG counts from the top
 
 
-def test_a_runs_page_says_who_was_right_and_what_it_was_trained_on(tmp_path: Path, images: Path) -> None:
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The files of a run of the main job, which answered two questions."""
     run = tmp_path / "run"
     for stage in STAGES:
         write_log(run / stage)
@@ -145,6 +147,10 @@ def test_a_runs_page_says_who_was_right_and_what_it_was_trained_on(tmp_path: Pat
         "seconds": {"stage 1": 1.0, "stage 2": 2.0},
     }
     (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def test_a_runs_page_says_who_was_right_and_what_it_was_trained_on(run: Path, images: Path) -> None:
     page = run_page(run, images)
     assert [match[1] for match in re.finditer(r'<div class="(right|wrong)">', page)] == ["right", "wrong"]
     assert "loss 3.000 &rarr; 2.500, 2 steps" in page  # the unfinished third line is none
@@ -161,3 +167,67 @@ def test_a_page_embeds_images_of_the_given_folder_only(name: object, tmp_path: P
     named = str(outside) if name == "{outside}" else name
     with pytest.raises(ValueError, match=r"not a file within|unreadable image"):
         shown({"image": named, "prompt": "What?"}, images)
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "said"),
+    [
+        ("pretrain/log.jsonl", "", r"pretrain/log\.jsonl holds no step"),
+        ("answers.jsonl", '{"question_id": 0, "image": "red.png"}\n', r"answers\.jsonl:1 is not an answer .*'text'"),
+        ("answers.jsonl", '{"question_id": 0, "image": "red.png", "text": "a", "prompt": 5}\n', "prompt is int"),
+        ("answers_shuffled.jsonl", "{}\n", r"answers_shuffled\.jsonl:1 is not an answer"),
+        ("summary.json", "0", r"summary\.json is damaged"),
+        ("summary.json", '"vision_tokens_in": 16', "vision_tokens_in: Input should be greater than 0"),
+    ],
+)
+def test_damaged_files_of_a_run_are_named(run: Path, images: Path, file: str, text: str, said: str) -> None:
+    path = run / file
+    path.write_text(path.read_text().replace(text, text.replace("16", "0")) if "16" in text else text)
+    with pytest.raises(ValueError, match=said):
+        run_page(run, images)
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf"), 0.0])
+def test_a_run_that_diverged_has_a_page(run: Path, images: Path, loss: float) -> None:
+    line = {"step": 3, "loss": loss, "samples_per_s": 10.0, "data_wait": 0.1, "step_s": 1.0}
+    (run / "pretrain" / "log.jsonl").write_text(json.dumps(line) + "\n" + json.dumps({**line, "step": 4}) + "\n")
+    assert not re.search(r'points="[^"]*(nan|inf)', run_page(run, images))
+
+
+def test_as_many_examples_are_shown_as_asked_for(run: Path, ablation: Path, images: Path) -> None:
+    counts = [
+        (run_page(run, images, n).count("data:image"), ablation_page(ablation, images, n).count("data:image"))
+        for n in (0, 1, 9)
+    ]
+    assert counts == [(0, 0), (1, 1), (2, 1)]
+
+
+def test_an_ablation_whose_truth_nobody_tells_has_a_page(ablation: Path, images: Path) -> None:
+    table = json.loads((ablation / "table.json").read_text())
+    for number, each in enumerate(table["rows"]):
+        each["scores"] = {"vizwiz": {"score": None, "by_seed": [None]}}
+        each["published"] = {"tflops": 1.9} if number else {}  # of the second arm only
+    (ablation / "table.json").write_text(json.dumps(table))
+    page = ablation_page(ablation, images)
+    assert "the best arm" not in page
+    assert '<td class="number published">1.9</td>' in page
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("rows", [], "rows: Tuple should have at least 1 item"),
+        ("seeds", [], "seeds: Tuple should have at least 1 item"),
+        ("patches", 0, "patches: Input should be greater than 0"),
+        (
+            "rows",
+            [row("STF", 1.0), {**row("MLP", 1.0), "scores": {}}],
+            r"MLP has the scores \[\], STF has \['accuracy'\]",
+        ),
+    ],
+)
+def test_damaged_tables_are_named(ablation: Path, key: str, value: object, said: str) -> None:
+    table = json.loads((ablation / "table.json").read_text())
+    (ablation / "table.json").write_text(json.dumps({**table, key: value}))
+    with pytest.raises(ValueError, match=rf"table\.json is damaged.*{said}"):
+        ablation_page(ablation, None)

@@ -12,7 +12,7 @@ from training.benchmarks import AVERAGED
 from training.benchmarks.metrics import Scored, together
 from training.model.reducers import connector_config
 from training.release.table import EncodingCost, Row, Score, Table
-from training.sweep.plan import STAGES, AblationConfig, Run, part_of, plan_runs
+from training.sweep.plan import STAGES, AblationConfig, Run, check_stores, part_of, plan_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "training" / "ablations").glob("*.yaml"))
@@ -69,6 +69,9 @@ def test_mistakes_are_named_before_anything_is_trained(tmp_path: Path, monkeypat
         config = read(FILES[0], f"arms=[{{name: mine, connector: {wrong}}}]")
         with pytest.raises(ConfigError, match=rf"arm 'mine', pretrain: 1 problem[\s\S]*{said}"):
             plan_runs(config)
+    for seeds, said in (("[0, 1, 0]", "one is there twice"), ("[-1]", "greater than or equal to 0")):
+        with pytest.raises(ConfigError, match=said):
+            read(FILES[0], f"seeds={seeds}")
     monkeypatch.setattr("sys.argv", ["ablate.py", "training/ablations/table3.yaml", "--part", "8/8"])
     with pytest.raises(SystemExit, match="--part '8/8' is not I/N"):
         ablate.main()
@@ -125,14 +128,24 @@ ROW = {
 }
 
 
+def test_a_column_that_a_store_lacks_is_named_before_anything_is_trained(store: Path, tmp_path: Path) -> None:
+    stores = [f"{stage}.settings.data.store={store}" for stage in ("pretrain", "finetune")]
+    far = "arms=[{name: near, connector: {arm: stf, block: 3}}, {name: far, connector: {arm: stf, block: 99}}]"
+    with pytest.raises(ValueError, match=rf"arm 'far', pretrain: store {store} lacks block99; choose other blocks"):
+        check_stores(plan_runs(read(FILES[0], far, *stores)))
+    with pytest.raises(ValueError, match=f"{tmp_path} is not a feature store"):
+        check_stores(plan_runs(read(FILES[0], far, stores[0], f"finetune.settings.data.store={tmp_path}")))
+
+
 def test_a_table_in_words() -> None:
     from training.sweep.table import as_text
 
     cost = EncodingCost(images=10, once=5.0, again=20.0, train=10.0, cached_total=15.0, uncached_total=30.0)
-    row = Row.model_validate(ROW)
+    row = Row.model_validate({**ROW, "arm": "STF | b"})
     text = as_text(Table(title="T", seeds=(0, 1), patches=576, rows=(row,), encoding=cost, stores=()))
     assert (
-        "| STF | 144 | 151,019,520 | 1.876 | 3 | 2.000 | 1.000 | 61.2 [60.0, 62.5] | 100 | 1.9 | 61.8 | 65.6 |" in text
+        "| STF \\| b | 144 | 151,019,520 | 1.876 | 3 | 2.000 | 1.000 | 61.2 [60.0, 62.5] | 100 | 1.9 | 61.8 | 65.6 |"
+        in text
     )
     assert "15 s against 30 s in all, 2.00 times as long" in text
 

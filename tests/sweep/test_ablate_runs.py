@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -94,6 +96,32 @@ def test_two_arms_have_a_row_each_with_their_losses_and_answers(in_a_row: Path) 
     assert [(row["arm"], row["tokens"]) for row in rows] == [("STF", 4), ("AvgPool", 4)]
     assert rows[0]["loss_finetune"] != rows[1]["loss_finetune"]
     assert all(row["scores"]["accuracy"]["units"] == 4 for row in rows)
+
+
+def test_the_same_command_goes_on_from_what_is_there_and_mixes_nothing(
+    in_a_row: Path, ablation: Path, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(in_a_row, moved)
+    answers = moved / "stf" / "seed0" / "answers.jsonl"
+    answers.write_text("".join(answers.read_text().splitlines(keepends=True)[:1]))  # as after `limit=1`
+    done = moved / "stf" / "seed0" / "done.json"
+    before = json.loads(done.read_text())
+    done.write_text(json.dumps({**before, "asked": "one question"}))
+    said, _ = start(f"run={moved}").communicate()
+    assert "run 1 of 2: STF" in said, said
+    assert "AvgPool, seed" not in said
+    assert table(moved) == table(in_a_row)
+    after = json.loads(done.read_text())
+    assert (after["train"], after["asked"]) == (before["train"], before["asked"])
+    assert after["answer"] > before["answer"]
+    said, _ = start(f"run={moved}", "pretrain.settings.steps=5").communicate()
+    assert re.search(r"error: .*/pretrain holds a run with other settings.*\n  steps: 6 -> 5\n", said), said
+    (moved / "stf" / "seed0" / "finetune" / "model" / "config.json").unlink()
+    answers.unlink()
+    done.unlink()
+    said, _ = start(f"run={moved}").communicate()
+    assert f"error: model '{moved}/stf/seed0/finetune/model' cannot be read" in said, said
 
 
 @pytest.mark.slow

@@ -130,19 +130,11 @@ def load_model(name: str, device: str) -> tuple[CompactVisionForConditionalGener
     """
     import torch
 
-    from training.model.model import CompactVisionForConditionalGeneration
-    from training.model.processor import CompactVisionProcessor
+    from training.model.exported import exported_model, exported_processor
 
     dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    try:
-        processor = CompactVisionProcessor.from_pretrained(name)
-        model = CompactVisionForConditionalGeneration.from_pretrained(name, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"model {name!r} cannot be read: {first}; name a folder that training/train.py exported"
-        ) from error
-    return model.to(device).eval(), processor
+    model = exported_model(name, dtype=dtype)
+    return model.to(device).eval(), exported_processor(name)
 
 
 def reply(

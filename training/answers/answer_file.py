@@ -13,10 +13,14 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict, cast
+
+from pydantic import RootModel
 
 from pipeline.config import differences
 from training.answers.processes import AnsweringProcess
+from training.benchmarks.questions import from_json
+from training.release.records import read_as, write_whole
 
 Key = tuple[str | int, str | None]  # a question's id and the name of its image: one image may be asked several times
 
@@ -45,20 +49,20 @@ class AnswerFile:
         """Note whose answers the file holds.
 
         Raises:
-            ValueError: if it holds another model's, or answers of another length.
+            ValueError: if it holds another model's, or answers of another length, or the note is damaged.
         """
         # By weights, not by name: a model may move, and another may take its place.
         mine = {"weights": weights_digest(model) or model, "max_new_tokens": max_new_tokens}
         note = self.path.with_name(f"{self.path.name}.run.json")
         if note.exists() and (self.path.exists() or self._parts()):
-            theirs = json.loads(note.read_text(encoding="utf-8"))
+            theirs = read_as(RootModel[dict[str, Any]], note).root
             differing = differences(theirs, mine)
             if differing:
                 raise ValueError(
                     f"{self.path} holds the answers of another run; name another file with --out, or delete it:\n  "
                     + "\n  ".join(differing)
                 )
-        note.write_text(json.dumps(mine, indent=1), encoding="utf-8")
+        write_whole(note, json.dumps(mine, indent=1))
 
     def answers(self) -> dict[Key, AnswerLine]:
         """Every answer so far, whichever process wrote it; of two to the same question the later one.
@@ -67,7 +71,7 @@ class AnswerFile:
             ValueError: if a line is no answer, naming it.
         """
         files = [path for path in (self.path, *self._parts()) if path.exists()]
-        return {(line["question_id"], line["image"]): line for path in files for line in _lines(path)}
+        return {(line["question_id"], line["image"]): line for path in files for line in answer_lines(path)}
 
     def part(self, process: AnsweringProcess) -> Path:
         """Where a process writes, without the half line that a crash left at its end."""
@@ -100,15 +104,22 @@ def as_line(answer: AnswerLine) -> str:
     return json.dumps(answer, ensure_ascii=False) + "\n"
 
 
-def _lines(path: Path) -> Iterator[AnswerLine]:
-    """Answers of one file; half a line at its end, left by a crash, is not one."""
+def answer_lines(path: Path) -> Iterator[AnswerLine]:
+    """Answers of one file; half a line at its end, left by a crash, is not one.
+
+    Raises:
+        ValueError: if a line is no answer, naming it. OSError: if the file cannot be read.
+    """
     *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if last:
         print(f"note: {path} ends in half a line; that question is asked again", file=sys.stderr)
     for number, text in enumerate(lines, 1):
         try:
-            record = json.loads(text)
-            yield cast(AnswerLine, {**record, "question_id": record["question_id"], "image": record["image"]})
+            record = from_json(text)
+            for key, kinds in (("question_id", str | int), ("image", str | None), ("text", str), ("prompt", str)):
+                if not isinstance(record[key] if key != "prompt" else record.get(key, ""), kinds):
+                    raise TypeError(f"{key} is {type(record[key]).__name__}")
+            yield cast(AnswerLine, record)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path}:{number} is not an answer ({type(error).__name__}: {error}): {text[:60]!r}; delete that "

@@ -37,6 +37,9 @@ def converse(talk: Talk) -> None:
         except EOFError:  # Ctrl-D
             print()
             return
+        except UnicodeDecodeError as error:
+            print(f"{DIM}that line is not UTF-8 ({error}); type it again{PLAIN}")
+            continue
         except KeyboardInterrupt:  # Ctrl-C drops the line, as a shell does
             print()
             continue
@@ -54,10 +57,20 @@ def _obey(talk: Talk, line: str) -> Talk:
     """Do what a line says: a command, or a question; the talk that goes on from here."""
     command, _, rest = line.partition(" ")
     if command == "/image":
-        return Talk(talk.speaker, open_image(Path(rest.strip()).expanduser()))
+        return Talk(talk.speaker, open_image(_path(rest.strip())))
     if command == "/new":
         return Talk(talk.speaker, talk.image)
     if command.startswith("/"):
         raise ValueError(f"{command} is unknown; say /image PATH, /new or /quit")
     say(talk, line)
     return talk
+
+
+def _path(text: str) -> Path:
+    """A path as it was typed, `~` being the home folder; ValueError if there is no such home, or no text."""
+    if not text:
+        raise ValueError("/image needs a PATH; give one")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{text!r}: {error} Write the folder out") from error

@@ -7,6 +7,7 @@ answers, `metrics` scores them, `scores` writes the `report`. Nothing here impor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from inspect import isabstract
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import NamedTuple
@@ -15,24 +16,17 @@ from pipeline.config import meant
 from training.benchmarks.own import OwnQuestions
 from training.benchmarks.questions import Benchmark
 
-# The file and the class of each: first those of the paper, in the order of its tables.
-BENCHMARKS: dict[str, type[Benchmark]] = {
-    kind.name: kind
-    for kind in map(
-        resolve_name,
-        (
-            "training.benchmarks.open_ended:GQA",
-            "training.benchmarks.multiple_choice:ScienceQA",
-            "training.benchmarks.open_ended:TextVQA",
-            "training.benchmarks.yes_no:POPE",
-            "training.benchmarks.multiple_choice:MMBench",
-            "training.benchmarks.multiple_choice:MMBenchCN",
-            "training.benchmarks.open_ended:VQAv2",
-            "training.benchmarks.open_ended:VizWiz",
-            "training.benchmarks.yes_no:MME",
-            "training.benchmarks.own:OwnQuestions",
-        ),
-    )
+BENCHMARKS = {  # name -> "file:class": first those of the paper, in the order of its tables
+    "gqa": "training.benchmarks.open_ended:GQA",
+    "scienceqa": "training.benchmarks.multiple_choice:ScienceQA",
+    "textvqa": "training.benchmarks.open_ended:TextVQA",
+    "pope": "training.benchmarks.yes_no:POPE",
+    "mmbench": "training.benchmarks.multiple_choice:MMBench",
+    "mmbench-cn": "training.benchmarks.multiple_choice:MMBenchCN",
+    "vqav2": "training.benchmarks.open_ended:VQAv2",
+    "vizwiz": "training.benchmarks.open_ended:VizWiz",
+    "mme": "training.benchmarks.yes_no:MME",
+    "own": "training.benchmarks.own:OwnQuestions",
 }
 AVERAGED = ("gqa", "scienceqa", "textvqa", "pope", "mmbench", "mmbench-cn", "vqav2", "vizwiz")  # the paper's eight
 
@@ -57,6 +51,30 @@ def paper_average(scores: Mapping[str, float | None], without: str | None = None
     return Average(sum(known) / len(known), ())
 
 
+def benchmark_class(name: str) -> type[Benchmark]:
+    """The class of a benchmark.
+
+    Raises:
+        ValueError: if it is not where `BENCHMARKS` says, lacks a method, or has another name.
+    """
+    place = BENCHMARKS[name]
+    try:
+        found: type[Benchmark] = resolve_name(place)
+    except Exception as error:  # whatever a file that is just being written raises
+        raise ValueError(
+            f"BENCHMARKS in training/benchmarks/__init__.py names {place!r}: {type(error).__name__} {error}; correct "
+            "that line, or that file"
+        ) from error
+    if isabstract(found):
+        raise ValueError(f"{place} lacks {', '.join(sorted(found.__abstractmethods__))}; write it there")
+    if found.name != name:
+        raise ValueError(
+            f"BENCHMARKS in training/benchmarks/__init__.py calls {place} {name!r}, it calls itself {found.name!r}; "
+            "correct one"
+        )
+    return found
+
+
 def open_benchmark(name: str, folder: Path, split: str | None = None) -> Benchmark:
     """The benchmark called `name` (any case, `-` as `_`), from `folder` or the folder of its name in it.
 
@@ -66,7 +84,7 @@ def open_benchmark(name: str, folder: Path, split: str | None = None) -> Benchma
     key = name.lower().replace("_", "-")
     if key not in BENCHMARKS:
         raise ValueError(f"benchmark {name!r} is unknown; {meant(key, BENCHMARKS)}")
-    return BENCHMARKS[key](folder, split)
+    return benchmark_class(key)(folder, split)
 
 
 class Source(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import csv
 import io
 import re
@@ -95,6 +94,8 @@ def _science_question(id: str, problem: dict[str, Any]) -> Question:
     """A record of problems.json as LLaVA asks it; its truth is (index of the right option, number of options)."""
     context = f"Context: {problem['hint']}\n" if problem.get("hint") else ""
     options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"], strict=False))
+    if problem["answer"] not in range(len(problem["choices"])):
+        raise ValueError(f"problem {id} has {len(problem['choices'])} choices, and the answer {problem['answer']!r}")
     return Question(
         id,
         f"{context}{problem['question']}{options}{LETTER}",
@@ -171,7 +172,7 @@ class MMBench(Benchmark):
             data = self._images[data.strip()]
         try:
             return base64.b64decode(data, validate=False)
-        except binascii.Error as error:
+        except ValueError as error:
             raise ValueError(
                 f"{self.name}: the image of row {name} in {self.folder} is not base64: {error}; download its table"
             ) from error
@@ -276,7 +277,7 @@ def _spreadsheet(columns: list[str], rows: list[list[str]]) -> bytes:
 
     book = Workbook()
     sheet = book.active
-    sheet.append(columns)
+    sheet.append([ILLEGAL_CHARACTERS_RE.sub("", name) for name in columns])
     for number, row in enumerate(rows, 2):
         for column, value in enumerate(row, 1):
             if columns[column - 1] == "index":

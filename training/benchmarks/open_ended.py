@@ -61,7 +61,8 @@ class GQA(Benchmark):
         for q in self.questions:
             answer = answers.get(q.id)
             said = None if answer is None else answer.text if answer.final else gqa_answer(answer.text)
-            units[q.id] = ("", float(said == q.truth))
+            if q.truth is not None:
+                units[q.id] = ("", float(said == q.truth))
         return {"accuracy": Scored("accuracy, string equality", units)}
 
     def server_file(self, answers: Answers) -> tuple[str, bytes]:
@@ -97,7 +98,7 @@ class TextVQA(Benchmark):
                 str(row["question_id"]),
                 f"{row['question']}\nReference OCR token: {', '.join(seen.get(row['image_id'], []))}{SHORT}",
                 f"{row['image_id']}.jpg",
-                row.get("answers"),
+                _people(row),
             )
             for row in rows
         ]
@@ -165,8 +166,8 @@ class VQAv2(Benchmark):
             Question(
                 str(row["question_id"]),
                 row["question"] + SHORT,
-                f"COCO_{images}_{row['image_id']:012d}.jpg",
-                truth.get(row["question_id"], {}).get("answers"),
+                f"COCO_{images}_{int(row['image_id']):012d}.jpg",
+                _people(truth.get(row["question_id"], {})),
                 truth.get(row["question_id"], {}).get("answer_type", ""),
             )
             for row in _vqav2_rows(path)
@@ -217,7 +218,7 @@ class VizWiz(Benchmark):
                 row["image"],
                 row["question"] + hint + SHORT,
                 row["image"],
-                row.get("answers"),
+                _people(row),
                 row.get("answer_type", ""),
             )
             for row in rows
@@ -243,6 +244,16 @@ class VizWiz(Benchmark):
         """EvalAI's: image and answer of every row."""
         rows = [{"image": name, "answer": processed(answers.get(name, NOTHING))} for name in self._rows]
         return f"vizwiz_{self.split}.json", to_json(rows)
+
+
+def _people(row: Mapping[str, Any]) -> Any:
+    """The answers that people gave, records or texts; None where the file does not tell them; TypeError for others."""
+    answers = row.get("answers") or None
+    for answer in answers or ():
+        text = answer["answer"] if isinstance(answer, dict) else answer
+        if not isinstance(text, str):
+            raise TypeError(f"people answered {str(text)[:60]!r} to question {str(row.get('question'))[:60]!r}")
+    return answers
 
 
 def _vqav2_rows(path: Path) -> list[dict[str, Any]]:

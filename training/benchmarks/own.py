@@ -115,7 +115,8 @@ def normalise(text: str) -> str:
 
 def is_right(line: Mapping[str, Any]) -> bool:
     """Whether a line of answers holds the truth (`answer`) that it came with."""
-    return "answer" in line and normalise(line["text"]) == normalise(str(line["answer"]))
+    truth = line.get("answer")
+    return truth is not None and normalise(line["text"]) == normalise(identifier(truth))
 
 
 def _question(line: Mapping[str, Any]) -> Question:
@@ -124,7 +125,7 @@ def _question(line: Mapping[str, Any]) -> Question:
         id=f"{identifier(line['question_id'])} {line['image']}",
         text=line["text"],
         image=line["image"],
-        truth=str(line["answer"]) if "answer" in line else None,
+        truth=None if line.get("answer") is None else identifier(line["answer"]),
         group=str(line.get("category", ALL)),
         origin=line,
     )
@@ -145,8 +146,9 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         missing = [key for key in ("question_id", "image", "text") if key not in line]
         if missing:
             raise ValueError(f"{path}: question {number} lacks {', '.join(missing)}, give it; it has {', '.join(line)}")
-        for key, kinds in (("question_id", str | int), ("image", str), ("text", str)):
-            if not isinstance(line[key], kinds):
+        given = (("question_id", str | int), ("image", str), ("text", str), ("answer", str | int | float | None))
+        for key, kinds in given:
+            if not isinstance(line.get(key), kinds) or isinstance(line.get(key), bool):
                 raise ValueError(f"{path}: question {number} has {key} {line[key]!r}; give it text")
     asked = Counter((identifier(line["question_id"]), line["image"]) for line in lines)
     repeated = [key for key, times in asked.items() if times > 1]

@@ -121,10 +121,12 @@ class Benchmark(ABC):
             self._missing: list[str] = []
             self.image_folder = self.folder
             try:
-                return self.read()
+                return _checked(self.read())
             except MissingFilesError as error:
                 absent.append(error)
-            except (KeyError, TypeError, AttributeError, IndexError) as error:
+            except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+                if str(self.folder) in str(error):
+                    raise  # it names the file itself
                 raise ValueError(
                     f"the files of {self.name} {self.split} in {self.folder} are not in the official layout: "
                     f"{type(error).__name__} {error}; download them again"
@@ -265,6 +267,24 @@ class Benchmark(ABC):
             )
 
 
+def _checked(questions: list[Question]) -> list[Question]:
+    """The questions, each of which can be asked, written, and told from the others.
+
+    Raises:
+        TypeError: naming the first whose text or image is none. ValueError: the first whose id an earlier one has.
+    """
+    seen: set[str] = set()
+    for number, q in enumerate(questions, 1):
+        for what, value, kinds in (("id", q.id, str), ("text", q.text, str), ("image", q.image, str | None)):
+            if not isinstance(value, kinds):
+                raise TypeError(f"question {number} has the {what} {str(value)[:60]!r}")
+        if q.id in seen:
+            raise ValueError(f"question {number} has the id {q.id!r} of an earlier one")
+        seen.add(q.id)
+        json.dumps(q.line, ensure_ascii=False).encode()  # half a surrogate pair could not be written
+    return questions
+
+
 def identifier(value: Any) -> str:
     """An id as text: spreadsheets turn 241 into 241.0."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
@@ -282,14 +302,14 @@ def read_text(path: Path) -> str:
         raise ValueError(f"{path} is not UTF-8 text: {error}; save it as UTF-8") from error
 
 
-def from_json(text: str) -> Any:
-    """A JSON value.
+def from_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any] | None = None) -> Any:
+    """A JSON value, its objects made from their pairs by `object_of`.
 
     Raises:
-        ValueError: if the text is none, or is nested too deep to be read.
+        ValueError: if the text is none, is nested too deep to be read, or `object_of` refuses an object.
     """
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=object_of)
     except RecursionError:
         raise ValueError(f"its brackets are nested too deep (it begins {text[:40]!r}); write it anew") from None
 

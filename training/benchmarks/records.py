@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,23 +22,35 @@ def records_of(path: Path, benchmark: Benchmark, malformed: list[str]) -> Iterat
     """
     if path.is_dir():
         endings = (".json", ".jsonl", *_TABLES, *benchmark.prediction_files)
-        for file in sorted(p for p in path.iterdir() if p.suffix in endings and p.is_file()):
+        for file in sorted(p for p in path.iterdir() if p.suffix.lower() in endings and p.is_file()):
             yield from records_of(file, benchmark, malformed)
-    elif path.suffix in _TABLES and path.suffix not in benchmark.prediction_files:
-        yield from _table_records(path)
-    elif reader := benchmark.prediction_files.get(path.suffix):
+    elif reader := benchmark.prediction_files.get(path.suffix.lower()):
         yield from reader(path, malformed)
+    elif path.suffix.lower() in _TABLES:
+        yield from _table_records(path, malformed)
     else:
         yield from _json_records(path, benchmark, malformed)
 
 
-def _table_records(path: Path) -> Iterator[Found]:
-    """The rows of a table whose first line names the columns; an empty cell is no value."""
-    rows = csv.DictReader(read_text(path).splitlines(keepends=True), delimiter=_TABLES[path.suffix], strict=True)
+def _table_records(path: Path, malformed: list[str]) -> Iterator[Found]:
+    """The rows of a table whose first line names the columns; an empty cell is no value.
+
+    Raises:
+        ValueError: if it is no table, or a column is there twice.
+    """
+    text = io.StringIO(read_text(path), newline="")  # a cell may hold what else ends lines
+    rows = csv.DictReader(text, delimiter=_TABLES[path.suffix.lower()], strict=True)
     try:
+        twice = [name for name, times in Counter(rows.fieldnames or ()).items() if name and times > 1]
+        if twice:
+            raise ValueError(f"{path} has the column {twice[0]} twice; keep one")
         for number, row in enumerate(rows):
             record = {name: value or None for name, value in row.items() if name}
-            yield _found(path, f"row {number + 2}", record, number)
+            beyond = [cell for cell in row.get(None) or () if cell]  # csv's key of cells without a column
+            if beyond:
+                malformed.append(f"{path.name} row {number + 2}: a cell without a column, {beyond[0][:60]!r}")
+            else:
+                yield _found(path, f"row {number + 2}", record, number)
     except csv.Error as error:
         raise ValueError(f"{path} is not a table: {error} after line {rows.line_num}; mend that line") from error
 
@@ -45,7 +59,7 @@ def _json_records(path: Path, benchmark: Benchmark, malformed: list[str]) -> Ite
     """The records of a list, of an object id -> answer, or of JSON lines, whichever the file is."""
     text = read_text(path)
     try:
-        whole = from_json(text)
+        whole = from_json(text, _once)
     except ValueError:  # not one JSON value: JSON lines, read below, where a bad line is named
         whole = None
     if isinstance(whole, list):
@@ -62,12 +76,21 @@ def _json_records(path: Path, benchmark: Benchmark, malformed: list[str]) -> Ite
         if not line.strip():
             continue
         try:
-            record = from_json(line)
+            record = from_json(line, _once)
         except ValueError as error:
             malformed.append(f"{path.name}:{number}: not JSON ({str(error)[:80]}): {line.strip()[:60]!r}")
         else:
             yield _found(path, f"line {number}", record, row)
         row += 1
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; ValueError if a key is there twice, of which one would be dropped."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        raise ValueError(f"key {twice[:40]!r} is there twice; keep one")
+    return record
 
 
 def _found(path: Path, place: str, record: Any, row: int) -> Found:

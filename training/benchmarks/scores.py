@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from training.benchmarks import BENCHMARKS, paper_average
+from training.benchmarks import BENCHMARKS, benchmark_class, paper_average
 from training.benchmarks.metrics import Scored
 from training.benchmarks.predictions import Predictions, read_predictions
 from training.benchmarks.questions import Benchmark, read_json
@@ -44,8 +44,9 @@ def score_file(
 
 
 def scores_beside(answers: Path) -> Path:
-    """Where the scores of a file of answers are: `gqa.scores.json` beside `gqa.jsonl`."""
-    return answers.with_suffix(".scores.json")
+    """Where the scores of a file of answers are: `gqa.scores.json` beside `gqa.jsonl`, each file its own."""
+    name = answers.stem if answers.suffix in (".jsonl", ".json") else answers.name
+    return answers.with_name(f"{name}.scores.json")
 
 
 def report_on(benchmark: Benchmark, predictions: Predictions) -> Report:
@@ -89,16 +90,17 @@ def averages(folder: Path) -> str:
     """
     rows: list[str] = []
     values: dict[str, float | None] = {}
-    for name, kind in BENCHMARKS.items():
+    for name in BENCHMARKS:
+        kind = benchmark_class(name)
         path = scores_beside(kind.answers_in(folder))
         if path.exists():
             scores = read_json(path)
             try:
                 headline, score = kind.headline(scores)
-            except (KeyError, TypeError) as error:
+                share = share_of(scores.get("answered", 0), scores.get("questions", 0))
+                rows.append(f"{name:<12} {headline:<12} {'-' if score is None else f'{score:.2f}':>8}{share}")
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
                 raise ValueError(f"{path} holds no scores of {name}: {error!r}; delete it and score again") from error
-            share = share_of(scores.get("answered", 0), scores.get("questions", 0))
-            rows.append(f"{name:<12} {headline:<12} {'-' if score is None else f'{score:.2f}':>8}{share}")
             values[name] = score
     if not rows:
         raise ValueError(

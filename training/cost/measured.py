@@ -116,10 +116,11 @@ def _load(given: Measurement, device: torch.device, dtype: torch.dtype) -> Compa
     """The model that is measured, with its own weights or, for a shape, random ones made on the device."""
     import torch
 
+    from training.model.exported import exported_model
     from training.model.model import CompactVisionForConditionalGeneration
 
     if given.model:
-        model = CompactVisionForConditionalGeneration.from_pretrained(given.model, dtype=dtype).to(device)
+        model = exported_model(given.model, dtype=dtype).to(device)
     else:
         torch.manual_seed(0)
         before = torch.get_default_dtype()

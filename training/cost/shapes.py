@@ -30,6 +30,7 @@ def shape(name: str, layers: int | None = None) -> CompactVisionConfig:
     """
     from transformers import CLIPVisionConfig, LlamaConfig
 
+    from training.model.exported import exported_config
     from training.model.model import CompactVisionConfig
 
     if name in SIZES:
@@ -38,7 +39,7 @@ def shape(name: str, layers: int | None = None) -> CompactVisionConfig:
     elif not Path(name).exists():
         raise ValueError(f"--config {name}: there is no such folder; use one, or a known shape: {', '.join(SIZES)}")
     else:
-        config = CompactVisionConfig.from_pretrained(name)
+        config = exported_config(name)
     llm: Any = config.text_config
     if layers is not None and not 0 < layers <= llm.num_hidden_layers:
         raise ValueError(

@@ -51,13 +51,11 @@ def trained_model(
     """
     from training.fit.build import build_model
     from training.fit.lora import merge_lora
-    from training.model.model import CompactVisionForConditionalGeneration
+    from training.model.exported import exported_model
 
     finished = (run / "summary.json").is_file() and checkpoint is None
     if finished and "llm" in config.train and (run / "model").is_dir():
-        model: CompactVisionForConditionalGeneration = CompactVisionForConditionalGeneration.from_pretrained(
-            run / "model"
-        )
+        model = exported_model(run / "model")
         model.llm.name_or_path = config.model.llm
         return model
     anew = config.model.model_copy(update={"connector_from": None})  # its weights are about to be replaced

@@ -35,7 +35,11 @@ class CompactVisionTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
     vocab_files_names = {"vocab_file": "tokenizer.model"}  # noqa: RUF012 - transformers' own way to declare it
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012
 
-    def __init__(self, vocab_file: str, legacy: bool = True, image_token_id: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, vocab_file: str | None, legacy: bool = True, image_token_id: int | None = None, **kwargs: Any
+    ) -> None:
+        if vocab_file is None:  # transformers found no such file
+            raise ValueError("the model's folder has no tokenizer.model; put the language model's there")
         self.vocab_file, self.legacy = str(vocab_file), legacy
         self._exact = Tokenizer(Path(vocab_file), legacy=legacy)
         model = SentencePieceProcessor(model_file=self.vocab_file)
@@ -162,7 +166,9 @@ class CompactVisionProcessor(ProcessorMixin):  # type: ignore[misc]
     def _get_arguments_from_pretrained(cls, name: Any, processor_dict: Any = None, **kwargs: Any) -> list[Any]:
         """Both parts are known classes: nothing is looked up by name, and nothing needs to be trusted again."""
         kwargs.pop("trust_remote_code", None)
-        settings = (processor_dict or {}).get("image_processor", {})
+        if not processor_dict or "image_processor" not in processor_dict:
+            raise ValueError(f"{name} has no processor_config.json with image_processor; export the model again")
+        settings = processor_dict["image_processor"]
         known = {name: settings[name] for name in ("aspect", "image_size", "encoder") if name in settings}
         images = CompactVisionImageProcessor(**known)
         return [images, CompactVisionTokenizer.from_pretrained(name, **kwargs)]

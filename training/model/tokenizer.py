@@ -71,7 +71,18 @@ class Tokenizer:
         return int(self._plain.vocab_size())
 
     def encode(self, text: str) -> list[int]:
-        """BOS and the ids of `text`; `<s>`, `</s>` and `<unk>` in it are the special tokens."""
+        """BOS and the ids of `text`; `<s>`, `</s>` and `<unk>` in it are the special tokens.
+
+        Raises:
+            ValueError: if it holds half a surrogate pair, which no UTF-8 text does.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"text holds half a surrogate pair at character {error.start}: {text[: error.start + 1][-60:]!r}; "
+                "write it in UTF-8"
+            ) from error
         if not self.legacy and text:
             text = SPACE + text.replace(SPACE, " ")  # one space before the whole text, none after special tokens
         ids: list[int] = []

@@ -7,11 +7,10 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
+from training.answers.answer_file import AnswerFile
 from training.benchmarks.own import is_right
-from training.benchmarks.questions import read_json_lines
 from training.pages.charts import Bar, bars, loss_chart, score_plot
-from training.pages.page import EXAMPLES, TITLES, filled, shown
-from training.release.records import read_log
+from training.pages.page import EXAMPLES, TITLES, filled, shown, spread, stage_log
 from training.release.table import EncodingCost, Row, Table
 
 
@@ -30,10 +29,10 @@ def ablation_page(folder: Path, images: Path | None, examples: int = EXAMPLES) -
         "title": table.title,
         "table": table,
         "figures": _figures(table),
-        "plots": [score_plot(rows, name) for name in names if rows[0].scores[name].interval is not None],
+        "plots": [score_plot(rows, name) for name in names if all(row.scores[name].interval for row in rows)],
         "names": names,
         "best": {name: max(row.scores[name].score or 0.0 for row in rows) for name in names},
-        "published": list(rows[0].published),
+        "published": list(dict.fromkeys(name for row in rows for name in row.published)),
         "charts": [_curves(folder, rows, stage) for stage in TITLES],
         "seconds": _seconds(table.encoding),
         "examples": [] if images is None else _examples(folder, rows, images, examples),
@@ -45,13 +44,12 @@ def ablation_page(folder: Path, images: Path | None, examples: int = EXAMPLES) -
 
 def _figures(table: Table) -> list[dict[str, str]]:
     """The few numbers at the top."""
-    rows, name, runs = table.rows, table.scored[0], len(table.rows) * len(table.seeds)
-    best = max(rows, key=lambda row: row.scores[name].score or 0.0)
+    rows, runs = table.rows, len(table.rows) * len(table.seeds)
     fewest = min(row.tokens for row in rows)
-    figures = [
-        {"value": f"{best.scores[name].score:.1f}", "label": f"{name}, the best arm: {best.arm}"},
-        {"value": f"{fewest} of {table.patches}", "label": "vision tokens in the smallest arm"},
-    ]
+    figures = [{"value": f"{fewest} of {table.patches}", "label": "vision tokens in the smallest arm"}]
+    for name in table.scored[:1]:  # none where the official files tell no truth
+        best = max(rows, key=lambda row: row.scores[name].score or 0.0)
+        figures.insert(0, {"value": f"{best.scores[name].score:.1f}", "label": f"{name}, the best arm: {best.arm}"})
     if table.encoding is not None:
         label = "the time, if every run encoded the images again once"
         figures.append({"value": f"{table.encoding.ratio:.2f} x", "label": label})
@@ -61,7 +59,7 @@ def _figures(table: Table) -> list[dict[str, str]]:
 
 def _curves(folder: Path, rows: Sequence[Row], stage: str) -> dict[str, Any]:
     """The losses of every arm, with its first seed."""
-    logs = {row.arm: read_log(folder / row.runs[0] / stage) for row in rows}
+    logs = {row.arm: stage_log(folder / row.runs[0] / stage) for row in rows}
     series = {arm: ([line["step"] for line in log], [line["loss"] for line in log]) for arm, log in logs.items()}
     speed = median_high(line["samples_per_s"] for log in logs.values() for line in log)
     return {"title": TITLES[stage], "samples_per_s": speed, "chart": loss_chart(series)}
@@ -84,18 +82,14 @@ def _examples(folder: Path, rows: Sequence[Row], images: Path, count: int) -> li
     files = {row.arm: folder / row.runs[0] / "answers.jsonl" for row in rows}
     if not all(path.exists() for path in files.values()):
         return []  # official benchmarks were asked
-    said = {arm: {a["question_id"]: a for a in read_json_lines(path)} for arm, path in files.items()}
-    questions = list(next(iter(said.values())).values())
-    right = {q["question_id"]: sum(is_right(of[q["question_id"]]) for of in said.values()) for q in questions}
-    mixed = [q for q in questions if 0 < right[q["question_id"]] < len(rows)] or questions
-    chosen = mixed[:: max(1, len(mixed) // count)][:count]
+    said = {arm: AnswerFile(path).answers() for arm, path in files.items()}
+    first, *others = said.values()
+    shared = [key for key in first if all(key in of for of in others)]
+    mixed = [key for key in shared if 0 < sum(is_right(of[key]) for of in said.values()) < len(rows)] or shared
     return [
         {
-            **shown(q, images),
-            "answers": [
-                {"arm": arm, "text": of[q["question_id"]]["text"], "right": is_right(of[q["question_id"]])}
-                for arm, of in said.items()
-            ],
+            **shown(first[key], images),
+            "answers": [{"arm": arm, "text": of[key]["text"], "right": is_right(of[key])} for arm, of in said.items()],
         }
-        for q in chosen
+        for key in spread(mixed, count)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -45,9 +46,11 @@ def loss_chart(series: Mapping[str, Series]) -> LossChart:
     """A curve for each of `series`; the scale fits what is shown: several curves are shown smoothed only."""
     steps = [step for each, _ in series.values() for step in each]
     first, last = min(steps), max(steps)
+    # A run that diverged has losses that are no numbers: they have no place on a page.
+    series = {name: _finite(*each) for name, each in series.items()}
     smoothed = {name: _smoothed(losses) for name, (_, losses) in series.items()}
     heights = smoothed.values() if len(series) > 1 else [losses for _, losses in series.values()]
-    top = max(max(losses) for losses in heights) * 1.05
+    top = max((max(losses, default=0.0) for losses in heights), default=0.0) * 1.05 or 1.0
     # SVG's y grows downwards: loss 0 lies at `floor`, `top` at 0.
     across, floor = (WIDTH - LEFT - 8) / max(1, last - first), HEIGHT - BELOW
 
@@ -65,9 +68,15 @@ def loss_chart(series: Mapping[str, Series]) -> LossChart:
     )
 
 
+def _finite(steps: Sequence[float], losses: Sequence[float]) -> Series:
+    """The steps whose loss is a number, and those losses."""
+    kept = [(step, loss) for step, loss in zip(steps, losses, strict=True) if math.isfinite(loss)]
+    return [step for step, _ in kept], [loss for _, loss in kept]
+
+
 def _smoothed(values: Sequence[float]) -> list[float]:
     """An exponential moving average; each value counts a tenth."""
-    average, result = values[0], []
+    average, result = values[0] if values else 0.0, []
     for value in values:
         average = 0.9 * average + 0.1 * value
         result.append(average)

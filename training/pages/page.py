@@ -7,12 +7,15 @@ import importlib.metadata
 import io
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pipeline.encoders.decode import open_image
 from pipeline.images import find_file
+from training.release.records import LOG, read_log
+
+T = TypeVar("T")
 
 EXAMPLES = 12  # questions that a page shows, unless it is told otherwise
 TITLES = {"pretrain": "Stage 1", "finetune": "Stage 2"}  # of the stages, by their folders
@@ -56,6 +59,23 @@ def picture(path: Path, side: int = 320) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def spread(items: Sequence[T], count: int) -> Sequence[T]:
+    """At most `count` of them, from the first one on, as far from each other as they can be."""
+    return items[:: max(1, len(items) // max(1, count))][:count]
+
+
+def stage_log(stage: Path) -> list[dict[str, Any]]:
+    """The lines of a stage's log, one at least.
+
+    Raises:
+        ValueError: if it has none, or one is damaged.
+    """
+    lines = read_log(stage)
+    if not lines:
+        raise ValueError(f"{stage / LOG} holds no step, or is not there; let the stage train first")
+    return lines
+
+
 def shown(answer: Mapping[str, Any], images: Path) -> dict[str, Any]:
     """What a page shows of a question: its image, its first line, and the truth where it is known.
 
@@ -67,6 +87,6 @@ def shown(answer: Mapping[str, Any], images: Path) -> dict[str, Any]:
         raise ValueError(f"{answer['image']!r} is not a file within {images}; name the folder of the questions' images")
     return {
         "image": picture(path),
-        "question": answer["prompt"].partition("\n")[0],
+        "question": answer.get("prompt", "").partition("\n")[0],
         "truth": answer.get("answer"),
     }

@@ -6,13 +6,13 @@ from pathlib import Path
 from statistics import median_high
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
+from training.answers.answer_file import answer_lines
 from training.benchmarks.own import is_right
-from training.benchmarks.questions import read_json_lines
 from training.pages.charts import bars, loss_chart
-from training.pages.page import EXAMPLES, TITLES, filled, shown
-from training.release.records import SUMMARY, final_loss, read_as, read_log
+from training.pages.page import EXAMPLES, TITLES, filled, shown, spread, stage_log
+from training.release.records import SUMMARY, final_loss, read_as
 from training.release.table import StoreUsed
 
 
@@ -35,7 +35,7 @@ class MainJob(BaseModel):
     interval: tuple[float, float] | None = None
     questions: int
     categories: dict[str, _Category]
-    vision_tokens_in: int
+    vision_tokens_in: int = Field(gt=0)
     vision_tokens_out: int
     data_wait: _Stages
     store_images: int
@@ -65,7 +65,7 @@ def run_page(run: Path, images: Path, examples: int = EXAMPLES) -> str:
 
 def _stage(run: Path, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
     """A stage's figures and its curve, from its log."""
-    lines = read_log(run / stage)
+    lines = stage_log(run / stage)
     losses = [line["loss"] for line in lines]
     return {
         "title": TITLES[stage],
@@ -80,11 +80,10 @@ def _stage(run: Path, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
 
 def _examples(run: Path, images: Path, count: int) -> list[dict[str, Any]]:
     """A spread of the questions, each with its image, and the answer given when shown another image."""
-    answers = read_json_lines(run / "answers.jsonl")
+    answers = list(answer_lines(run / "answers.jsonl"))
     other = run / "answers_shuffled.jsonl"
-    blind = {a["question_id"]: a["text"] for a in read_json_lines(other)} if other.exists() else {}
-    chosen = answers[:: max(1, len(answers) // count)][:count]
+    blind = {a["question_id"]: a["text"] for a in answer_lines(other)} if other.exists() else {}
     return [
         {**shown(a, images), "answer": a["text"], "right": is_right(a), "blind": blind.get(a["question_id"])}
-        for a in chosen
+        for a in spread(answers, count)
     ]

@@ -239,11 +239,11 @@ def give_out(source: Path, out: Path, clip: str = CLIP) -> None:
     import torch
     from huggingface_hub import save_torch_state_dict
 
-    from training.model.model import CompactVisionForConditionalGeneration
+    from training.model.exported import exported_model
     from training.model.tokenizer import Tokenizer
     from training.release.folder import replaced_folder
 
-    model = CompactVisionForConditionalGeneration.from_pretrained(source)
+    model = exported_model(source)
     projector = released_projector(model.connector)
     state = {**model.llm.state_dict(), **projector}
     if model.vision_tower is not None:

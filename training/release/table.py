@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from training.release.records import read_as, read_config, write_whole
 
@@ -46,7 +46,7 @@ class Row(_Part):
     """One arm: sizes, and means over its seeds."""
 
     arm: str
-    runs: tuple[str, ...]  # folders of its seeds, relative to the table's
+    runs: tuple[str, ...] = Field(min_length=1)  # folders of its seeds, relative to the table's
     tokens: int  # vision tokens per image that the language model sees
     columns: int  # columns of the store that it reads
     parameters: int  # of its connector
@@ -54,9 +54,9 @@ class Row(_Part):
     total_flops: int  # encoder, connector, prefill with the text, one position of the head
     loss_pretrain: float  # final losses, see `records.final_loss`
     loss_finetune: float
-    seconds_train: float  # of both stages
+    seconds_train: float  # of the steps of both stages
     seconds_answer: float
-    data_wait: float  # share of `seconds_train` that steps waited for data
+    data_wait: float  # share of it that they waited for data
     scores: dict[str, Score]
     published: dict[str, float]  # the paper's row: tflops, avg, and benchmarks by name
 
@@ -68,7 +68,7 @@ class EncodingCost(_Part):
     once: float  # one pass with every arm's columns
     again: float  # one pass per arm and seed
     train: float  # every arm and seed
-    cached_total: float
+    cached_total: float = Field(gt=0)
     uncached_total: float
 
     @property
@@ -104,13 +104,22 @@ class Table(_Part):
     """Every arm of an ablation, the one that others are compared to first."""
 
     title: str
-    seeds: tuple[int, ...]
-    patches: int  # patch tokens per image, before any reduction
-    rows: tuple[Row, ...]
+    seeds: tuple[int, ...] = Field(min_length=1)
+    patches: int = Field(gt=0)  # patch tokens per image, before any reduction
+    rows: tuple[Row, ...] = Field(min_length=1)
     encoding: EncodingCost | None = None
     stores: tuple[StoreUsed, ...]  # of stage 1 and stage 2
     text_tokens: int = 64  # of the prompt in `total_flops`
     last_steps: int = 20  # that the losses are means of
+
+    @model_validator(mode="after")
+    def _square(self) -> Table:
+        """Every row has the scores of the first one."""
+        first = self.rows[0]
+        for row in self.rows:
+            if row.scores.keys() != first.scores.keys():
+                raise ValueError(f"{row.arm} has the scores {list(row.scores)}, {first.arm} has {list(first.scores)}")
+        return self
 
     @classmethod
     def read(cls, folder: Path) -> Table:
@@ -132,5 +141,5 @@ class Table(_Part):
 
     @property
     def scored(self) -> list[str]:
-        """Names of the scores that are known, in the order of the first row."""
-        return [name for name, score in self.rows[0].scores.items() if score.score is not None]
+        """Names of the scores that are known of every row, in the order of the first one."""
+        return [name for name in self.rows[0].scores if all(row.scores[name].score is not None for row in self.rows)]

@@ -16,7 +16,7 @@ LOG = "ablate.log"  # in the folder of a run: what its process says
 OBJECT_STORE = 100_000_000  # bytes of a local cluster; nothing goes through it
 
 
-def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None) -> list[Run]:
+def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None, questions: str) -> list[Run]:
     """Do the runs of `plan` that are not done; returns those that failed.
 
     A run is a separate process, `composer ... training/ablate.py COMMAND --part I/N`. If its node is lost it starts
@@ -26,6 +26,7 @@ def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None) -> lis
         command: the configuration and the settings, as they were typed.
         plan: every run of the ablation; their numbers are their places here.
         gpus: per run; None for one if the cluster has any, else none.
+        questions: the digest of what is asked (`plan.asked`).
 
     Raises:
         ValueError: if the cluster cannot hold one run, or the folder of the runs is a different one on each node.
@@ -42,7 +43,7 @@ def on_ray(command: Sequence[str], plan: Sequence[Run], gpus: int | None) -> lis
             raise ValueError(
                 f"no run of {gpus} GPUs fits the cluster, which has {total.get('GPU', 0):g}; give --gpus another number"
             )
-        waiting = [number for number, run in enumerate(plan) if not run.done.exists()]
+        waiting = [number for number, run in enumerate(plan) if not run.has_answered(questions)]
         print(f"{len(waiting)} of {len(plan)} runs to do, up to {at_once} at once, of {gpus} GPUs each", flush=True)
         return _follow(command, plan, waiting, gpus)
 

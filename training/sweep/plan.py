@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, model_validator
 
 from pipeline.config import ConfigError, Given, Settings, load_config
+from pipeline.manifest import read_store
+from pipeline.schema import StoreSpec
+from pipeline.storage import Storage
 from training.benchmarks import Source
 from training.benchmarks.questions import Benchmark
 from training.config import TrainConfig
+from training.model.reducers import connector_config
+from training.release.records import read_as
 
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Stage = Literal["pretrain", "finetune"]
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
 
@@ -47,7 +55,7 @@ class AblationConfig(Settings):
 
     title: str
     run: str
-    seeds: tuple[int, ...] = Field(default=(0, 1), min_length=1)
+    seeds: tuple[Seed, ...] = Field(default=(0, 1), min_length=1)
     pretrain: StageSettings
     finetune: StageSettings
     arms: tuple[Arm, ...] = Field(min_length=1)
@@ -69,6 +77,8 @@ class AblationConfig(Settings):
             raise ValueError(f"benchmarks {', '.join(self.benchmarks)}: add data, the folder of their official files")
         if self.questions and self.images is None:
             raise ValueError(f"questions {self.questions}: add images, the folder that their images are relative to")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds {list(self.seeds)}: one is there twice; take each once")
         slugs = [slug(arm.name) for arm in self.arms]
         twice = sorted({name for name in slugs if slugs.count(name) > 1})
         if twice:
@@ -76,14 +86,15 @@ class AblationConfig(Settings):
         return self
 
 
-DONE = "done.json"  # in the folder of a run, by being there: it is trained and has answered
+DONE = "done.json"  # in the folder of a run
 
 
-class Seconds(BaseModel):
-    """What `done.json` holds: how long a run has taken."""
+class Done(BaseModel):
+    """What `done.json` holds: how long a run has taken, in seconds, and what it was asked."""
 
-    train: float  # both stages
+    train: float = Field(gt=0)  # the steps of both stages
     answer: float
+    asked: str | None = None  # see `asked`; None in files of an older version
 
 
 class Run(NamedTuple):
@@ -94,10 +105,18 @@ class Run(NamedTuple):
     folder: Path
     stages: dict[Stage, TrainConfig]
 
-    @property
-    def done(self) -> Path:
-        """The file that says, by being there, that the run is trained and has answered."""
-        return self.folder / DONE
+    def done(self) -> Done | None:
+        """What the file says that is there when the run is trained and has answered; None if it is not.
+
+        Raises:
+            ValueError: if it is damaged.
+        """
+        return read_as(Done, self.folder / DONE) if (self.folder / DONE).is_file() else None
+
+    def has_answered(self, asked: str) -> bool:
+        """Whether it is trained and has answered what is asked now."""
+        done = self.done()
+        return done is not None and done.asked == asked
 
 
 def plan_runs(config: AblationConfig) -> list[Run]:
@@ -125,6 +144,35 @@ def open_benchmarks(config: AblationConfig) -> list[Benchmark]:
     )
     source = Source(config.benchmarks, data=data, questions=questions, images=images, limit=config.limit)
     return list(source.open())
+
+
+def asked(config: AblationConfig, benchmarks: Sequence[Benchmark]) -> str:
+    """A digest of everything that the arms are asked."""
+    digest = hashlib.sha256(str(config.max_new_tokens).encode())
+    for benchmark in benchmarks:
+        for question in benchmark.questions:
+            digest.update(json.dumps([benchmark.name, question.id, question.text, question.image]).encode())
+    return digest.hexdigest()
+
+
+def check_stores(plan: Sequence[Run]) -> None:
+    """Look for the columns that every arm reads, before the first one is trained.
+
+    Raises:
+        ValueError: if a store is not there, or lacks a column.
+    """
+    stores: dict[str, StoreSpec] = {}
+    for run in plan:
+        for stage, config in run.stages.items():
+            name = config.data.store
+            store = stores[name] = stores.get(name) or read_store(Storage(name))
+            wanted = connector_config(config.model.connector.model_dump(), grid=store.encoder.grid).columns
+            missing = sorted(set(wanted) - {column.name for column in store.columns})
+            if missing:
+                raise ValueError(
+                    f"arm {run.arm.name!r}, {stage}: store {name} lacks {', '.join(missing)}; choose other blocks for "
+                    "the arm, or build the store with them"
+                )
 
 
 def slug(name: str) -> str:

@@ -5,21 +5,45 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from training.answers.answer import answer_all
 from training.answers.processes import AnsweringProcess
 from training.benchmarks.questions import Benchmark
-from training.release.records import SUMMARY, write_whole
-from training.sweep.plan import STAGES, AblationConfig, Run, Seconds
+from training.release.records import CONFIG, SUMMARY, Summary, read_as, read_config, write_whole
+from training.sweep.plan import DONE, STAGES, AblationConfig, Done, Run, asked
 
 
 def do_runs(runs: Sequence[Run], benchmarks: Sequence[Benchmark], config: AblationConfig) -> None:
-    """Train and ask what is not done yet."""
+    """Train and ask what is not done yet.
+
+    Raises:
+        ValueError: if files of a run are damaged.
+        SystemExit: as `fit.stage.train`.
+    """
+    questions = asked(config, benchmarks)
     for number, run in enumerate(runs, 1):
-        if not run.done.exists():
+        if not run.has_answered(questions):
             if is_first_rank():
                 print(f"run {number} of {len(runs)}: {run.arm.name}, seed {run.seed}", flush=True)
             _do(run, benchmarks, config)
+
+
+def refuse_others(runs: Sequence[Run]) -> None:
+    """A table mixes no runs of different settings.
+
+    Raises:
+        ValueError: if the folder of a run holds one with other settings, or files of it are damaged.
+    """
+    begun = [config for run in runs for config in run.stages.values() if Path(config.run, CONFIG).exists()]
+    if begun:
+        from training.fit.run_folder import refuse_another
+
+        for config in begun:
+            # The whole folder may have been moved: stage 2 began from the stage 1 that lies beside it.
+            before = read_config(Path(config.run)).model.connector_from
+            model = config.model.model_copy(update={"connector_from": before})
+            refuse_another(config.model_copy(update={"model": model}))
 
 
 def is_first_rank() -> bool:
@@ -28,21 +52,24 @@ def is_first_rank() -> bool:
 
 
 def _do(run: Run, benchmarks: Sequence[Benchmark], config: AblationConfig) -> None:
-    """Both stages and all answers; `done.json` is written last and keeps the seconds of each."""
+    """Both stages and all answers that are missing; `done.json` is written last and keeps the seconds of each."""
     import torch
 
     from training.fit.stage import train
 
-    start = time.perf_counter()
     for stage in STAGES:
         if not (run.folder / stage / SUMMARY).exists():
             train(run.stages[stage])
             gc.collect()  # a model and its optimizer are held in circles of references
             torch.cuda.empty_cache()
-    trained = time.perf_counter()
+    start = time.perf_counter()
     model = str(run.folder / "finetune" / "model")
     for each in benchmarks:
         answer_all(model, each, each.answers_in(run.folder), config.batch_size, config.max_new_tokens)
     if is_first_rank():
-        seconds = Seconds(train=trained - start, answer=time.perf_counter() - trained)
-        write_whole(run.done, seconds.model_dump_json())
+        # Of all steps and all answers, however often the run was killed on its way.
+        train_s = sum(read_as(Summary, run.folder / stage / SUMMARY).seconds for stage in STAGES)
+        before = run.done()
+        answer_s = time.perf_counter() - start + (before.answer if before else 0.0)
+        done = Done(train=train_s, answer=answer_s, asked=asked(config, benchmarks))
+        write_whole(run.folder / DONE, done.model_dump_json())

@@ -14,7 +14,7 @@ from training.benchmarks.questions import Benchmark
 from training.release.records import LAST, SUMMARY, Summary, final_loss, read_as, read_log
 from training.release.table import Difference, EncodingCost, Row, Score, StoreUsed, Table
 from training.sweep.encoding import encoding_cost
-from training.sweep.plan import DONE, STAGES, AblationConfig, Run, Seconds
+from training.sweep.plan import DONE, STAGES, AblationConfig, Done, Run
 
 TEXT_TOKENS = 64  # of a prompt, in the total: with LLaVA-1.5's system text, a question and no OCR tokens
 
@@ -94,10 +94,10 @@ def _sizes(folder: Path) -> dict[str, Any]:
     from safetensors import safe_open
 
     from training.cost.flops import image_flops
-    from training.model.model import CompactVisionConfig
+    from training.model.exported import exported_config
     from training.model.reducers import connector_config
 
-    model: Any = CompactVisionConfig.from_pretrained(folder / "finetune" / "model")
+    model: Any = exported_config(folder / "finetune" / "model")
     connector = connector_config(model.connector)
     with safe_open(folder / "finetune" / "connector" / "connector.safetensors", framework="np") as file:
         parameters = sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
@@ -112,16 +112,16 @@ def _sizes(folder: Path) -> dict[str, Any]:
 
 
 def _training(folders: Sequence[Path]) -> dict[str, Any]:
-    """Means over seeds of the final losses and the seconds, and the share of the time that waited for data."""
+    """Means over seeds of the final losses and the seconds, and the share of the steps' time that waited for data."""
     logs = {stage: [read_log(folder / stage) for folder in folders] for stage in STAGES}
-    done = [read_as(Seconds, folder / DONE) for folder in folders]
+    done = [read_as(Done, folder / DONE) for folder in folders]
     # A log says which share of each step was waited; seconds add up.
-    waits = [line["data_wait"] * line["step_s"] for stage in STAGES for log in logs[stage] for line in log]
+    lines = [line for stage in STAGES for log in logs[stage] for line in log]
     return {
         **{f"loss_{stage}": _mean(map(final_loss, logs[stage])) for stage in STAGES},
         "seconds_train": _mean(each.train for each in done),
         "seconds_answer": _mean(each.answer for each in done),
-        "data_wait": sum(waits) / sum(each.train for each in done),
+        "data_wait": sum(line["data_wait"] * line["step_s"] for line in lines) / sum(line["step_s"] for line in lines),
     }
 
 
@@ -162,4 +162,4 @@ def _saved(cost: EncodingCost) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"

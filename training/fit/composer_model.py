@@ -7,17 +7,28 @@ from typing import Any
 import numpy as np
 import torch
 from composer.models import ComposerModel
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pipeline.codec import from_payload
 from pipeline.schema import Codec, Column
+from training.model.decoders import decoder_of
 from training.model.markers import IGNORE
 from training.model.model import CompactVisionForConditionalGeneration
 from training.model.placeholders import Places
 from training.stream.batch import Batch, split
 
+# PyTorch's attention for causal models, without a mask. Before an attention that is its own, transformers reads the
+# mask, or the positions, from the device in every pass, to find out whether it needs a mask at all.
+UNMASKED = "unmasked_sdpa"
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+
 
 class TrainableModel(ComposerModel):  # type: ignore[misc]
-    """Decodes the store's columns on the device and runs the multimodal model on them."""
+    """Decodes the store's columns on the device and runs the multimodal model on them.
+
+    The stream pads rows on the right, where no token of a causal model sees the padding: it goes without a mask.
+    """
 
     def __init__(
         self,
@@ -31,6 +42,9 @@ class TrainableModel(ComposerModel):  # type: ignore[misc]
         self.columns = columns
         self.codec: Codec = codec
         self.dtype = dtype
+        text = model.llm.config
+        if decoder_of(text.model_type).sees_all_before and text._attn_implementation == "sdpa":
+            model.llm.set_attn_implementation(UNMASKED)
 
     def forward(self, batch: Batch) -> Any:
         """Batch of (B, L) tokens and the columns of its images -> the Hugging Face output, `loss` included.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from pipeline.config import ConfigError, load_config
+from training.checkpoints.safe import only_data
 from training.config import TrainConfig
+from training.engines import engine_class
 from training.fit.trained import export_run
 from training.model.model import CompactVisionForConditionalGeneration
 
@@ -22,6 +25,7 @@ pytestmark = pytest.mark.minutes(2)
 LORA = {"model.lora": {"rank": 8, "alpha": 16, "dropout": 0.0}, "optimizer.llm_lr": 4e-3}
 MEMORY = {"model.loss_chunks": 3, "model.activation_checkpointing": True}
 TIED = {"model.llm": "tied", "steps": 3}
+NAN = {"optimizer.lr": 1e25, "optimizer.warmup_ratio": 0.0, "stop_on_spike": None, "checkpoint.interval": "1ba"}
 BF16 = {"precision": "amp_bf16", "model.frozen_dtype": "bfloat16"}
 
 # name: (stage, ranks, settings)
@@ -47,7 +51,9 @@ RUNS: dict[str, tuple[int, int, dict[str, Any]]] = {
     "tied-lora-zero3": (2, 1, {**TIED, **LORA, "parallelism": "zero3"}),
     "tied-frozen": (1, 1, {**TIED, "parallelism": "zero1"}),
     "spike": (2, 2, {"stop_on_spike": 1.002, "optimizer.lr": 1e-9}),
+    **{f"nan-{engine}": (2, 1, {**NAN, "parallelism": engine}) for engine in ("ddp", "zero2")},
 }
+STOPPED = ("spike", "nan-ddp", "nan-zero2")  # they end with an error
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +88,7 @@ def runs(
     boards = {"WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db"}
     codes = dict(zip(needed, run_jobs(folder, jobs, boards), strict=True))
     for name, code in codes.items():
-        assert (name == "spike") is any(code), f"{name}: {code}\n{(folder / name / 'output').read_text()[-4000:]}"
+        assert (name in STOPPED) is any(code), f"{name}: {code}\n{(folder / name / 'output').read_text()[-4000:]}"
     return folder
 
 
@@ -241,6 +247,28 @@ def test_a_jump_of_the_loss_stops_the_run_and_names_the_batch(runs: Path) -> Non
     assert "is more than 1.002 times the usual" in said
     message = said[said.index("is more than") :].split("The last checkpoint")[0]
     assert message.count("#0") == 8  # the keys of the global batch
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(f"nan-{e}", marks=pytest.mark.needs(f"nan-{e}")) for e in ("ddp", "zero2")]
+)
+def test_a_loss_that_is_no_number_stops_the_run_before_it_reaches_the_weights(
+    runs: Path, losses: Callable[[str], list[float]], name: str
+) -> None:
+    said = (runs / name / "output").read_text()
+    found = re.search(
+        r"FloatingPointError: loss is (nan|inf) at step (\d+); the microbatch held the examples (.*)\.", said
+    )
+    assert found is not None, said[-2000:]
+    steps = int(found[2])
+    assert steps == len(losses(name)) > 0  # those before it
+    assert all(map(math.isfinite, losses(name)))
+    assert found[3].count("#0") == 2  # of the microbatch
+    last, engine = runs / name / "checkpoints" / f"ba{steps:08d}", name.removeprefix("nan-")
+    with only_data(engine):
+        weights = engine_class(engine).saved_weights(last, "composer.pt")
+    assert len(weights) > 30
+    assert all(bool(weight.isfinite().all()) for weight in weights.values())
 
 
 @pytest.mark.parametrize(

@@ -55,12 +55,25 @@ class StopRequest:
 
     A second Ctrl-C ends the process at once.
 
-    A signal may come at any moment, also within a collective. So its handler only takes a note; `Checkpoints` looks at
-    the notes of all ranks after each step, when all are at the same place and the weights are whole.
+    A signal may come at any moment, also within a collective. So its handler only takes a note; `agree` looks at the
+    notes of all ranks after each step, when all are at the same place and the weights are whole.
+
+    Attributes:
+        signal: the first one that this process got, 0 if none.
+        agreed: one that a rank had got when they agreed last, 0 if none.
     """
 
     def __init__(self) -> None:
         self.signal = 0
+        self.agreed = 0
+
+    def agree(self, number: int) -> int:
+        """Look at the notes of all ranks, and for the largest `number` that any has on the same occasion. A collective.
+
+        Ranks wait for each other once in a step: whoever has something rare to tell, tells it here.
+        """
+        self.agreed, largest = most(self.signal, number)
+        return largest
 
     def __enter__(self) -> StopRequest:
         self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
@@ -84,7 +97,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         folder: of all checkpoints of the run.
         settings: interval, how many to keep, the bucket.
         engine: of the run; a resumed run must have the same.
-        stop: says whether a scheduler wants this process to end; one rank's wish is all ranks'.
+        stop: says whether a scheduler wants this process to end; one rank's wish is all ranks', once they have agreed.
         left_out: keys of Composer's state that are not saved (`Engine.left_out`).
 
     Attributes:
@@ -112,7 +125,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Save if it is time, or if any rank was told to stop; then training ends."""
-        self.stopped = most(self.stop.signal)
+        self.stopped = self.stop.agreed
         due = self._due(state, Event.BATCH_CHECKPOINT)
         if due or self.stopped:
             self.save(state)
@@ -218,7 +231,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         """
         if self._remote is None or not self._unmarked:
             return
-        waiting = most(int(not self._remote.idle))
+        (waiting,) = most(int(not self._remote.idle))
         if not waiting:
             newest = self._unmarked[-1]
             self._unmarked.clear()
@@ -250,7 +263,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         free = shutil.disk_usage(self.folder).free
         learning = sum(p.numel() for group in state.optimizers[0].param_groups for p in group["params"])
         need = CHECKPOINT * learning
-        short = most(int(free < need and _is_local_leader()))
+        (short,) = most(int(free < need and _is_local_leader()))
         if short:
             log.error(
                 "step %d is not saved: a checkpoint takes about %.3g GB and %s has %.3g GB free on some node; make "
@@ -269,11 +282,12 @@ def _is_local_leader() -> bool:
     return bool(dist.get_local_rank() == 0)
 
 
-def most(value: int) -> int:
-    """The largest of all ranks' values. A collective."""
+def most(*values: int) -> list[int]:
+    """Of each value, the largest of all ranks. A collective."""
     if dist.get_world_size() == 1:
-        return value
+        return list(values)
     on_gpu = torch.distributed.get_backend() == "nccl"
-    tensor = torch.tensor(value, device="cuda" if on_gpu else "cpu")
+    tensor = torch.tensor(values).to("cuda" if on_gpu else "cpu", non_blocking=True)
     dist.all_reduce(tensor, reduce_operation="MAX")
-    return int(tensor)
+    largest: list[int] = tensor.tolist()
+    return largest

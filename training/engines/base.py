@@ -42,7 +42,7 @@ class Engine(ABC):
         self.name = name
         self.config = config
         self.ranks = ranks
-        self._norm = 0.0
+        self._norm: float | Tensor = 0.0  # a tensor until it is read: that waits for the device
 
     @classmethod  # noqa: B027 - most engines refuse nothing
     def check(cls, config: TrainConfig) -> None:
@@ -108,11 +108,21 @@ class Engine(ABC):
         norm = self.whole(torch.nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
         if self.config.optimizer.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(learning, self.config.optimizer.clip_grad_norm, norm)
-        self._norm = float(norm)
+        self._norm = norm
+
+    def read(self, losses: list[Tensor]) -> list[float]:
+        """Tensors of shape () -> their values, and the norm with them: the host waits once for the device."""
+        import torch
+
+        if isinstance(self._norm, float):
+            read: list[float] = torch.stack(losses).tolist()
+            return read
+        self._norm, *read = torch.stack([self._norm.to(losses[0]), *losses]).tolist()
+        return read
 
     def gradient_norm(self, state: State) -> float:
         """L2 norm of the gradient of the step that has just ended, as it was before clipping."""
-        return self._norm
+        return float(self._norm)
 
     def whole_weights(self, state: State, keep: Callable[[str], bool]) -> dict[str, Tensor]:
         """The weights of the multimodal model whose name is kept, on the CPU of rank 0. A collective."""

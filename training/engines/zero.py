@@ -78,7 +78,8 @@ class Zero(Engine):
 
     def gradient_norm(self, state: State) -> float:
         """The norm that DeepSpeed measured in its last step."""
-        return float(state.model.engine.get_global_grad_norm() or 0.0)
+        norm = state.model.engine.get_global_grad_norm()
+        return 0.0 if norm is None else float(norm)
 
     def whole_weights(self, state: State, keep: Callable[[str], bool]) -> dict[str, Tensor]:
         """The kept weights on the CPU of rank 0; those that learn in fp32. A collective."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import resource
 import statistics
 import time
@@ -20,7 +21,7 @@ from composer.utils import dist
 
 from training.cost.mfu import peak_flops
 from training.engines.base import Engine
-from training.fit.composer_model import supervised_tokens
+from training.fit.composer_model import token_counts
 from training.release.records import LOG, read_log, write_whole
 from training.stream.stream import Stream
 
@@ -35,7 +36,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
 
     Args:
         run: folder of the run.
-        engine: measures the gradient, and clips it on this occasion.
+        engine: has measured the gradient.
         flops: of a batch, by the lengths of its examples, its number of images and of supervised tokens.
     """
 
@@ -57,7 +58,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
         self._step_start = 0.0
         self._tokens = 0
         self._work = 0.0
-        self._positions, self._used = 0, torch.tensor(0)
+        self._positions, self._used = 0, 0
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drop the lines of steps that a resumed run is about to repeat."""
@@ -75,21 +76,15 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
         rates = [group["lr"] for group in state.optimizers[0].param_groups]
         self._line = {"lr": rates[0]} | ({"lr_llm": rates[1]} if len(rates) > 1 and rates[1] != rates[0] else {})
         self._tokens = state.timestamp.token.value
-        self._positions, self._used = 0, torch.tensor(0)
+        self._positions, self._used = 0, 0
         if self.peak is not None:
-            batch = state.batch
-            lengths = batch["attention_mask"].sum(dim=1).tolist()  # (B,)
-            self._work = self.flops(lengths, len(batch["image_rows"]), supervised_tokens(batch))
+            counts = token_counts(state.batch)
+            self._work = self.flops(counts["lengths"], len(state.batch["image_rows"]), counts["predicted"])
 
     def before_forward(self, state: State, logger: Logger) -> None:
-        """Count the positions of a microbatch, and the tokens among them, where they are: without waiting for them."""
-        mask = state.batch["attention_mask"]
-        self._positions += mask.numel()
-        self._used = self._used.to(mask.device) + mask.sum()
-
-    def after_train_batch(self, state: State, logger: Logger) -> None:
-        """Measure the gradient, and clip it, while it exists."""
-        self.engine.clip_gradients(state)
+        """Count the positions of a microbatch, and the tokens among them."""
+        self._positions += state.batch["input_ids"].numel()
+        self._used += sum(token_counts(state.batch)["lengths"])
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Write the line of this step."""
@@ -107,7 +102,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
             "step_s": seconds,
             "eta_s": (self.total_steps - step) * seconds,
             "memory_gb": _peak_memory() / 1e9,
-            "padding": 1 - float(self._used) / self._positions,
+            "padding": 1 - self._used / self._positions,
         }
         if self.peak is not None:
             line["mfu"] = self._work / seconds / self.peak
@@ -166,25 +161,40 @@ class StopOnBadLoss(Callback):  # type: ignore[misc]
 
     Args:
         spike: a step's loss may be at most this many times the median of the last 100; None for any.
+        engine: measures the gradient and clips it on this occasion.
     """
 
-    def __init__(self, spike: float | None) -> None:
+    def __init__(self, spike: float | None, engine: Engine) -> None:
         self.spike = spike
+        self.engine = engine
         self._recent: deque[float] = deque(maxlen=100)
+        self._losses: list[torch.Tensor] = []  # (), of the step's microbatches, where they were computed
+        self._keys: list[list[str]] = []  # of their examples
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """A step begins, or, if memory did not suffice, begins again."""
+        self._losses, self._keys = [], []
 
     def after_loss(self, state: State, logger: Logger) -> None:
-        """Check the microbatch's loss before it reaches the weights.
+        """Keep the microbatch's loss: reading it here would wait for the device."""
+        assert isinstance(state.loss, torch.Tensor)
+        self._losses.append(state.loss.detach())
+        self._keys.append(state.batch["keys"])
+
+    def after_train_batch(self, state: State, logger: Logger) -> None:
+        """Clip the gradient, and check the losses before it reaches the weights.
 
         Raises:
-            FloatingPointError: with the keys (`<image>#<conversation>`) of the microbatch.
+            FloatingPointError: with the keys (`<image>#<conversation>`) of the first microbatch that has such a loss.
         """
-        assert isinstance(state.loss, torch.Tensor)
-        if not bool(torch.isfinite(state.loss)):
-            raise FloatingPointError(
-                f"loss is {state.loss.item()} at step {state.timestamp.batch.value}; "
-                f"the microbatch held the examples {', '.join(state.batch['keys'])}. "
-                "Lower optimizer.lr, or look at them."
-            )
+        self.engine.clip_gradients(state)
+        for loss, keys in zip(self.engine.read(self._losses), self._keys, strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(
+                    f"loss is {loss} at step {state.timestamp.batch.value}; "
+                    f"the microbatch held the examples {', '.join(keys)}. "
+                    "Lower optimizer.lr, or look at them."
+                )
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Check the step's loss, before a checkpoint of the weights that made it, or that it made, is written.

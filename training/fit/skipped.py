@@ -13,7 +13,7 @@ from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
-from training.checkpoints.checkpoint import most
+from training.checkpoints.checkpoint import StopRequest
 from training.release.records import SKIPPED, read_log, write_whole
 from training.stream.stream import Stream
 from training.text.collate import Skip
@@ -29,10 +29,12 @@ class SkippedExamples(Callback):  # type: ignore[misc]
         run: folder of the run.
         steps: of the whole run.
         max_skipped: share of the examples that the run sees which may be skipped.
+        stop: the occasion on which ranks hear of each other after each step.
     """
 
-    def __init__(self, run: Path, stream: Stream, steps: int, max_skipped: float) -> None:
+    def __init__(self, run: Path, stream: Stream, steps: int, max_skipped: float, stop: StopRequest) -> None:
         self.run = run
+        self.stop = stop
         self.batch_size = stream.global_batch_size
         self.examples = min(steps * self.batch_size, len(stream.examples))  # different ones that the run sees
         self.max_skipped = max_skipped
@@ -48,16 +50,16 @@ class SkippedExamples(Callback):  # type: ignore[misc]
         dist.broadcast_object_list(listed)
         self._reasons = listed[0]
 
-    def batch_start(self, state: State, logger: Logger) -> None:
-        """List what is new in the global batch of the step that begins.
+    def batch_checkpoint(self, state: State, logger: Logger) -> None:
+        """List what is new in the global batch of the step that has ended, before a checkpoint of it is saved.
 
         Raises:
             SystemExit: with a message on every rank, if too many are skipped.
         """
         mine: list[Skip] = [skip for skip in state.batch["skipped"] if skip is not None]
-        if not most(len(mine)):  # as in nearly every step
+        if not self.stop.agree(len(mine)):  # as in nearly every step
             return
-        step = state.timestamp.batch.value + 1
+        step = state.timestamp.batch.value
         everyone = [skip for part in dist.all_gather_object(mine) for skip in part]
         new = {skip.key: skip for skip in everyone if skip.key not in self._reasons}
         if dist.get_global_rank() == 0:

@@ -16,14 +16,13 @@ from training.config import TrainConfig
 from training.cost.mfu import StepFlops
 from training.engines.base import Engine
 from training.fit.callbacks import StepLog, StopOnBadLoss, boards
-from training.fit.composer_model import TrainableModel, token_counts
+from training.fit.composer_model import TrainableModel, microbatches, token_counts
 from training.fit.optimizer import build_optimizer, build_schedule
 from training.fit.pace import SlowRanks
 from training.fit.parts import Parts
 from training.fit.skipped import SkippedExamples
 from training.fit.watch import Watch
-from training.stream.batch import split
-from training.stream.stream import Stream
+from training.stream.batch import Batch
 
 WAIT_S = 1800  # for the other ranks, in a collective
 
@@ -49,7 +48,7 @@ def build_trainer(
     optimizer = build_optimizer(model, config.optimizer)
     settings = {
         "model": _trainable(config, parts),
-        "train_dataloader": _data(parts.stream),
+        "train_dataloader": _data(parts),
         "optimizers": optimizer,
         "schedulers": build_schedule(optimizer, steps, config.optimizer.warmup_ratio),  # moved on after each step
         "step_schedulers_every_batch": True,
@@ -57,8 +56,8 @@ def build_trainer(
         "device_train_microbatch_size": engine.microbatch_size(),
         "accumulate_train_batch_on_tokens": config.loss == "global",
         "callbacks": [
-            SkippedExamples(run, parts.stream, steps, config.data.max_skipped),
-            StopOnBadLoss(config.stop_on_spike),
+            SkippedExamples(run, parts.stream, steps, config.data.max_skipped, stop),  # before `checkpoints`: it agrees
+            StopOnBadLoss(config.stop_on_spike, engine),
             SlowRanks(parts.stream),
             watch,
             checkpoints,
@@ -84,15 +83,18 @@ def _trainable(config: TrainConfig, parts: Parts) -> TrainableModel:
     return TrainableModel(parts.model, columns, parts.store.codec, dtype)
 
 
-def _data(stream: Stream) -> DataSpec:
+def _data(parts: Parts) -> DataSpec:
     """The stream as Composer takes it.
 
     Composer saves and restores the position of a DataLoader's dataset, of nothing else. The batches are ready: the
-    DataLoader hands them on as they are.
+    DataLoader hands them on as they are. On their way to the device they lose their class, for whose sake Composer does
+    not copy all features of a microbatch once more.
     """
+    image_token_id, pin = parts.model.config.image_token_id, torch.cuda.is_available()
     return DataSpec(
-        DataLoader(stream, batch_size=None, num_workers=0, collate_fn=lambda batch: batch),
-        split_batch=split,
+        DataLoader(parts.stream, batch_size=None, num_workers=0, collate_fn=lambda batch: batch),
+        split_batch=lambda batch, size: microbatches(batch, size, image_token_id, pin),
+        microbatch_transforms=Batch,
         get_num_samples_in_batch=lambda batch: len(batch["keys"]),
         get_num_tokens_in_batch=token_counts,
     )

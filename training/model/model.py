@@ -28,12 +28,11 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import can_return_tuple
 
 from pipeline.encoders import encoder_of
-from pipeline.encoders.columns import block_of, grid_of
 
 from .markers import IGNORE
-from .placeholders import ProposedText, VocabularyOnly, within_vocabulary
+from .placeholders import Places, ProposedText, VocabularyOnly, within_vocabulary
 from .reducers import build_connector, connector_config
-from .reducers.connector import Connector, Text
+from .reducers.connector import Connector, Text, check_tower
 
 
 class CompactVisionConfig(PreTrainedConfig):  # type: ignore[misc]
@@ -154,7 +153,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             dtype=llm.dtype,
         )
         if vision_tower is not None:
-            _check_tower(vision_tower.config, connector)
+            check_tower(vision_tower.config, connector)
         with torch.device("meta"):  # the frame, without weights
             model = cls(config)
         model.llm, model.connector, model.vision_tower = llm, connector, vision_tower
@@ -214,6 +213,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         past_key_values: Any = None,
         cache: Any = None,
         logits_to_keep: int | Tensor = 0,
+        places: Places | None = None,
         **kwargs: Any,
     ) -> CompactVisionOutput:
         """One pass.
@@ -228,13 +228,16 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             position_ids: (batch, length).
             past_key_values, cache: keys and values of the positions before; from transformers 5.24 on `cache`.
             logits_to_keep: how many of the last positions, or which indices; 0 keeps all.
+            places: what is known of a training batch, padded on the right; without it, the device is asked.
             **kwargs: to the language model without its head, `use_cache` among them.
 
         Raises:
             ValueError: if placeholders and vision tokens differ in number.
         """
-        text = self._text(input_ids, attention_mask, labels)
-        inputs_embeds, vision = self._inputs(input_ids, inputs_embeds, columns, pixel_values, text)
+        text = self._text(input_ids, attention_mask, labels, places)
+        inputs_embeds, vision = self._inputs(input_ids, inputs_embeds, columns, pixel_values, text, places)
+        if places is not None:  # the decoder is causal: no token sees padding, which is on its right
+            attention_mask = None
         # Named above for `generate`, which reads the signature. A version of transformers knows one name of the cache.
         given = {"position_ids": position_ids, "past_key_values": past_key_values, "cache": cache}
         kwargs |= {name: value for name, value in given.items() if value is not None}
@@ -245,13 +248,19 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.llm.get_output_embeddings()(hidden[:, keep])
         return CompactVisionOutput(
-            loss=None if labels is None else self._loss(hidden, labels, vision),
+            loss=None if labels is None else self._loss(hidden, labels, vision, places),
             logits=logits,
             image_hidden_states=vision,
             **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
         )
 
-    def _text(self, input_ids: Tensor | None, attention_mask: Tensor | None, labels: Tensor | None) -> Text | None:
+    def _text(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        labels: Tensor | None,
+        places: Places | None = None,
+    ) -> Text | None:
         """(batch, length) each -> for a connector that reads text: of rows with an image, the tokens not predicted."""
         if not self.connector.config.reads_text or input_ids is None:
             return None
@@ -259,7 +268,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         mask = ~shown if attention_mask is None else ~shown & attention_mask[:, -input_ids.shape[1] :].bool()
         if labels is not None:
             mask = mask & (labels == IGNORE)
-        rows = shown.any(dim=1)
+        rows = shown.any(dim=1).nonzero().squeeze(1) if places is None else places.rows
         return Text(self.get_input_embeddings()(input_ids[rows].masked_fill(~mask[rows], 0)), mask[rows])
 
     def _inputs(
@@ -269,6 +278,7 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         columns: Mapping[str, Tensor] | None,
         pixel_values: Tensor | None,
         text: Text | None = None,
+        places: Places | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """What the language model reads, (batch, length, width), and the vision tokens in it."""
         if (input_ids is None) == (inputs_embeds is None):
@@ -286,17 +296,18 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         if columns is None and pixel_values is not None:
             columns = self.encode_images(pixel_values)
         vision: Tensor | None = None if columns is None else self.connector(columns, text)
-        return self._embed(input_ids, vision), vision
+        return self._embed(input_ids, vision, places), vision
 
-    def _embed(self, input_ids: Tensor, vision: Tensor | None) -> Tensor:
+    def _embed(self, input_ids: Tensor, vision: Tensor | None, places: Places | None = None) -> Tensor:
         """Token embeddings (batch, length, width), with the vision tokens in their places."""
         if vision is None and input_ids.shape[1] == 1:
             embedded: Tensor = self.get_input_embeddings()(input_ids)  # a step of decoding
             return embedded
-        places = input_ids == self.config.image_token_id
-        embeds: Tensor = self.get_input_embeddings()(input_ids.masked_fill(places, 0))
+        shown = input_ids == self.config.image_token_id
+        embeds: Tensor = self.get_input_embeddings()(input_ids.masked_fill(shown, 0))
+        at = shown.flatten().nonzero().squeeze(1) if places is None else places.vision  # (n * tokens,)
         expected = 0 if vision is None else vision.shape[0] * vision.shape[1]
-        found = int(places.sum())
+        found = len(at)
         if found != expected:
             images = 0 if vision is None else vision.shape[0]
             raise ValueError(
@@ -305,9 +316,10 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
             )
         if vision is None:
             return embeds
-        return embeds.masked_scatter(places.unsqueeze(-1).to(embeds.device), vision.to(embeds.device, embeds.dtype))
+        tokens = vision.to(embeds.device, embeds.dtype).flatten(0, 1)  # (n * tokens, width)
+        return embeds.flatten(0, 1).index_copy(0, at.to(embeds.device), tokens).view_as(embeds)
 
-    def _loss(self, hidden: Tensor, labels: Tensor, vision: Tensor | None) -> Tensor:
+    def _loss(self, hidden: Tensor, labels: Tensor, vision: Tensor | None, places: Places | None = None) -> Tensor:
         """(batch, length, width), labels (batch, length), vision (n, tokens, width) -> mean cross-entropy in fp32, ().
 
         Logits are computed only at supervised positions, which bound their memory. With `loss_chunks` above 1 they come
@@ -316,9 +328,13 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         Without supervised tokens it is 0, and without images 0 is added to it, both with a graph: every parameter
         that learns then has a gradient on every rank, which DDP waits for.
         """
-        following = labels[:, 1:].to(hidden.device)
-        supervised = following != IGNORE
-        hidden, targets = hidden[:, :-1][supervised], following[supervised]
+        if places is None:  # the first label has nothing before it, from which to predict it
+            learned = F.pad(labels[:, 1:], (1, 0), value=IGNORE).flatten().ne(IGNORE).nonzero().squeeze(1)
+        else:
+            learned = places.learned
+        learned = learned.to(hidden.device)  # (targets,), b * length + l: predicted at the position before
+        hidden = hidden.flatten(0, 1).index_select(0, learned - 1)
+        targets = labels.to(hidden.device).flatten().index_select(0, learned)
         parts = zip(hidden.tensor_split(self.loss_chunks), targets.tensor_split(self.loss_chunks), strict=True)
         if self.loss_chunks == 1:
             sums = [self._cross_entropy(*part) for part in parts]
@@ -379,20 +395,3 @@ class CompactVisionModel(CompactVisionForConditionalGeneration):
         text = self._text(input_ids, kwargs.get("attention_mask"), None)
         embeds, _ = self._inputs(input_ids, inputs_embeds, columns, pixel_values, text)
         return self.llm.get_decoder()(inputs_embeds=embeds, **kwargs)
-
-
-def _check_tower(vision: PreTrainedConfig, connector: Connector) -> None:
-    """Raise ValueError if the tower's grid, width or depth is not what the connector was made for."""
-    found = (grid_of(vision), vision.hidden_size)
-    expected = (connector.config.grid, connector.config.vision_width)
-    if found != expected:
-        raise ValueError(
-            f"the vision tower makes {found[0]} x {found[0]} tokens of width {found[1]}; the connector expects "
-            f"{expected[0]} x {expected[0]} of width {expected[1]}: give it the encoder of its store"
-        )
-    deepest = max(map(block_of, connector.columns))
-    if deepest > vision.num_hidden_layers:
-        raise ValueError(
-            f"the connector needs block {deepest}; the vision tower has {vision.num_hidden_layers}: give it the "
-            "encoder of its store"
-        )

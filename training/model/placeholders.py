@@ -1,13 +1,29 @@
-"""Placeholders of vision tokens in prompts, kept from what takes every id of a prompt for one of the vocabulary."""
+"""Placeholders of vision tokens in prompts: where they stand; and kept from what takes every id for a word."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
+
+
+class Places(NamedTuple):
+    """Where things stand in a training batch (B, L) whose rows are padded on the right; int64 each, ascending.
+
+    Whoever makes the batch knows them on the host. The model need not ask the device then: it waits for no answer.
+
+    Attributes:
+        rows: (n,), the rows with an image.
+        vision: (n * tokens,), the placeholders, counted through all rows: b * L + l.
+        learned: (targets,), the labels that are predicted, counted likewise.
+    """
+
+    rows: Tensor
+    vision: Tensor
+    learned: Tensor
 
 
 def within_vocabulary(input_ids: Tensor, image_token_id: int) -> Tensor:

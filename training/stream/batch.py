@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -30,7 +31,7 @@ class Batch(dict[str, Any]):
 
 
 def split(batch: dict[str, Any], microbatch_size: int | float) -> list[Batch]:
-    """Cut a batch into microbatches of `microbatch_size` examples or fewer, each with the images that belong to them.
+    """Cut a batch on the host into microbatches of so many examples or fewer, each with the images that belong to them.
 
     Positions that are padding in all rows of a microbatch are cut off on the right: they would only cost time.
     """
@@ -41,7 +42,7 @@ def split(batch: dict[str, Any], microbatch_size: int | float) -> list[Batch]:
     for start in range(0, total, size):
         stop = min(start + size, total)
         # `image_rows` ascends, so the images of examples start..stop are neighbours: first..last.
-        first, last = torch.searchsorted(image_rows, torch.tensor([start, stop], device=image_rows.device)).tolist()
+        first, last = np.searchsorted(image_rows.numpy(), [start, stop]).tolist()
         part = Batch(
             {name: value[start:stop] for name, value in batch.items() if name not in ("columns", "image_rows")}
         )
@@ -56,7 +57,7 @@ def _trimmed(part: Batch) -> Batch:
     mask = part.get("attention_mask")
     if mask is None:
         return part
-    used = mask.any(dim=0).nonzero()  # positions that some row uses
+    used = np.flatnonzero(mask.numpy().any(axis=0))  # positions that some row uses
     width = int(used[-1]) + 1 if len(used) else mask.shape[1]
     for name, value in part.items():
         if isinstance(value, torch.Tensor) and value.shape == mask.shape and name != "attention_mask":

@@ -31,9 +31,8 @@ from training.config import TrainConfig
 from training.cost.memory import GRADIENT, MOMENTS, WEIGHT
 from training.cost.mfu import StepFlops
 from training.fit.callbacks import StepLog
-from training.fit.composer_model import TrainableModel, supervised_tokens
+from training.fit.composer_model import TrainableModel, microbatches, token_counts
 from training.fit.optimizer import build_optimizer
-from training.stream.batch import split
 
 WARM_UP = 2  # steps of each run that do not count
 CONNECTOR = {"blocks": BLOCKS}
@@ -111,18 +110,19 @@ class Bench:
         start = time.perf_counter()
         while len(lines) < wanted:  # an epoch may be shorter
             for batch in stream:
-                total = supervised_tokens(batch)
-                for part in split(_moved(batch, self.job.device), config.microbatch_size):
+                total = token_counts(batch)
+                for part in microbatches(batch, config.microbatch_size, model.config.image_token_id, not self.job.cpu):
                     with torch.autocast(self.job.device, torch.bfloat16, enabled=not self.job.cpu):
-                        loss = trainable(part).loss * (supervised_tokens(part) / total)
+                        loss = trainable(_moved(part, self.job.device)).loss
+                        loss = loss * (part["tokens"]["predicted"] / total["predicted"])
                     loss.backward()
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
                 wait(self.job.device)
                 seconds = time.perf_counter() - start
                 start = time.perf_counter()
-                lengths = batch["attention_mask"].sum(dim=1).tolist()
-                work = flops(lengths, len(batch["image_rows"]), total)
+                lengths = total["lengths"]
+                work = flops(lengths, len(batch["image_rows"]), total["predicted"])
                 rates = {"samples_per_s": len(lengths) / seconds, "tokens_per_s": sum(lengths) / seconds}
                 lines.append({"step_s": seconds, **rates, "mfu": work / seconds})
                 if len(lines) == wanted:

@@ -15,7 +15,9 @@ class Decoder:
     Attributes:
         template: of conversations, a name of text/templates.py: how the model is asked. Training takes `data.template`.
         chat_template: the same prompt as a Jinja template, which an export gives to transformers.
+        sees_all_before: whether in every layer a token sees all tokens before it, and no other: no window, no blocks.
     """
 
     template: str
     chat_template: str
+    sees_all_before: bool = False

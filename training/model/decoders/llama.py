@@ -70,4 +70,4 @@ CHAT_TEMPLATE = """\
 {%- endif -%}
 """
 
-LLAMA = Decoder(template="v1", chat_template=CHAT_TEMPLATE)
+LLAMA = Decoder(template="v1", chat_template=CHAT_TEMPLATE, sees_all_before=True)

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
-from pipeline.encoders.columns import is_cls
+from pipeline.encoders.columns import block_of, grid_of, is_cls
 
 from .base import ConnectorConfig
 
@@ -98,3 +99,20 @@ class Connector(nn.Module, ABC):
             if weight.dtype in (torch.float32, torch.bfloat16, torch.float16):
                 found[weight.dtype] += 1 + weight.numel()  # 1: a sharded weight may have no numbers here
         return max(found, key=found.__getitem__, default=otherwise)
+
+
+def check_tower(vision: PreTrainedConfig, connector: Connector) -> None:
+    """Raise ValueError if the tower's grid, width or depth is not what the connector was made for."""
+    found = (grid_of(vision), vision.hidden_size)
+    expected = (connector.config.grid, connector.config.vision_width)
+    if found != expected:
+        raise ValueError(
+            f"the vision tower makes {found[0]} x {found[0]} tokens of width {found[1]}; the connector expects "
+            f"{expected[0]} x {expected[0]} of width {expected[1]}: give it the encoder of its store"
+        )
+    deepest = max(map(block_of, connector.columns))
+    if deepest > vision.num_hidden_layers:
+        raise ValueError(
+            f"the connector needs block {deepest}; the vision tower has {vision.num_hidden_layers}: give it the "
+            "encoder of its store"
+        )

@@ -15,9 +15,12 @@ from training.config import TrainConfig
 from training.cost.memory import Held, ModelShape
 
 if TYPE_CHECKING:
+    import torch
     from composer import Trainer
     from composer.core import State
     from torch import Tensor, nn
+
+    from training.model.model import CompactVisionForConditionalGeneration
 
 INNER = "model."  # what Composer's model, around ours, puts before the names of weights
 
@@ -65,6 +68,22 @@ class Engine(ABC):
             left_out: the keys of Composer's state that checkpoints lack.
             settings: the Trainer's own, but for `precision`.
         """
+
+    def place(self, model: CompactVisionForConditionalGeneration) -> None:
+        """Fill in the weights of the language model that have no contents yet, before the optimizer is made.
+
+        A collective where weights are sharded here. An engine may leave it to its trainer.
+        """
+        from training.engines.weights import fill_whole
+
+        fill_whole(self.config.model, model, self.device())
+
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        import torch
+
+        on_gpu = torch.cuda.is_available() and self.config.device != "cpu"
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     @abstractmethod
     def memory(self, shape: ModelShape) -> Held:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from composer.core import State
     from torch import Tensor, nn
 
+    from training.model.model import CompactVisionForConditionalGeneration
+
 
 class Zero(Engine):
     """DeepSpeed's ZeRO (Rajbhandari et al., 2020), its stages being subclasses."""
@@ -25,6 +27,11 @@ class Zero(Engine):
     stage: ClassVar[int]
     any_ranks = False
     bf16_on_cpu = True
+
+    @property
+    def _bf16(self) -> bool:
+        """Whether weights are bf16, beside fp32 ones in the optimizer's state."""
+        return self.config.precision == "amp_bf16"
 
     @classmethod
     def saved_types(cls) -> list[type]:
@@ -51,7 +58,7 @@ class Zero(Engine):
 
         callback = DeepSpeedCallback(
             stage=self.stage,
-            bf16=self.config.precision == "amp_bf16",
+            bf16=self._bf16,
             clip_grad_norm=self.config.optimizer.clip_grad_norm,
             load_path=settings.get("load_path"),
         )
@@ -118,6 +125,14 @@ class Zero3(Zero):
     """Weights are sharded too: each layer's are gathered for its use."""
 
     stage = 3
+
+    def place(self, model: CompactVisionForConditionalGeneration) -> None:
+        """Fill in a weight, keep this rank's part of it, and go on to the next. A collective."""
+        from training.engines.deepspeed_callback import partition
+        from training.engines.weights import LlmWeights
+
+        weights = LlmWeights(self.config.model, model.llm)
+        partition(model, lambda name, weight: weights.fill(name, weight, self.device()), self._bf16)
 
     @classmethod
     def check(cls, config: TrainConfig) -> None:

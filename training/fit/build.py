@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from pipeline.config import meant
 from pipeline.schema import StoreSpec
 from training.config import TrainConfig
 from training.cost.flops import check_connector
+from training.engines.weights import empty_llm, fill_whole
 from training.fit.lora import add_lora, merge_lora
 from training.model.decoders import decoder_of
 from training.model.decoders.base import Decoder
@@ -30,24 +31,32 @@ from training.text.templates import TEMPLATES
 
 
 def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
+    """The model of `empty_model`, whole, in this process's memory.
+
+    Raises:
+        ValueError, OSError: as `empty_model`.
+    """
+    model = empty_model(config, store)
+    fill_whole(config.model, model, torch.device("cpu"))
+    return model
+
+
+def empty_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
     """The model of one stage, without a vision tower: it is fed the store's columns.
 
-    Weights that learn are fp32, frozen ones `config.model.frozen_dtype`. The initial weights of
-    connector and adapters depend only on `config.seed`, so every rank starts from the same.
+    The language model's weights have shapes and no contents, which its engine fills in (`Engine.place`). Weights that
+    learn are fp32, frozen ones `config.model.frozen_dtype`. The initial weights of connector and adapters depend only
+    on `config.seed`, so every rank starts from the same.
 
     Raises:
         ValueError: if the connector does not fit the store or the language model, or `connector_from` another one,
-            or LoRA is wanted without peft.
+            or LoRA is wanted without peft, or the files of the language model are not what its configuration says.
         OSError: if the language model cannot be read.
     """
     frozen: torch.dtype = getattr(torch, config.model.frozen_dtype)
     text = _text_config(config)
     connector = _connector(config, store, text.hidden_size)
-    llm = AutoModelForCausalLM.from_pretrained(
-        config.model.llm,
-        revision=config.model.revision,
-        dtype=torch.float32 if _learns_whole(config) else frozen,
-    )
+    llm = empty_llm(config.model, torch.float32 if _learns_whole(config) else frozen)
     if config.model.connector_from is not None:
         load_connector(connector, Path(config.model.connector_from))
     if "connector" not in config.train:
@@ -101,26 +110,6 @@ def whole_model(
     if config.model.lora is not None:
         merge_lora(llm)
     return whole
-
-
-def empty_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
-    """The model of `build_model`, with the same checks. The LLM's weights have shapes and no contents.
-
-    Raises:
-        ValueError, OSError: as `build_model`.
-    """
-    text = _text_config(config)
-    connector = _connector(config, store, text.hidden_size)
-    if config.model.connector_from is not None:
-        load_connector(connector, Path(config.model.connector_from))
-    with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(text)
-        model = CompactVisionForConditionalGeneration.from_parts(llm, connector, aspect=store.aspect)
-        model.connector.requires_grad_("connector" in config.train)
-        model.llm.requires_grad_(_learns_whole(config))
-        if config.model.lora is not None:
-            add_lora(model.llm, config.model.lora)
-    return model
 
 
 def _text_config(config: TrainConfig) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from transformers import PreTrainedModel
 
@@ -30,11 +33,29 @@ def add_lora(llm: PreTrainedModel, settings: LoraSettings) -> None:
         lora_dropout=settings.dropout,
         target_modules=linear_layers(llm),
     )
-    inject_adapter_in_model(config, llm)
+    with _weights_at_hand(llm):
+        inject_adapter_in_model(config, llm)
     for name, parameter in llm.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
             parameter.data = parameter.data.float()
+
+
+@contextmanager
+def _weights_at_hand(llm: PreTrainedModel) -> Iterator[None]:
+    """Weights on `meta` stand on the CPU meanwhile, each one number spread over its shape, which takes no memory.
+
+    peft puts initial adapters where the weight is that they adapt, and casts them to its dtype: on `meta` they would be
+    lost.
+    """
+    layers = [m for m in llm.modules() if isinstance(m, torch.nn.Linear) and m.weight.is_meta]
+    weights = [layer.weight for layer in layers]
+    for layer, weight in zip(layers, weights, strict=True):
+        one = torch.zeros((), dtype=weight.dtype, device="cpu")
+        layer.weight = torch.nn.Parameter(one.expand(weight.shape), weight.requires_grad)
+    yield
+    for layer, weight in zip(layers, weights, strict=True):
+        layer.weight = weight
 
 
 def merge_lora(llm: PreTrainedModel) -> None:

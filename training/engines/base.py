@@ -7,7 +7,7 @@ configuration which the engine refuses is refused at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -133,18 +133,19 @@ class Engine(ABC):
         """L2 norm of the gradient of the step that has just ended, as it was before clipping."""
         return self._norm
 
-    def whole_weights(self, state: State, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The weights of the multimodal model whose name is kept, on the CPU of rank 0. A collective."""
+    def whole_weights(self, state: State, keep: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        """The weights of the multimodal model whose name is kept: each with its name, one at a time, on the CPU.
+
+        A collective, to its end; only rank 0 is given any.
+        """
         from composer.utils import dist
 
-        weights = {}
         for key, weight in self.unwrapped(state).state_dict().items():
             name = key.removeprefix(INNER)
             if keep(name):
-                whole = self.whole(weight)  # one at a time, on every rank
+                whole = self.whole(weight)
                 if dist.get_global_rank() == 0:
-                    weights[name] = whole.detach().cpu()
-        return weights
+                    yield name, whole.detach().cpu()
 
     @classmethod
     def saved_weights(cls, checkpoint: Path, load: str) -> dict[str, Tensor]:

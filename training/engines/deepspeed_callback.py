@@ -13,7 +13,7 @@ DeepSpeed shards and casts, Composer does all the rest: microbatches, schedule, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -189,9 +189,11 @@ def merged_shards(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def gather(engine: Any, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The kept weights on the CPU of rank 0, nothing elsewhere; those that learn in fp32. A collective."""
-    weights = {}
+def gather(engine: Any, keep: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """The kept weights one at a time, on the CPU of rank 0, nothing elsewhere; those that learn in fp32.
+
+    A collective, to its end.
+    """
     for name, parameter in engine.module.named_parameters():
         if not keep(name):
             continue
@@ -201,5 +203,4 @@ def gather(engine: Any, keep: Callable[[str], bool]) -> dict[str, Tensor]:
                 whole = parameter.detach().clone() if dist.get_global_rank() == 0 else None
         if dist.get_global_rank() == 0:
             assert whole is not None
-            weights[name] = whole.detach().cpu().view(getattr(parameter, "ds_shape", parameter.shape))
-    return weights
+            yield name, whole.detach().cpu().view(getattr(parameter, "ds_shape", parameter.shape))

@@ -5,7 +5,7 @@ DeepSpeed itself enters in training/engines/deepspeed_callback.py, which says ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -87,13 +87,13 @@ class Zero(Engine):
         """The norm that DeepSpeed measured in its last step."""
         return float(state.model.engine.get_global_grad_norm() or 0.0)
 
-    def whole_weights(self, state: State, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The kept weights on the CPU of rank 0; those that learn in fp32. A collective."""
+    def whole_weights(self, state: State, keep: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        """The kept weights one at a time, on the CPU of rank 0; those that learn in fp32. A collective, to its end."""
         from training.engines.deepspeed_callback import gather
 
         # DeepSpeed wraps Composer's model, so that its names begin with `model.`.
-        found = gather(state.model.engine, lambda key: keep(key.removeprefix(INNER)))
-        return {key.removeprefix(INNER): weight for key, weight in found.items()}
+        for key, weight in gather(state.model.engine, lambda key: keep(key.removeprefix(INNER))):
+            yield key.removeprefix(INNER), weight
 
     @classmethod
     def saved_weights(cls, checkpoint: Path, load: str) -> dict[str, Tensor]:

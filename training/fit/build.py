@@ -1,11 +1,11 @@
 """From a configuration and a store to the model that is trained: load the parts, check that they fit, freeze.
 
-And back at the end: from weights, wherever the ranks kept them, to one whole model.
+And back at the end: from weights, wherever the ranks kept them, to those of one whole model, one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pipeline.schema import StoreSpec
 from training.config import TrainConfig
 from training.cost.flops import check_connector
 from training.engines.weights import empty_llm, fill_whole
-from training.fit.lora import add_lora, merge_lora
+from training.fit.lora import add_lora, merged
 from training.model.decoders import decoder_of
 from training.model.decoders.base import Decoder
 from training.model.model import CompactVisionForConditionalGeneration
@@ -85,31 +85,35 @@ def _learns_whole(config: TrainConfig) -> bool:
     return "llm" in config.train and config.model.lora is None
 
 
-def is_exported(config: TrainConfig, name: str) -> bool:
-    """Whether the weight `name` is needed when the stage ends: stage 1 leaves the language model where it was."""
-    return "llm" in config.train or not name.startswith("llm.")
-
-
 def whole_model(
-    config: TrainConfig, model: CompactVisionForConditionalGeneration, weights: Mapping[str, torch.Tensor]
+    model: CompactVisionForConditionalGeneration, connector: Mapping[str, torch.Tensor]
 ) -> CompactVisionForConditionalGeneration:
-    """A model of `model`'s shape with only the exported `weights`, adapters merged; the rest has no contents."""
+    """A model of `model`'s shape, without adapters: these weights of the connector, an LLM without contents."""
     with torch.device("meta"):
         llm = type(model.llm)(model.llm.config)
-        if config.model.lora is not None:
-            add_lora(llm, config.model.lora)
         whole = CompactVisionForConditionalGeneration.from_parts(
             llm, build_connector(model.connector.config), aspect=model.config.aspect
         )
     llm.name_or_path, llm.generation_config = model.llm.name_or_path, model.llm.generation_config
-    # `assign` puts the weights in place of meta tensors; what stage 1 leaves out stays without contents.
-    _, unknown = whole.load_state_dict(weights, strict=False, assign=True)
-    llm.tie_weights()  # one weight under two names comes under one or both
-    missing = [name for name, weight in whole.named_parameters() if weight.is_meta and is_exported(config, name)]
-    assert not missing and not unknown, f"missing {missing}, unknown {unknown}"
-    if config.model.lora is not None:
-        merge_lora(llm)
+    llm.tie_weights()
+    # `assign` puts the weights in place of meta tensors.
+    whole.connector.load_state_dict(
+        {name.removeprefix("connector."): weight for name, weight in connector.items()}, assign=True
+    )
     return whole
+
+
+def merged_llm(
+    config: TrainConfig, whole: CompactVisionForConditionalGeneration, weights: Iterator[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The trained weights of the LLM, one after another -> those of `whole`'s, adapters merged."""
+    if config.model.lora is None:
+        return weights
+    with torch.device("meta"):
+        adapted = type(whole.llm)(whole.llm.config)
+        add_lora(adapted, config.model.lora)
+    inside = ((name.removeprefix("llm."), weight) for name, weight in weights)
+    return ((f"llm.{name}", weight) for name, weight in merged(adapted, inside))
 
 
 def _text_config(config: TrainConfig) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from training.config import LoraSettings
@@ -67,3 +68,38 @@ def merge_lora(llm: PreTrainedModel) -> None:
         if isinstance(module, LoraLayer):
             module.merge()
             llm.set_submodule(name, module.get_base_layer())
+
+
+def merged(llm: PreTrainedModel, weights: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Weights with adapters one after another -> those of the model without, in fp32: one layer is merged at a time.
+
+    Args:
+        llm: with adapters, on `meta`.
+        weights: every weight of `llm` by its name there, those of a layer and its adapters one after another.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    adapted = {name: layer for name, layer in llm.named_modules() if isinstance(layer, LoraLayer)}
+    waiting: dict[str, Tensor] = {}
+    for name, weight in weights:
+        layer_name = next((part for part in _parents(name) if part in adapted), None)
+        if layer_name is None:
+            yield name, weight.float()
+            continue
+        layer = adapted[layer_name]
+        waiting[name.removeprefix(f"{layer_name}.")] = weight.float()
+        if waiting.keys() == layer.state_dict().keys():
+            layer.load_state_dict(waiting, assign=True)
+            waiting = {}
+            layer.merge()
+            for end, whole in layer.get_base_layer().named_parameters():
+                yield f"{layer_name}.{end}", whole.detach()
+            layer.to("meta")
+    assert not waiting, f"{list(waiting)} came without the rest of their layer"
+
+
+def _parents(name: str) -> Iterator[str]:
+    """`a.b.c` -> `a.b`, `a`."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name

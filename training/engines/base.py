@@ -89,6 +89,10 @@ class Engine(ABC):
     def memory(self, shape: ModelShape) -> Held:
         """Bytes of weights, gradients and optimizer state that one rank holds."""
 
+    def host(self, shape: ModelShape) -> float:
+        """Bytes of the model that one rank holds in its host's memory for a moment, where it trains on a GPU."""
+        return 0.0
+
     def microbatch_size(self) -> int | str:
         """Examples per rank and forward pass; `auto` lets Composer halve it until it fits on the GPU.
 

@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils import swap_tensors
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 from training.config import ModelSettings
@@ -66,6 +66,12 @@ def empty_llm(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
         if name in llm.state_dict():
             weights.read(name, buffer)
     return llm
+
+
+def shape_only(text: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The language model of a configuration, on `meta`, and nothing of its files."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(text, dtype=dtype)
 
 
 def _by_transformers(settings: ModelSettings, dtype: torch.dtype, **how: Any) -> tuple[PreTrainedModel, dict[str, Any]]:

@@ -76,6 +76,10 @@ class Zero(Engine):
             optimizer=CHECKPOINT * learning / self.ranks,
         )
 
+    def host(self, shape: ModelShape) -> float:
+        """DeepSpeed takes whole weights to the host while it lays them out in one piece; parts it does not."""
+        return 0.0 if self.stage == 3 else float(computed(self.config) * shape.learning)
+
     def left_out(self, model: nn.Module) -> list[str]:
         """None: Composer's file has no weights at all, and DeepSpeed's shards leave out frozen ones by themselves."""
         return []

@@ -18,7 +18,7 @@ from pipeline.config import meant
 from pipeline.schema import StoreSpec
 from training.config import TrainConfig
 from training.cost.flops import check_connector
-from training.engines.weights import empty_llm, fill_whole
+from training.engines.weights import empty_llm, fill_whole, shape_only
 from training.fit.lora import add_lora, merged
 from training.model.decoders import decoder_of
 from training.model.decoders.base import Decoder
@@ -41,12 +41,18 @@ def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
     return model
 
 
-def empty_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
+def empty_model(config: TrainConfig, store: StoreSpec, files: bool = True) -> CompactVisionForConditionalGeneration:
     """The model of one stage, without a vision tower: it is fed the store's columns.
 
     The language model's weights have shapes and no contents, which its engine fills in (`Engine.place`). Weights that
     learn are fp32, frozen ones `config.model.frozen_dtype`. The initial weights of connector and adapters depend only
     on `config.seed`, so every rank starts from the same.
+
+    Args:
+        config: of the run.
+        store: that it learns from.
+        files: look at the files of the language model, which come from the Hub if they are not here; without them
+            the model cannot be filled in.
 
     Raises:
         ValueError: if the connector does not fit the store or the language model, or `connector_from` another one,
@@ -56,7 +62,8 @@ def empty_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForCondit
     frozen: torch.dtype = getattr(torch, config.model.frozen_dtype)
     text = _text_config(config)
     connector = _connector(config, store, text.hidden_size)
-    llm = empty_llm(config.model, torch.float32 if _learns_whole(config) else frozen)
+    dtype = torch.float32 if _learns_whole(config) else frozen
+    llm = empty_llm(config.model, dtype) if files else shape_only(text, dtype)
     if config.model.connector_from is not None:
         load_connector(connector, Path(config.model.connector_from))
     if "connector" not in config.train:

@@ -12,6 +12,7 @@ import logging
 import pickle
 import zipfile
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,10 @@ def _by_transformers(settings: ModelSettings, dtype: torch.dtype, **how: Any) ->
         raise ValueError(f"{settings.llm} lacks a file that its index names ({error}); put it there") from error
     except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"{settings.llm} has a damaged file of weights: {first}; fetch it again") from error
+        raise ValueError(
+            f"a file of weights of {settings.llm} cannot be opened: {first}; fetch it again if it is damaged; one that is "
+            "larger than this machine's memory has to be split"
+        ) from error
     finally:
         log.setLevel(before)
     return found
@@ -122,21 +126,25 @@ class LlmWeights:
     Args:
         settings: say which model.
         llm: as `empty_llm` gives it, with or without adapters.
-
-    Attributes:
-        files: each weight's name, and the file that holds it. None if transformers renames or transforms what the files
-            hold, or they cannot be mapped: then every rank reads the whole model for a moment.
     """
 
     def __init__(self, settings: ModelSettings, llm: PreTrainedModel) -> None:
         self.settings = settings
-        self.dtype = llm.dtype
-        kept = llm.state_dict().keys()  # without what is computed
-        tensors = (*llm.named_parameters(), *((name, buffer) for name, buffer in llm.named_buffers() if name in kept))
-        names = {_in_file(name) for name, _ in tensors if "lora_" not in name}
-        files = _files(settings) if llm._weight_conversions == [] else {}
-        self.files = {name: files[name] for name in names} if names <= files.keys() else None
+        self.llm = llm
         self._whole: Mapping[str, Tensor] | None = None
+
+    @cached_property
+    def files(self) -> dict[str, Path] | None:
+        """Each weight's name, and the file that holds it.
+
+        None if transformers renames or transforms what the files hold, or they cannot be mapped: then every rank reads
+        the whole model for a moment.
+        """
+        kept = self.llm.state_dict().keys()  # without what is computed
+        buffers = ((name, buffer) for name, buffer in self.llm.named_buffers() if name in kept)
+        names = {_in_file(name) for name, _ in (*self.llm.named_parameters(), *buffers) if "lora_" not in name}
+        files = _files(self.settings) if self.llm._weight_conversions == [] else {}
+        return {name: files[name] for name in names} if names <= files.keys() else None
 
     def check(self) -> None:
         """Refuse weights that are no plain floating-point numbers.
@@ -187,7 +195,7 @@ class LlmWeights:
         """Rows of a weight, as its file has them; the memory is the file's."""
         if self.files is None:
             if self._whole is None:
-                self._whole = _by_transformers(self.settings, self.dtype)[0].state_dict()
+                self._whole = _by_transformers(self.settings, self.llm.dtype)[0].state_dict()
             return self._whole[name][rows]
         path = self.files[name]
         if path.suffix == ".safetensors":

@@ -33,6 +33,7 @@ from fixtures.kept import kept_bytes  # noqa: E402
 from fixtures.runs import write_random_store, write_tokenizer  # noqa: E402
 from pipeline.encoder import describe_encoder  # noqa: E402
 from training.config import TrainConfig  # noqa: E402
+from training.engines import engine_of  # noqa: E402
 from training.fit.composer_model import TrainableModel  # noqa: E402
 from training.fit.optimizer import build_optimizer  # noqa: E402
 from training.fit.parts import open_parts  # noqa: E402
@@ -103,6 +104,7 @@ def bare_loop(config: dict[str, Any], steps: int, live: bool = False) -> dict[st
     """The same model, optimizer and batches in a plain loop, batches in memory; `live` encodes pixels instead."""
     parsed = TrainConfig.model_validate(config)
     store, _, model, stream = open_parts(parsed, 0, 1)
+    engine_of(parsed, 1).place(model)
     columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
     optimizer = build_optimizer(model, parsed.optimizer)
     batches: list[Batch] = []
@@ -131,6 +133,7 @@ def kept(config: dict[str, Any], everywhere: bool, parts: int) -> dict[str, floa
     """MB that a forward pass keeps for its backward pass, with logits at all positions or at supervised ones alone."""
     parsed = TrainConfig.model_validate(config)
     store, _, model, stream = open_parts(parsed, 0, 1)
+    engine_of(parsed, 1).place(model)
     model.loss_chunks = parts
     columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
     batch = next(iter(stream))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from training.checkup.examples import examples
 from training.config import TrainConfig
 from training.fit.finding import Finding, ThisRank, run_check
-from training.fit.needs import end_needs, needs, shape_of
+from training.fit.needs import end_needs, host_memory, needs, shape_of
 from training.release.records import CONFIG
 
 if TYPE_CHECKING:
@@ -31,16 +31,17 @@ def of_run(config: TrainConfig, ranks: ThisRank, every_example: bool = False) ->
     try:
         from training.fit.build import empty_model
 
-        model = empty_model(config, store)
+        model = empty_model(config, store, files=False)
     except (ValueError, OSError) as error:
         return [Finding("fail", "model", str(error))]
     found = run_check("run", lambda: folder(config))
     found += run_check("model", lambda: model_fits(config, model))
+    found += run_check("weights", lambda: llm_files(config))
     found += run_check("batch", lambda: batch(config, model, ranks))
     found += run_check("store", lambda: columns(config, store, model))
     if every_example:
         found += run_check("examples", lambda: examples(config, model))
-    found += needs(config, model, ranks)
+    found += needs(config, model, ranks) + run_check("host", lambda: host_memory(config, model, ranks))
     if ranks.rank == 0:
         found += end_needs(config, store, model)
     return found + run_check("cache", lambda: cache(config))
@@ -48,7 +49,8 @@ def of_run(config: TrainConfig, ranks: ThisRank, every_example: bool = False) ->
 
 def folder(config: TrainConfig) -> Iterator[Finding]:
     """Whether the run's folder is free, or holds this very run, which then goes on."""
-    from training.fit.run_folder import refuse_another, working
+    from training.fit.identity import refuse_another
+    from training.fit.run_folder import working
 
     refuse_another(config)
     run = Path(config.run)
@@ -69,6 +71,23 @@ def model_fits(config: TrainConfig, model: CompactVisionForConditionalGeneration
     shape = shape_of(model)
     text = f"{', '.join(config.train)} learn: {shape.learning:,} weights, {shape.frozen:,} are frozen"
     yield Finding("ok", "model", f"{text}; {model.connector.tokens} vision tokens per image")
+
+
+def llm_files(config: TrainConfig) -> Iterator[Finding]:
+    """The files of a language model in a folder hold its weights, by their headers; those of the Hub come later."""
+    import torch
+
+    from training.engines.weights import LlmWeights, empty_llm
+
+    name = config.model.llm
+    if not Path(name).is_dir():
+        return
+    files = LlmWeights(config.model, empty_llm(config.model, torch.float32)).files
+    if files is None:
+        text = f"the files of {name} hold weights otherwise than the model does: every rank reads all of them at once"
+        yield Finding("warn", "weights", text)
+    else:
+        yield Finding("ok", "weights", f"{name} holds all weights, in {len(set(files.values()))} file(s)")
 
 
 def batch(config: TrainConfig, model: CompactVisionForConditionalGeneration, ranks: ThisRank) -> Iterator[Finding]:

@@ -7,7 +7,7 @@ configuration which the engine refuses is refused at once.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -15,9 +15,12 @@ from training.config import TrainConfig
 from training.cost.memory import Held, ModelShape
 
 if TYPE_CHECKING:
+    import torch
     from composer import Trainer
     from composer.core import State
     from torch import Tensor, nn
+
+    from training.model.model import CompactVisionForConditionalGeneration
 
 INNER = "model."  # what Composer's model, around ours, puts before the names of weights
 
@@ -66,9 +69,29 @@ class Engine(ABC):
             settings: the Trainer's own, but for `precision`.
         """
 
+    def place(self, model: CompactVisionForConditionalGeneration) -> None:
+        """Fill in the weights of the language model that have no contents yet, before the optimizer is made.
+
+        A collective where weights are sharded here. An engine may leave it to its trainer.
+        """
+        from training.engines.weights import fill_whole
+
+        fill_whole(self.config.model, model, self.device())
+
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        import torch
+
+        on_gpu = torch.cuda.is_available() and self.config.device != "cpu"
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
     @abstractmethod
     def memory(self, shape: ModelShape) -> Held:
         """Bytes of weights, gradients and optimizer state that one rank holds."""
+
+    def host(self, shape: ModelShape) -> float:
+        """Bytes of the model that one rank holds in its host's memory for a moment, where it trains on a GPU."""
+        return 0.0
 
     def microbatch_size(self) -> int | str:
         """Examples per rank and forward pass; `auto` lets Composer halve it until it fits on the GPU.
@@ -124,18 +147,19 @@ class Engine(ABC):
         """L2 norm of the gradient of the step that has just ended, as it was before clipping."""
         return float(self._norm)
 
-    def whole_weights(self, state: State, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The weights of the multimodal model whose name is kept, on the CPU of rank 0. A collective."""
+    def whole_weights(self, state: State, keep: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        """The weights of the multimodal model whose name is kept: each with its name, one at a time, on the CPU.
+
+        A collective, to its end; only rank 0 is given any.
+        """
         from composer.utils import dist
 
-        weights = {}
         for key, weight in self.unwrapped(state).state_dict().items():
             name = key.removeprefix(INNER)
             if keep(name):
-                whole = self.whole(weight)  # one at a time, on every rank
+                whole = self.whole(weight)
                 if dist.get_global_rank() == 0:
-                    weights[name] = whole.detach().cpu()
-        return weights
+                    yield name, whole.detach().cpu()
 
     @classmethod
     def saved_weights(cls, checkpoint: Path, load: str) -> dict[str, Tensor]:

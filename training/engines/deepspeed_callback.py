@@ -13,7 +13,7 @@ DeepSpeed shards and casts, Composer does all the rest: microbatches, schedule, 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -42,6 +42,33 @@ TAG = "zero"  # of DeepSpeed's folder within a checkpoint
 SAVED_TYPES = [LossScaler, ZeroStageEnum, fragment_address]  # what its shards name beside tensors
 
 
+def _sharing(stage: int, bf16: bool) -> dict[str, Any]:
+    """What DeepSpeed has to know before there is an optimizer."""
+    return {"zero_optimization": {"stage": stage}, "bf16": {"enabled": bf16}}
+
+
+def partition(model: nn.Module, fill: Callable[[str, nn.Parameter], None], bf16: bool) -> None:
+    """Cut each weight of a model into the ranks' parts, as ZeRO-3 keeps them, and drop the whole. A collective.
+
+    Args:
+        model: some of its weights may be on `meta`.
+        fill: gives one of these its contents; (name, weight).
+        bf16: cast weights to bf16 before.
+    """
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    first: Any = None
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            fill(name, weight)
+        weight.data = weight.data.to(dtype)
+        if first is None:
+            first = weight
+            settings = {**_sharing(3, bf16), "train_micro_batch_size_per_gpu": 1}
+            deepspeed.zero.Init(nn.ParameterList([weight]), config_dict_or_path=settings, dtype=dtype)
+        else:
+            first.convert_to_zero_parameters(param_list=[weight])
+
+
 class DeepSpeedCallback(Callback):  # type: ignore[misc]
     """Hands Composer's model and optimizer to a DeepSpeed engine before a checkpoint is loaded, and loads its shards.
 
@@ -55,8 +82,7 @@ class DeepSpeedCallback(Callback):  # type: ignore[misc]
     def __init__(self, stage: int, bf16: bool, clip_grad_norm: float | None, load_path: str | None) -> None:
         self.folder = None if load_path is None else Path(load_path).parent
         self.settings: dict[str, Any] = {
-            "zero_optimization": {"stage": stage},
-            "bf16": {"enabled": bf16},
+            **_sharing(stage, bf16),
             "gradient_clipping": clip_grad_norm or 0.0,
             # DeepSpeed never counts microbatches: Composer calls `step` only at the end of a batch.
             "gradient_accumulation_steps": 1,
@@ -163,9 +189,11 @@ def merged_shards(folder: Path) -> dict[str, Tensor]:
     return found
 
 
-def gather(engine: Any, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-    """The kept weights on the CPU of rank 0, nothing elsewhere; those that learn in fp32. A collective."""
-    weights = {}
+def gather(engine: Any, keep: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+    """The kept weights one at a time, on the CPU of rank 0, nothing elsewhere; those that learn in fp32.
+
+    A collective, to its end.
+    """
     for name, parameter in engine.module.named_parameters():
         if not keep(name):
             continue
@@ -175,5 +203,4 @@ def gather(engine: Any, keep: Callable[[str], bool]) -> dict[str, Tensor]:
                 whole = parameter.detach().clone() if dist.get_global_rank() == 0 else None
         if dist.get_global_rank() == 0:
             assert whole is not None
-            weights[name] = whole.detach().cpu().view(getattr(parameter, "ds_shape", parameter.shape))
-    return weights
+            yield name, whole.detach().cpu().view(getattr(parameter, "ds_shape", parameter.shape))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from composer import Trainer
     from torch import Tensor, nn
 
+    from training.model.model import CompactVisionForConditionalGeneration
+
 
 class Fsdp(Engine):
     """PyTorch's FSDP2: each layer of the LLM and the connector are gathered before use and dropped after it."""
@@ -34,20 +36,26 @@ class Fsdp(Engine):
                 "model.frozen_dtype=float32, or parallelism=zero2"
             )
 
+    def place(self, model: CompactVisionForConditionalGeneration) -> None:
+        """Left to the trainer, which shards the weights first: then a rank fills in its share and nothing else."""
+
     def trainer(self, left_out: list[str], settings: dict[str, Any]) -> Trainer:
         """Composer's Trainer with its FSDP2."""
-        from composer import Trainer
         from composer.utils.parallelism import FSDP2Config
 
+        from training.engines.fsdp_trainer import FillingTrainer
+        from training.engines.weights import LlmWeights
         from training.model.reducers.connector import Connector
 
         model = settings["model"].model
         layer = type(model.llm.get_decoder().layers[0])
+        weights = LlmWeights(self.config.model, model.llm)
         # Composer asks this of every module: each one it says yes to is sharded, gathered and dropped by itself.
         model.fsdp_wrap_fn = lambda module: isinstance(module, layer | Connector)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="FSDP2 Config/APIs are experimental")
-            trainer = Trainer(
+            trainer = FillingTrainer(
+                lambda name, weight: weights.fill(name, weight, self.device()),
                 precision=self.config.precision,
                 parallelism_config={"fsdp": FSDP2Config(reshard_after_forward=True)},
                 load_ignore_keys=left_out or None,  # a sharded load asks for every key that it is not told of

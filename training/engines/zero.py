@@ -5,7 +5,7 @@ DeepSpeed itself enters in training/engines/deepspeed_callback.py, which says ho
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from composer.core import State
     from torch import Tensor, nn
 
+    from training.model.model import CompactVisionForConditionalGeneration
+
 
 class Zero(Engine):
     """DeepSpeed's ZeRO (Rajbhandari et al., 2020), its stages being subclasses."""
@@ -25,6 +27,11 @@ class Zero(Engine):
     stage: ClassVar[int]
     any_ranks = False
     bf16_on_cpu = True
+
+    @property
+    def _bf16(self) -> bool:
+        """Whether weights are bf16, beside fp32 ones in the optimizer's state."""
+        return self.config.precision == "amp_bf16"
 
     @classmethod
     def saved_types(cls) -> list[type]:
@@ -51,7 +58,7 @@ class Zero(Engine):
 
         callback = DeepSpeedCallback(
             stage=self.stage,
-            bf16=self.config.precision == "amp_bf16",
+            bf16=self._bf16,
             clip_grad_norm=self.config.optimizer.clip_grad_norm,
             load_path=settings.get("load_path"),
         )
@@ -69,6 +76,10 @@ class Zero(Engine):
             optimizer=CHECKPOINT * learning / self.ranks,
         )
 
+    def host(self, shape: ModelShape) -> float:
+        """DeepSpeed takes whole weights to the host while it lays them out in one piece; parts it does not."""
+        return 0.0 if self.stage == 3 else float(computed(self.config) * shape.learning)
+
     def left_out(self, model: nn.Module) -> list[str]:
         """None: Composer's file has no weights at all, and DeepSpeed's shards leave out frozen ones by themselves."""
         return []
@@ -81,13 +92,13 @@ class Zero(Engine):
         norm = state.model.engine.get_global_grad_norm()
         return 0.0 if norm is None else float(norm)
 
-    def whole_weights(self, state: State, keep: Callable[[str], bool]) -> dict[str, Tensor]:
-        """The kept weights on the CPU of rank 0; those that learn in fp32. A collective."""
+    def whole_weights(self, state: State, keep: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
+        """The kept weights one at a time, on the CPU of rank 0; those that learn in fp32. A collective, to its end."""
         from training.engines.deepspeed_callback import gather
 
         # DeepSpeed wraps Composer's model, so that its names begin with `model.`.
-        found = gather(state.model.engine, lambda key: keep(key.removeprefix(INNER)))
-        return {key.removeprefix(INNER): weight for key, weight in found.items()}
+        for key, weight in gather(state.model.engine, lambda key: keep(key.removeprefix(INNER))):
+            yield key.removeprefix(INNER), weight
 
     @classmethod
     def saved_weights(cls, checkpoint: Path, load: str) -> dict[str, Tensor]:
@@ -119,6 +130,14 @@ class Zero3(Zero):
     """Weights are sharded too: each layer's are gathered for its use."""
 
     stage = 3
+
+    def place(self, model: CompactVisionForConditionalGeneration) -> None:
+        """Fill in a weight, keep this rank's part of it, and go on to the next. A collective."""
+        from training.engines.deepspeed_callback import partition
+        from training.engines.weights import LlmWeights
+
+        weights = LlmWeights(self.config.model, model.llm)
+        partition(model, lambda name, weight: weights.fill(name, weight, self.device()), self._bf16)
 
     @classmethod
     def check(cls, config: TrainConfig) -> None:

@@ -1,24 +1,25 @@
 """From a configuration and a store to the model that is trained: load the parts, check that they fit, freeze.
 
-And back at the end: from weights, wherever the ranks kept them, to one whole model.
+And back at the end: from weights, wherever the ranks kept them, to those of one whole model, one at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from pipeline.config import meant
 from pipeline.schema import StoreSpec
 from training.config import TrainConfig
 from training.cost.flops import check_connector
-from training.fit.lora import add_lora, merge_lora
+from training.engines.weights import empty_llm, fill_whole, shape_only
+from training.fit.lora import add_lora, merged
 from training.model.decoders import decoder_of
 from training.model.decoders.base import Decoder
 from training.model.model import CompactVisionForConditionalGeneration
@@ -30,24 +31,39 @@ from training.text.templates import TEMPLATES
 
 
 def build_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
+    """The model of `empty_model`, whole, in this process's memory.
+
+    Raises:
+        ValueError, OSError: as `empty_model`.
+    """
+    model = empty_model(config, store)
+    fill_whole(config.model, model, torch.device("cpu"))
+    return model
+
+
+def empty_model(config: TrainConfig, store: StoreSpec, files: bool = True) -> CompactVisionForConditionalGeneration:
     """The model of one stage, without a vision tower: it is fed the store's columns.
 
-    Weights that learn are fp32, frozen ones `config.model.frozen_dtype`. The initial weights of
-    connector and adapters depend only on `config.seed`, so every rank starts from the same.
+    The language model's weights have shapes and no contents, which its engine fills in (`Engine.place`). Weights that
+    learn are fp32, frozen ones `config.model.frozen_dtype`. The initial weights of connector and adapters depend only
+    on `config.seed`, so every rank starts from the same.
+
+    Args:
+        config: of the run.
+        store: that it learns from.
+        files: look at the files of the language model, which come from the Hub if they are not here; without them
+            the model cannot be filled in.
 
     Raises:
         ValueError: if the connector does not fit the store or the language model, or `connector_from` another one,
-            or LoRA is wanted without peft.
+            or LoRA is wanted without peft, or the files of the language model are not what its configuration says.
         OSError: if the language model cannot be read.
     """
     frozen: torch.dtype = getattr(torch, config.model.frozen_dtype)
     text = _text_config(config)
     connector = _connector(config, store, text.hidden_size)
-    llm = AutoModelForCausalLM.from_pretrained(
-        config.model.llm,
-        revision=config.model.revision,
-        dtype=torch.float32 if _learns_whole(config) else frozen,
-    )
+    dtype = torch.float32 if _learns_whole(config) else frozen
+    llm = empty_llm(config.model, dtype) if files else shape_only(text, dtype)
     if config.model.connector_from is not None:
         load_connector(connector, Path(config.model.connector_from))
     if "connector" not in config.train:
@@ -76,51 +92,35 @@ def _learns_whole(config: TrainConfig) -> bool:
     return "llm" in config.train and config.model.lora is None
 
 
-def is_exported(config: TrainConfig, name: str) -> bool:
-    """Whether the weight `name` is needed when the stage ends: stage 1 leaves the language model where it was."""
-    return "llm" in config.train or not name.startswith("llm.")
-
-
 def whole_model(
-    config: TrainConfig, model: CompactVisionForConditionalGeneration, weights: Mapping[str, torch.Tensor]
+    model: CompactVisionForConditionalGeneration, connector: Mapping[str, torch.Tensor]
 ) -> CompactVisionForConditionalGeneration:
-    """A model of `model`'s shape with only the exported `weights`, adapters merged; the rest has no contents."""
+    """A model of `model`'s shape, without adapters: these weights of the connector, an LLM without contents."""
     with torch.device("meta"):
         llm = type(model.llm)(model.llm.config)
-        if config.model.lora is not None:
-            add_lora(llm, config.model.lora)
         whole = CompactVisionForConditionalGeneration.from_parts(
             llm, build_connector(model.connector.config), aspect=model.config.aspect
         )
     llm.name_or_path, llm.generation_config = model.llm.name_or_path, model.llm.generation_config
-    # `assign` puts the weights in place of meta tensors; what stage 1 leaves out stays without contents.
-    _, unknown = whole.load_state_dict(weights, strict=False, assign=True)
-    llm.tie_weights()  # one weight under two names comes under one or both
-    missing = [name for name, weight in whole.named_parameters() if weight.is_meta and is_exported(config, name)]
-    assert not missing and not unknown, f"missing {missing}, unknown {unknown}"
-    if config.model.lora is not None:
-        merge_lora(llm)
+    llm.tie_weights()
+    # `assign` puts the weights in place of meta tensors.
+    whole.connector.load_state_dict(
+        {name.removeprefix("connector."): weight for name, weight in connector.items()}, assign=True
+    )
     return whole
 
 
-def empty_model(config: TrainConfig, store: StoreSpec) -> CompactVisionForConditionalGeneration:
-    """The model of `build_model`, with the same checks. The LLM's weights have shapes and no contents.
-
-    Raises:
-        ValueError, OSError: as `build_model`.
-    """
-    text = _text_config(config)
-    connector = _connector(config, store, text.hidden_size)
-    if config.model.connector_from is not None:
-        load_connector(connector, Path(config.model.connector_from))
+def merged_llm(
+    config: TrainConfig, whole: CompactVisionForConditionalGeneration, weights: Iterator[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The trained weights of the LLM, one after another -> those of `whole`'s, adapters merged."""
+    if config.model.lora is None:
+        return weights
     with torch.device("meta"):
-        llm = AutoModelForCausalLM.from_config(text)
-        model = CompactVisionForConditionalGeneration.from_parts(llm, connector, aspect=store.aspect)
-        model.connector.requires_grad_("connector" in config.train)
-        model.llm.requires_grad_(_learns_whole(config))
-        if config.model.lora is not None:
-            add_lora(model.llm, config.model.lora)
-    return model
+        adapted = type(whole.llm)(whole.llm.config)
+        add_lora(adapted, config.model.lora)
+    inside = ((name.removeprefix("llm."), weight) for name, weight in weights)
+    return ((f"llm.{name}", weight) for name, weight in merged(adapted, inside))
 
 
 def _text_config(config: TrainConfig) -> Any:

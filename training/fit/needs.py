@@ -17,6 +17,18 @@ from training.cost.memory import CHECKPOINT, WEIGHT, ModelShape, activations, st
 from training.engines import engine_of
 from training.fit.finding import Finding, Level, ThisRank, run_check
 
+PROCESS = 10**9  # bytes of a rank's programs, before it has a model: measured 0.7 to 0.9 GB
+# How Linux says what a container may have: folder, limit, what is in use, and what of it is only cached files.
+CGROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        ("total_inactive_file", "total_active_file"),
+    ),
+)
+
 if TYPE_CHECKING:
     from pipeline.schema import StoreSpec
     from training.model.model import CompactVisionForConditionalGeneration
@@ -36,14 +48,15 @@ def end_needs(config: TrainConfig, store: StoreSpec, model: CompactVisionForCond
 
 
 def refuse_unready(found: list[Finding]) -> None:
-    """Refuse to begin what cannot come to its end. A collective: what rank 0 has `found` counts.
+    """Refuse to begin what cannot come to its end, by what any rank has `found`. A collective.
 
     Raises:
         ValueError: with all that is missing.
     """
     from composer.utils import dist
 
-    missing = dist.all_gather_object([finding.text for finding in found if finding.level == "fail"])[0]
+    told = dist.all_gather_object([finding.text for finding in found if finding.level == "fail"])
+    missing = list(dict.fromkeys(text for texts in told for text in texts))
     if missing:
         raise ValueError("this run could not come to its end: " + "; ".join(missing))
 
@@ -73,7 +86,7 @@ def memory(config: TrainConfig, model: CompactVisionForConditionalGeneration, ra
     held = engine.memory(shape)
     kept = activations(config, shape, examples, config.data.max_length - model.connector.tokens)
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
-    room = torch.cuda.mem_get_info(ranks.local_rank)[1] if on_gpu else _free_host_memory() / ranks.local_size
+    room = torch.cuda.mem_get_info(ranks.local_rank)[1] if on_gpu else free_host_memory() / ranks.local_size
     text = "weights {:.1f} + gradients {:.1f} + optimizer {:.1f} + activations about {:.1f} GB".format(
         *(part / 1e9 for part in (held.weights, held.gradients, held.optimizer, kept))
     )
@@ -88,10 +101,49 @@ def memory(config: TrainConfig, model: CompactVisionForConditionalGeneration, ra
         yield Finding("ok", "memory", text)
 
 
-def _free_host_memory() -> int:
-    """Bytes that new processes can have (Linux counts in KiB)."""
+def host_memory(
+    config: TrainConfig, model: CompactVisionForConditionalGeneration, ranks: ThisRank
+) -> Iterator[Finding]:
+    """What a rank holds in its host's memory, against its share of what is free there. Asked before weights are read.
+
+    What is counted is what is sure: activations and the batches that are read ahead come to it.
+    """
+    import torch
+
+    shape, engine = shape_of(model), engine_of(config, ranks.planned)
+    on_gpu = torch.cuda.is_available() and config.device != "cpu"
+    held = engine.host(shape) if on_gpu else engine.memory(shape).total
+    one = max(WEIGHT * p.numel() for p in model.parameters())
+    free = free_host_memory()
+    need, room = PROCESS + held + one, free / ranks.local_size
+    text = (
+        f"{need / 1e9:.1f} GB per rank: {PROCESS / 1e9:.1f} of programs, {held / 1e9:.1f} of the model under "
+        f"{engine.name}, {one / 1e9:.1f} of a weight on its way; of {room / 1e9:.1f} GB, a share of "
+        f"{free / 1e9:.1f} GB free for {ranks.local_size} rank(s)"
+    )
+    if need > room:
+        yield Finding(
+            "fail", "host", f"host memory: {text}; start fewer ranks on a node, shard more, or take more memory"
+        )
+    else:
+        yield Finding("ok", "host", text)
+
+
+def free_host_memory() -> int:
+    """Bytes that new processes can have: of the machine, or of what the container was given of it."""
     lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024
+    free = int(lines["MemAvailable"].split()[0]) * 1024  # Linux counts in KiB
+    for folder, limit, used, cached in CGROUPS:
+        try:
+            most, now = ((Path(folder) / name).read_text(encoding="utf-8").strip() for name in (limit, used))
+            stat = dict(
+                line.split() for line in (Path(folder) / "memory.stat").read_text(encoding="utf-8").splitlines()
+            )
+        except FileNotFoundError:  # another version of cgroups, or none
+            continue
+        if most.isdecimal():  # "max" is no limit
+            free = min(free, int(most) - int(now) + sum(int(stat.get(name, 0)) for name in cached))
+    return max(free, 0)
 
 
 def disk(

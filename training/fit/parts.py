@@ -12,7 +12,7 @@ from pipeline.schema import StoreSpec
 from pipeline.storage import Storage
 from training.checkpoints.resume import together
 from training.config import TrainConfig
-from training.fit.build import build_model, load_tokenizer
+from training.fit.build import empty_model, load_tokenizer
 from training.model.model import CompactVisionForConditionalGeneration
 from training.model.tokenizer import Tokenizer
 from training.release.records import CONFIG
@@ -42,7 +42,7 @@ def open_parts(config: TrainConfig, rank: int, ranks: int) -> Parts:
     config.per_rank(ranks)
     store = read_store(Storage(config.data.store))
     tokenizer = load_tokenizer(config)
-    model = build_model(config, store)
+    model = empty_model(config, store)
     (shards,) = together(rank == 0, lambda: shards_at_start(config))  # rank 0 speaks for all
     collate = text_collate(config, tokenizer, model)
     stream = open_stream(config, model.connector.columns, rank, ranks, collate, shards)

@@ -10,23 +10,25 @@ import logging
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
 from composer.core import State
 from composer.utils import dist
+from torch import Tensor
 
 from training.checkpoints.checkpoint import StopRequest
 from training.checkpoints.resume import together
 from training.config import TrainConfig
 from training.engines.base import Engine
-from training.fit.build import is_exported, whole_model
+from training.fit.build import merged_llm, whole_model
 from training.fit.identity import SOURCES, refuse_another, sources
 from training.fit.parts import STORE, Parts
-from training.release.card import CardFiles
+from training.release.card import CardFiles, model_card, store_facts
 from training.release.connector import SHAPE, export_connector
-from training.release.folder import export_model, is_whole
+from training.release.folder import is_whole, with_encoder, write_model
 from training.release.records import (
     CONFIG,
     LOG,
@@ -212,17 +214,33 @@ def begin_anew(config: TrainConfig) -> None:
 def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: int) -> None:
     """Write what the next stage needs, then `summary.json`: its presence says that the stage is complete.
 
-    A collective, as the ranks may hold parts of the weights; rank 0 writes.
+    A collective, as the ranks may hold parts of the weights: every rank takes part in each, rank 0 writes it.
     """
-    # Every rank takes part, weight by weight; only rank 0 keeps them.
-    weights = engine.whole_weights(state, lambda name: is_exported(config, name))
-    if dist.get_global_rank() != 0:
-        return
+    connector = dict(engine.whole_weights(state, lambda name: name.startswith("connector.")))
+    llm = engine.whole_weights(state, lambda name: name.startswith("llm.") and "llm" in config.train)
+    try:
+        if dist.get_global_rank() == 0:
+            _export(config, parts, connector, llm)
+    finally:
+        deque(llm, maxlen=0)  # also where writing failed, the others wait for what was not fetched
+    if dist.get_global_rank() == 0:
+        _summarize(config, parts, steps)
+
+
+def _export(config: TrainConfig, parts: Parts, connector: dict[str, Tensor], llm: Iterator[tuple[str, Tensor]]) -> None:
+    """Write connector and model, the weights of the language model while they come."""
     run = Path(config.run)
-    whole = whole_model(config, parts.model, weights)
+    whole = whole_model(parts.model, connector)
     export_connector(whole.connector, run / "connector")
     if "llm" in config.train:
-        export_model(whole, parts.tokenizer, parts.store, run / "model", files=CardFiles(run))
+        whole = with_encoder(whole, parts.store)
+        card = model_card(whole, store_facts(parts.store), CardFiles(run))
+        write_model(whole, parts.tokenizer, run / "model", card, contents=merged_llm(config, whole, llm))
+
+
+def _summarize(config: TrainConfig, parts: Parts, steps: int) -> None:
+    """Write `summary.json`."""
+    run = Path(config.run)
     lines = read_log(run)
     seconds = sum(line["step_s"] for line in lines)
     summary = Summary(

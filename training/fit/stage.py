@@ -16,8 +16,8 @@ from training.checkpoints.mark import MARK
 from training.config import TrainConfig
 from training.engines import engine_of
 from training.engines.base import Engine
-from training.fit.finding import Finding, ThisRank
-from training.fit.needs import end_needs, needs, refuse_unready
+from training.fit.finding import ThisRank, run_check
+from training.fit.needs import end_needs, host_memory, needs, refuse_unready
 from training.fit.optimizer import build_optimizer
 from training.fit.parts import Parts, open_parts
 from training.fit.preview import preview
@@ -58,11 +58,11 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         if rank == 0:
             print(describe(config, parts, steps, ranks), flush=True)
         last = Path(config.run) / "checkpoints" / f"ba{steps:08d}" / MARK
-        ending: list[Finding] = []
+        here = ThisRank(rank, ranks, dist.get_local_rank(), dist.get_local_world_size(), planned=ranks)
+        ending = run_check("host", lambda: host_memory(config, parts.model, here))
         if rank == 0 and (stop is None or not last.is_file()):  # else it exports now, and says it then
-            ending = end_needs(config, parts.store, parts.model)
+            ending += end_needs(config, parts.store, parts.model)
         if stop is None and rank == 0:
-            here = ThisRank(rank, ranks, dist.get_local_rank(), dist.get_local_world_size(), planned=ranks)
             found = needs(config, parts.model, here) + ending
             print(preview(config, parts, build_optimizer(parts.model, config.optimizer), found), flush=True)
         refuse_unready(ending)

@@ -45,6 +45,7 @@ def build_trainer(
     checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, engine, stop, left_out)
     latest = find(run / "checkpoints", config.checkpoint, engine)
     log = StepLog(run, parts.stream, steps, engine, StepFlops(model, config.train))
+    engine.place(model)
     optimizer = build_optimizer(model, config.optimizer)
     settings = {
         "model": _trainable(config, parts),

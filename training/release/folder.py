@@ -9,8 +9,9 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from training.release.card import NO_FILES, CardFiles, model_card, store_facts
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from pipeline.schema import StoreSpec
     from training.model.model import CompactVisionForConditionalGeneration
@@ -45,14 +47,25 @@ def export_model(
     Raises:
         ValueError: if a file of scores is none. OSError: if the vision encoder cannot be read.
     """
+    whole = with_encoder(model, store, dtype)
+    write_model(whole, tokenizer, folder, model_card(whole, store_facts(store), files), dtype)
+
+
+def with_encoder(
+    model: CompactVisionForConditionalGeneration, store: StoreSpec, dtype: torch.dtype | None = None
+) -> CompactVisionForConditionalGeneration:
+    """The model with the vision encoder of the store's features, in `dtype`, by default that of the language model.
+
+    Raises:
+        OSError: if the vision encoder cannot be read.
+    """
     from pipeline.encoder import family_of
     from training.model.model import CompactVisionForConditionalGeneration
 
     local = Path(store.encoder.id).is_dir()  # its revision is then a digest, which no Hub knows
     revision = None if local else store.encoder.revision
     tower: Any = family_of(store.encoder.id, revision).load(store.encoder.id, revision, dtype=dtype or model.llm.dtype)
-    whole = CompactVisionForConditionalGeneration.from_parts(model.llm, model.connector, tower, aspect=store.aspect)
-    write_model(whole, tokenizer, folder, model_card(whole, store_facts(store), files), dtype)
+    return CompactVisionForConditionalGeneration.from_parts(model.llm, model.connector, tower, aspect=store.aspect)
 
 
 def write_model(
@@ -61,13 +74,24 @@ def write_model(
     folder: Path,
     card: str,
     dtype: torch.dtype | None = None,
+    contents: Iterable[tuple[str, Tensor]] | None = None,
 ) -> None:
-    """Write a whole model with its processor, tokenizer, generation settings, code and card."""
+    """Write a whole model with its processor, tokenizer, generation settings, code and card.
+
+    Args:
+        whole: the model.
+        tokenizer: of the language model.
+        folder: replaced if it exists.
+        card: its README.md.
+        dtype: of the weights; None keeps each one's own.
+        contents: of weights that are on `meta` in `whole`, by name, one after another; None if there are none.
+    """
     from transformers import GenerationConfig
 
     from training.model.decoders import decoder_of
     from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
     from training.release.code import write_code
+    from training.release.shards import write_weights
 
     assert whole.vision_tower is not None, "a model that is written sees"
     text = CompactVisionTokenizer(
@@ -84,13 +108,12 @@ def write_model(
     whole.generation_config = GenerationConfig(
         bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
     )
-    state: dict[str, Any] | None = None
+    here = ((name, weight) for name, weight in whole.state_dict().items() if not weight.is_meta)
     if dtype is not None:
         whole.config.dtype = dtype
-        state = {name: weight.to(dtype) for name, weight in whole.state_dict().items()}
     with replaced_folder(folder) as target:
         processor.save_pretrained(target)
-        whole.save_pretrained(target, state_dict=state)
+        write_weights(whole, chain(here, contents or ()), target, dtype)
         write_code(whole, target)
         (target / "README.md").write_text(card, encoding="utf-8")
 

@@ -37,7 +37,7 @@ def refuse_others(runs: Sequence[Run]) -> None:
     """
     begun = [config for run in runs for config in run.stages.values() if Path(config.run, CONFIG).exists()]
     if begun:
-        from training.fit.run_folder import refuse_another
+        from training.fit.identity import refuse_another
 
         for config in begun:
             # The whole folder may have been moved: stage 2 began from the stage 1 that lies beside it.

@@ -160,7 +160,7 @@ def llama_folder(job: Job, size: str) -> Path:
 
 
 def random_llama(device: str) -> Callable[..., Any]:
-    """What takes the place of `AutoModelForCausalLM.from_pretrained`: random weights, made where they are needed."""
+    """Makes a model of random weights where they are needed: (folder or id, revision, dtype)."""
     import torch
     from transformers import AutoConfig, LlamaForCausalLM
 

@@ -50,7 +50,8 @@ class Bench:
         # A batch for each step: nothing is read ahead across the end of an epoch.
         captions, talk = (32, 32) if job.cpu else (7 * 64, 8 * 16)
         self.stores = {1: write_store(job, "captions", captions, (8, 20)), 2: write_store(job, "talk", talk, (60, 200))}
-        training.fit.build.AutoModelForCausalLM = _Random(random_llama(job.device))  # type: ignore[attr-defined]
+        make = random_llama(job.device)
+        training.fit.build.empty_llm = lambda llm, dtype: make(llm.llm, llm.revision, dtype)  # not empty: random
         training.fit.stage.finish, training.fit.stage.end_needs = lambda *_: None, lambda *_: []  # no export
         training.checkpoints.checkpoint.Checkpoints.save = lambda *_: None  # type: ignore[method-assign]
         training.fit.callbacks.peak_flops = lambda: 1.0  # `mfu` in the log is then the step's FLOP/s
@@ -217,13 +218,6 @@ class Bench:
         """FLOP/s as shares: of what was measured on this card, and of the maker's figure, where it is known."""
         flops = row.pop("mfu")
         return {**row, "of_limit": flops / self.job.flops, "mfu": flops / self.nominal}
-
-
-class _Random:
-    """Stands where `AutoModelForCausalLM` is looked up: its `from_pretrained` makes random weights on the device."""
-
-    def __init__(self, make: Any) -> None:
-        self.from_pretrained = make
 
 
 def _moved(batch: Any, device: str) -> Any:

@@ -163,6 +163,11 @@ def test_an_object_above_the_bound_is_refused_by_the_size_that_is_announced(
     assert len(asked) == 1
 
 
+def test_an_object_whose_size_is_not_announced_is_read(serve: Callable[[Answer], list[str]]) -> None:
+    serve(lambda *_: Response(iter([b"12", b"3"]), headers={"Connection": "close"}))
+    assert ImageSource(("s3://bucket/images",)).read("a.jpg") == b"123"
+
+
 @pytest.mark.parametrize(
     ("offset", "length", "part"), [(1, 2, b"12"), (3, 5, b"3"), (4, 5, b""), (9, 5, b""), (1, 0, b"")]
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,20 @@ def test_what_the_host_knows_changes_no_bit_of_losses_and_gradients(
         usual = seen["eager" if implementation == "eager" else "sdpa", False]
         assert len(values) == len(usual) > 30
         assert all(torch.equal(a, b) for a, b in zip(values, usual, strict=True)), (implementation, known)
+
+
+def test_composer_copies_no_features_of_a_microbatch_that_is_on_its_device(
+    settings: Callable[..., Any], tmp_path: Path
+) -> None:
+    from composer.devices import DeviceCPU
+
+    from training.fit.trainer import _data
+
+    parts = open_parts(TrainConfig.model_validate(settings(tmp_path / "run", 2)), 0, 1)
+    spec = _data(parts)
+    part = spec.split_batch(next(iter(parts.stream)), 3)[0]
+    moved = spec.microbatch_transforms(DeviceCPU().batch_to_device(part))  # as Composer's trainer does
+    assert deepcopy(moved)["columns"] is moved["columns"]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: nothing to wait for")

@@ -48,7 +48,8 @@ def of_run(config: TrainConfig, ranks: ThisRank, every_example: bool = False) ->
 
 def folder(config: TrainConfig) -> Iterator[Finding]:
     """Whether the run's folder is free, or holds this very run, which then goes on."""
-    from training.fit.run_folder import refuse_another, working
+    from training.fit.identity import refuse_another
+    from training.fit.run_folder import working
 
     refuse_another(config)
     run = Path(config.run)

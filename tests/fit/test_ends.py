@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import shutil
 import signal
 from collections.abc import Callable
@@ -12,8 +14,12 @@ import pytest
 from safetensors.torch import load_file
 
 from pipeline.encoder import describe_encoder
+from pipeline.manifest import read_store
+from pipeline.storage import Storage
+from training.checkpoints.checkpoint import Checkpoints
 from training.config import TrainConfig
 from training.fit import stage
+from training.fit.build import empty_model
 from training.fit.callbacks import StepLog
 from training.release.folder import replaced_folder
 
@@ -95,6 +101,41 @@ def test_a_stop_in_the_last_step_leaves_the_end_to_the_same_command(
     stage.train(config)
     said = capsys.readouterr().out
     assert "step " not in said.partition("trained")[2] and "done      loss" in said
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written_is_told_with_its_place(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def enough_until_now(*_: Any) -> bool:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))  # bytes that a file takes from here on
+        return False
+
+    monkeypatch.setattr(Checkpoints, "_too_little_room", enough_until_now)
+    try:
+        with pytest.raises(SystemExit, match=rf"ba0000000{STEPS} cannot be written: .*File too large; mend that"):
+            stage.train(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list((Path(config.run) / "checkpoints").glob("*/complete.json")) == []
+
+
+def test_what_an_unfinished_checkpoint_takes_counts_as_room(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from training.fit import needs
+
+    store = read_store(Storage(config.data.store))
+    model = empty_model(config, store)
+    nothing = shutil.disk_usage("/")._replace(free=0)
+    monkeypatch.setattr(needs.shutil, "disk_usage", lambda _: nothing)
+    left = Path(config.run) / "checkpoints" / "ba00000002" / "composer.pt"
+    left.parent.mkdir(parents=True)
+    for size, level in ((2**20, "fail"), (2**30, "ok")):
+        left.touch()
+        os.truncate(left, size)
+        assert [finding.level for finding in needs.disk(config, store, model)] == [level]
 
 
 def test_a_last_checkpoint_without_its_mark_excuses_no_run_from_what_its_end_needs(

@@ -150,6 +150,15 @@ def test_another_connector_is_refused_with_every_difference(config, store: Store
         load_connector(other.connector, tmp_path / "connector")
 
 
+def test_who_may_read_one_file_of_an_export_may_read_all(config, store: StoreSpec, tmp_path: Path) -> None:
+    model = build_model(config(), store)
+    export_connector(model.connector, tmp_path / "connector")
+    export_model(model, load_tokenizer(config()), store, tmp_path / "model")
+    (tmp_path / "usual").touch()
+    for path in tmp_path.glob("*/*"):
+        assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [

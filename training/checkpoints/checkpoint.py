@@ -25,6 +25,7 @@ from composer.core import Callback, Event, State
 from composer.loggers import Logger
 from composer.utils import checkpoint as composer_checkpoint
 from composer.utils import create_interval_scheduler, dist
+from torch.distributed.checkpoint.api import CheckpointException
 
 from pipeline.storage import sync
 from training.checkpoints.mark import (
@@ -164,7 +165,11 @@ class Checkpoints(Callback):  # type: ignore[misc]
             self.fit_end(state, logger)
 
     def save(self, state: State) -> None:
-        """Write a checkpoint. A collective. Without room on a node's disk nothing is written, and training goes on."""
+        """Write a checkpoint. A collective. Without room on a node's disk nothing is written, and training goes on.
+
+        Raises:
+            OSError: if writing fails all the same.
+        """
         step = state.timestamp.batch.value
         if step == self._saved:
             return
@@ -175,10 +180,15 @@ class Checkpoints(Callback):  # type: ignore[misc]
         if self._too_little_room(state):
             return
         dist.barrier()
-        written = composer_checkpoint.save_checkpoint(
-            state, filename=str(target / "composer.pt"), ignore_keys=self.left_out
-        )
-        self.engine.save(state, target)
+        try:
+            written = composer_checkpoint.save_checkpoint(
+                state, filename=str(target / "composer.pt"), ignore_keys=self.left_out
+            )
+            self.engine.save(state, target)
+        except (RuntimeError, CheckpointException) as error:  # PyTorch's words for a disk that is full or fails
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+                raise
+            raise OSError(f"{target} cannot be written: {error.__context__ or error}") from error
         dist.barrier()  # every rank has written
         # Composer returns its file, or one within a folder of shards, which is then loaded as a whole; on ranks that
         # wrote nothing, None.

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.checkpoints.mark import checkpoint_folders, file_sizes, read_mark
 from training.config import TrainConfig
 from training.cost.memory import CHECKPOINT, WEIGHT, ModelShape, activations, stored
 from training.engines import engine_of
@@ -155,15 +156,18 @@ def disk(
     trial = there / f".trial-{uuid.uuid4().hex}"
     try:
         trial.write_bytes(b"trial")
-        trial.unlink()
     except OSError as error:
         yield Finding("fail", "disk", f"cannot write to {there} ({error.strerror}); choose another run=...")
         return
+    finally:
+        trial.unlink(missing_ok=True)
     one = CHECKPOINT * shape_of(model).learning
     count = _checkpoints(config)
-    held = sum(path.stat().st_size for path in folder.glob("checkpoints/**/*") if path.is_file())
+    sizes = {path: sum(file_sizes(path).values()) for path in checkpoint_folders(folder / "checkpoints")}
+    # What is left of one that was not finished goes before the next one is written.
+    unfinished = sum(size for path, size in sizes.items() if read_mark(path) is None)
+    held, free = sum(sizes.values()) - unfinished, shutil.disk_usage(there).free + unfinished
     last = _export_bytes(config, store, model)
-    free = shutil.disk_usage(there).free
     text = (
         f"a checkpoint takes {one / 1e9:.2f} GB, {count} of them {count * one / 1e9:.2f}, the export {last / 1e9:.2f}; "
         f"{free / 1e9:.1f} GB free in {there}" + (f", {held / 1e9:.2f} held" if held else "")

@@ -99,7 +99,14 @@ def fit(trainer: Trainer, checkpoints: Checkpoints, steps: int) -> None:
             print(f"trained   all {steps} steps are done; what is left is to export their weights", flush=True)
         checkpoints.upload_again(trainer.state, trainer.logger)
     except OSError as error:
-        sys.exit(f"error: {error}; mend that and run the same command again: it goes on from its last checkpoint")
+        wrong = _told(error, checkpoints.folder.parent)
+        sys.exit(f"error: {wrong}; mend that and run the same command again: it goes on from its last checkpoint")
+
+
+def _told(error: Exception, run: Path) -> str:
+    """What went wrong; with the run's folder, where the system does not say which file could not be written."""
+    nameless = isinstance(error, OSError) and error.errno is not None and error.filename is None
+    return f"{run}: {error}" if nameless else str(error)
 
 
 def end(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: int) -> None:
@@ -112,7 +119,7 @@ def end(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: 
     try:
         finish(config, parts, engine, state, steps)
     except (ValueError, OSError) as error:
-        wrong = str(error)
+        wrong = _told(error, Path(config.run))
     wrong = dist.all_gather_object(wrong)[0]  # the others wait here for what rank 0 writes
     if wrong:
         sys.exit(f"error: {wrong}\nall steps are done: mend that and run the same command again, it only exports")

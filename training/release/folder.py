@@ -133,6 +133,9 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     fresh.mkdir()
     try:
         yield fresh
+        for path in fresh.rglob("*"):
+            if path.is_file():  # safetensors keeps its files to their owner; what is given away is not
+                path.chmod(fresh.stat().st_mode & 0o666)
         if folder.exists():  # a folder with contents cannot be renamed over: move it away, delete it last
             old = fresh.with_name(fresh.name + ".old")
             folder.rename(old)

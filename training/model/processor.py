@@ -39,7 +39,8 @@ class CompactVisionTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         self, vocab_file: str | None, legacy: bool = True, image_token_id: int | None = None, **kwargs: Any
     ) -> None:
         if vocab_file is None:  # transformers found no such file
-            raise ValueError("the model's folder has no tokenizer.model; put the language model's there")
+            folder = kwargs.get("name_or_path", "the model's folder")
+            raise ValueError(f"{folder} has no tokenizer.model; put the language model's there")
         self.vocab_file, self.legacy = str(vocab_file), legacy
         self._exact = Tokenizer(Path(vocab_file), legacy=legacy)
         model = SentencePieceProcessor(model_file=self.vocab_file)

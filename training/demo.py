@@ -9,6 +9,7 @@ not done again.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -22,6 +23,7 @@ if __name__ == "__main__":
 
 from pydantic import RootModel
 
+from training.benchmarks.own import OwnQuestions
 from training.release.records import SUMMARY, Summary, read_as, write_whole
 from training.toy.settings import BLOCKS, DRAW, FINETUNE, GENERATE, PRETRAIN
 
@@ -69,6 +71,30 @@ class Demo:
     def _known_seconds(self) -> dict[str, float]:
         path = self.run / "seconds.json"
         return _read(path) if path.exists() else {}
+
+    def claim(self) -> None:
+        """Look at your own questions and data, and note in the folder which they are: what is done is of no other.
+
+        Raises:
+            ValueError: if a question cannot be asked, or the folder holds a run on other data. OSError: if a file
+                cannot be read.
+        """
+        mine: dict[str, Any] = {}  # nothing of what is drawn
+        if not self.drawn:
+            for name in ("chat", "instruct", "questions"):
+                with Path(self.data[name]).open("rb") as file:
+                    mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
+            OwnQuestions(Path(self.data["questions"]), images=Path(self.data["images"])).to_ask()
+        note = self.run / "data.json"
+        if (self.run / "seconds.json").exists():
+            before = _read(note) if note.exists() else {}  # before there were notes, mostly drawn
+            differing = [name for name in {**before, **mine} if before.get(name) != mine.get(name)]
+            if differing:
+                raise ValueError(
+                    f"{self.run} holds a run on other data ({', '.join(differing)}); give another --run, or delete it"
+                )
+        self.run.mkdir(parents=True, exist_ok=True)
+        write_whole(note, json.dumps(mine, indent=1))
 
     def all_steps(self) -> None:
         """The main job, in the order of the flow."""
@@ -157,20 +183,21 @@ def main() -> None:
         )
     run = arguments.run.resolve()
     folder = run / "data"
-    data = {
-        "chat": str(arguments.chat or folder / "chat.json"),
-        "instruct": str(arguments.instruct or folder / "instruct.json"),
-        "images": str(arguments.images or folder / "images"),
-        "questions": str(arguments.questions or folder / "heldout.jsonl"),
+    data = {  # from the root: the steps run in another folder
+        "chat": str((arguments.chat or folder / "chat.json").resolve()),
+        "instruct": str((arguments.instruct or folder / "instruct.json").resolve()),
+        "images": str((arguments.images or folder / "images").resolve()),
+        "questions": str((arguments.questions or folder / "heldout.jsonl").resolve()),
     }
     demo = Demo(run, data, drawn=not any(given))
-    print(f"the main job, in {arguments.run}:")
     try:
+        demo.claim()
+        print(f"the main job, in {arguments.run}:")
         demo.all_steps()
         summary = demo.summary()
+        write_whole(run / SUMMARY, json.dumps(summary, indent=1))
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    write_whole(run / SUMMARY, json.dumps(summary, indent=1))
     demo.step("report", [*demo.python, "training/report.py", str(run), "--images", data["images"]])
     print(_table(summary, arguments.run))
 

@@ -47,13 +47,15 @@ def main() -> None:
         found = f"found {', '.join(map(str, counts[:3]))} and {arguments.new_tokens}"
         parser.error(f"--text-tokens, --batch-size and --rounds are at least 1, --new-tokens at least 2; {found}")
     try:
+        if arguments.out:  # not only when all is measured
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.touch()
         result = flops(arguments) if arguments.flops else measured(arguments)
+        print(render(result))
+        if arguments.out:
+            arguments.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(render(result))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps(result, indent=1), encoding="utf-8")
 
 
 def flops(arguments: argparse.Namespace) -> dict[str, Any]:

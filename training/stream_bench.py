@@ -48,7 +48,7 @@ def main() -> int:
     parser.add_argument("--together", action="store_true", help="conversations of an image one after another")
     parser.add_argument("--cache-dir", help="for a remote store: where this node keeps shards")
     parser.add_argument(
-        "--cache-gb", type=float, default=read.cache_gb, help="bound of the cache (default: %(default)s)"
+        "--cache-gb", type=_size, default=read.cache_gb, help="bound of the cache (default: %(default)s)"
     )
     arguments = parser.parse_args()
     try:
@@ -65,6 +65,12 @@ def main() -> int:
 def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1; take 1 or more")
+    return number
+
+
+def _size(text: str) -> float:
+    if not 0 < (number := float(text)) < float("inf"):
+        raise argparse.ArgumentTypeError(f"{number} is no size in GB; take more than 0")
     return number
 
 

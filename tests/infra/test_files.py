@@ -106,6 +106,18 @@ def test_a_pod_of_the_indexed_job_finds_its_place() -> None:
     assert {("PersistentVolumeClaim", claim) for claim in claims} <= shared
 
 
+def test_only_the_head_of_a_cluster_that_scales_may_ask_the_api_server() -> None:
+    (build,) = documents("kubernetes/base/build.yaml")
+    cluster = build["spec"]["rayClusterSpec"]
+    head, workers = (group["template"]["spec"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]))
+    accounts = {d["metadata"]["name"]: d for d in documents("kubernetes/base/shared.yaml") if "Account" in d["kind"]}
+    assert all(account["automountServiceAccountToken"] is False for account in accounts.values())
+    # KubeRay's autoscaler runs beside the head as its service account; without a token no worker ever comes.
+    assert cluster["enableInTreeAutoscaling"]
+    assert head.get("automountServiceAccountToken") is True
+    assert "automountServiceAccountToken" not in workers
+
+
 def test_no_file_holds_a_secret() -> None:
     for path in INFRA.rglob("*"):
         if path.is_file():

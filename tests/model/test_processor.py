@@ -92,6 +92,8 @@ def test_arrays_and_nested_lists_are_images_too() -> None:
         assert torch.equal(process(same, return_tensors="pt")["pixel_values"], expected)
     with pytest.raises(ValueError, match="must be uint8, found float32"):
         process(array.astype(np.float32))
+    with pytest.raises(ValueError, match=r"C 1 to 4; found \(40, 30, 5\)"):
+        process(np.zeros((40, 30, 5), dtype=np.uint8))
 
 
 @pytest.mark.vectors("prompts*.json")

@@ -69,7 +69,7 @@ def _obey(talk: Talk, line: str) -> Talk:
 def _path(text: str) -> Path:
     """A path as it was typed, `~` being the home folder; ValueError if there is no such home, or no text."""
     if not text:
-        raise ValueError("/image needs a PATH; give one")
+        raise ValueError(f"/image needs a PATH, found {text!r}; give one")
     try:
         return Path(text).expanduser()
     except RuntimeError as error:

@@ -46,6 +46,7 @@ def examples(config: TrainConfig, model: CompactVisionForConditionalGeneration) 
         return
     level: Level = "fail" if too_many(len(reasons), total, total, config.data.max_skipped) else "warn"
     hint = f"data.max_skipped is {config.data.max_skipped:g}; mend them in the data, or raise it"
+    reasons = dict(sorted(reasons.items()))  # several threads looked at them, in any order
     first = next(iter(reasons))
     text = f"{len(reasons):,} of {total:,} would be skipped, {first} first ({hint}):\n{by_kind(reasons.values())}"
     yield Finding(level, "examples", text)

@@ -39,7 +39,8 @@ class CompactVisionTokenizer(PreTrainedTokenizer):  # type: ignore[misc]
         self, vocab_file: str | None, legacy: bool = True, image_token_id: int | None = None, **kwargs: Any
     ) -> None:
         if vocab_file is None:  # transformers found no such file
-            raise ValueError("the model's folder has no tokenizer.model; put the language model's there")
+            folder = kwargs.get("name_or_path", "the model's folder")
+            raise ValueError(f"{folder} has no tokenizer.model; put the language model's there")
         self.vocab_file, self.legacy = str(vocab_file), legacy
         self._exact = Tokenizer(Path(vocab_file), legacy=legacy)
         model = SentencePieceProcessor(model_file=self.vocab_file)
@@ -139,6 +140,8 @@ def _as_image(image: Any) -> Image.Image:
     array = np.asarray(image)
     if array.dtype != np.uint8:
         raise ValueError(f"an image array must be uint8, found {array.dtype}; give PIL images otherwise")
+    if array.ndim not in (2, 3) or (array.ndim == 3 and not {array.shape[0], array.shape[2]} & {1, 2, 3, 4}):
+        raise ValueError(f"an image array is (H, W), (H, W, C) or (C, H, W), C 1 to 4; found {array.shape}")
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)  # channels first
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)

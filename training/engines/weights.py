@@ -89,8 +89,8 @@ def _by_transformers(settings: ModelSettings, dtype: torch.dtype, **how: Any) ->
     except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"a file of weights of {settings.llm} cannot be opened: {first}; fetch it again if it is damaged; one that is "
-            "larger than this machine's memory has to be split"
+            f"a file of weights of {settings.llm} cannot be opened: {first}; fetch it again if it is damaged; "
+            "one that is larger than this machine's memory has to be split"
         ) from error
     finally:
         log.setLevel(before)

@@ -7,11 +7,13 @@ node share one copy in the system's page cache, and a mapping ends with its weig
 
 from __future__ import annotations
 
+import ctypes
 import json
 import logging
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +31,23 @@ from training.config import ModelSettings
 # In the order in which transformers takes them; an index names the files that it is split into.
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 FLOATS = {"F64", "F32", "F16", "BF16"}
+MMAP_THRESHOLD = -3  # of glibc's malloc.h
 LLM, ADAPTED = "llm.", ".base_layer."  # what names begin with in our model; what peft puts before an adapted weight's
+
+
+@contextmanager
+def memory_returned() -> Iterator[None]:
+    """Within, memory that is freed goes back to the system at once, from 1 MiB on.
+
+    glibc keeps it otherwise, in pieces that the next weight does not fit into: a process grows by a model's size.
+    """
+    libc = ctypes.CDLL(None)
+    set_option = libc.mallopt if hasattr(libc, "mallopt") else lambda *_: None  # other systems' have no such option
+    set_option(MMAP_THRESHOLD, 2**20)
+    try:
+        yield
+    finally:
+        set_option(MMAP_THRESHOLD, 2**25)  # what glibc itself comes to
 
 
 def empty_llm(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
@@ -89,8 +107,8 @@ def _by_transformers(settings: ModelSettings, dtype: torch.dtype, **how: Any) ->
     except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
         first = str(error).strip().partition("\n")[0]
         raise ValueError(
-            f"a file of weights of {settings.llm} cannot be opened: {first}; fetch it again if it is damaged; one "
-            "that is larger than this machine's memory has to be split"
+            f"a file of weights of {settings.llm} cannot be opened: {first}; fetch it again if it is damaged; "
+            "one that is larger than this machine's memory has to be split"
         ) from error
     finally:
         log.setLevel(before)

@@ -91,7 +91,8 @@ def merged(llm: PreTrainedModel, weights: Iterator[tuple[str, Tensor]]) -> Itera
         if waiting.keys() == layer.state_dict().keys():
             layer.load_state_dict(waiting, assign=True)
             waiting = {}
-            layer.merge()
+            with torch.no_grad():  # else each merged weight keeps the graph of its change
+                layer.merge()
             for end, whole in layer.get_base_layer().named_parameters():
                 yield f"{layer_name}.{end}", whole.detach()
             layer.to("meta")

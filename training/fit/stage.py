@@ -16,6 +16,7 @@ from training.checkpoints.mark import MARK
 from training.config import TrainConfig
 from training.engines import engine_of
 from training.engines.base import Engine
+from training.engines.weights import memory_returned
 from training.fit.finding import ThisRank, run_check
 from training.fit.needs import end_needs, host_memory, needs, refuse_unready
 from training.fit.optimizer import build_optimizer
@@ -69,7 +70,8 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         if stop is None:
             return
         engine = engine_of(config, ranks)
-        trainer, checkpoints = build_trainer(config, parts, engine, steps, stop, watch)
+        with memory_returned():
+            trainer, checkpoints = build_trainer(config, parts, engine, steps, stop, watch)
         if not trainer.state.timestamp.batch.value:
             begin_anew(config)
         claim(config, parts)
@@ -117,7 +119,8 @@ def end(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: 
     """
     wrong = ""
     try:
-        finish(config, parts, engine, state, steps)
+        with memory_returned():
+            finish(config, parts, engine, state, steps)
     except (ValueError, OSError) as error:
         wrong = _told(error, Path(config.run))
     wrong = dist.all_gather_object(wrong)[0]  # the others wait here for what rank 0 writes

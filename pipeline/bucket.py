@@ -30,6 +30,11 @@ def within(size: int = 0) -> float:
     return ANSWERS_IN + size / SLOWEST
 
 
+def late() -> str:
+    """What is said of a request that did not end within its time."""
+    return f"not done within {ANSWERS_IN} s and a second for each {SLOWEST // 1000} kB"
+
+
 class RefusedError(Exception):
     """Holds what a caller's `check` raised: it is about the file, and nothing that S3 said."""
 

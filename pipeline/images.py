@@ -173,8 +173,9 @@ def _index_zip(root: str, asked: Set[str] = frozenset()) -> dict[str, ZipMember]
     except IsADirectoryError as error:
         raise ValueError(f"images: {root} is a folder; rename it, so that it does not end in .zip") from error
     except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError, UnicodeError) as error:
-        if isinstance(error.__context__, OSError):  # zipfile takes any error of reading for the lack of an end
-            raise error.__context__ from None
+        read = error.__context__  # zipfile takes any error of reading for the lack of an end
+        if isinstance(read, OSError) and read.errno != errno.EINVAL:  # a place before the start of the file is damage
+            raise read from None
         raise ValueError(f"images: {root} is not a zip archive: {error}; copy it again") from error
     index: dict[str, ZipMember] = {}
     unsaid: dict[bytes, ZipMember] = {}  # by names in an encoding that the archive does not tell

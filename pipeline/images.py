@@ -230,11 +230,11 @@ def _in_one_encoding(unsaid: Mapping[bytes, ZipMember], asked: Set[str]) -> dict
             plain[_plain(raw.decode())] = member
         except UnicodeError:
             plain[_plain(raw.decode("cp437"))] = member
+    forms = {name: unicodedata.normalize("NFC", name) for name in asked}
     for encoding in ENCODINGS if asked - plain.keys() else ():
         with contextlib.suppress(UnicodeError):
-            names = {_plain(raw.decode(encoding)): member for raw, member in unsaid.items()}
-            spelled = {spelling: name for name in names for spelling in spellings(name)}
-            found.append({name: names[spelled[name]] for name in asked & spelled.keys()})
+            there = {unicodedata.normalize("NFC", _plain(raw.decode(encoding))): raw for raw in unsaid}
+            found.append({name: unsaid[there[form]] for name, form in forms.items() if form in there})
     best = max(found, key=len, default={})
     if any(len(other) == len(best) and other != best for other in found):
         return plain

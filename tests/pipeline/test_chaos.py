@@ -35,7 +35,6 @@ from pipeline.build_shards import read_sources
 from pipeline.config import BuildConfig, load_config
 from pipeline.manifest import create_or_check, write_manifest
 from pipeline.plan import row_of, shard_records, todo
-from fixtures.faulty_s3 import SHARES, FaultyS3
 from pipeline.storage import Storage
 from pipeline.worker import ShardWorker
 

@@ -104,6 +104,12 @@ def undisturbed(data: Path, options: Callable[..., list[str]]) -> Path:
     return build_here(options(data / "undisturbed"))
 
 
+@pytest.fixture(scope="module")
+def undisturbed_short(data: Path, options: Callable[..., list[str]]) -> Path:
+    """As `undisturbed`, of the first three shards."""
+    return build_here(options(data / "short", limit=3 * SHARD_SIZE))
+
+
 def build_here(arguments: list[str]) -> Path:
     """What the job does, one shard after the other."""
     command = [sys.executable, "-c", WORKER, "all", *arguments]
@@ -286,7 +292,13 @@ def test_s3_that_fails_and_a_killed_driver_leave_the_bytes_of_an_undisturbed_bui
 
 @pytest.mark.parametrize(("where", "call"), [("local", 3), ("local", 5), ("s3", 3), ("s3", 5)])
 def test_a_worker_frozen_while_it_publishes_changes_nothing_when_it_wakes_after_the_end(
-    s3: dict[str, str], options: Any, contents: Any, tmp_path: Path, where: str, call: int
+    s3: dict[str, str],
+    options: Any,
+    undisturbed_short: Path,
+    contents: Any,
+    tmp_path: Path,
+    where: str,
+    call: int,
 ) -> None:
     """It is stopped before the second of its tars (its third file, after a claim), or before the commit record."""
     store = f"s3://chaos/frozen{call}" if where == "s3" else str(tmp_path / "frozen")
@@ -315,7 +327,7 @@ def test_a_worker_frozen_while_it_publishes_changes_nothing_when_it_wakes_after_
     assert json.loads(rest)["shard"] == 0
     assert {name: value for name, value in there().items() if name in before} == before
     target = copy_from_s3(s3, f"frozen{call}", tmp_path / "copy") if where == "s3" else tmp_path / "frozen"
-    assert contents(target) == contents(build_here(options(tmp_path / "alone", limit=3 * SHARD_SIZE)))
+    assert contents(target) == contents(undisturbed_short)
 
 
 def test_two_jobs_at_once_build_one_store_and_share_the_work(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import io
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from typing import Any
 
 ANSWERS_IN = 100  # s, a request, s3fs's quick retries included
@@ -30,6 +30,11 @@ def within(size: int = 0) -> float:
     return ANSWERS_IN + size / SLOWEST
 
 
+def late() -> str:
+    """What is said of a request that did not end within its time."""
+    return f"not done within {ANSWERS_IN} s and a second for each {SLOWEST // 1000} kB"
+
+
 class RefusedError(Exception):
     """Holds what a caller's `check` raised: it is about the file, and nothing that S3 said."""
 
@@ -44,18 +49,20 @@ def get(fs: Any, key: str, check: Callable[[int], None] | None = None, **asked: 
 
     async def body() -> bytes:
         bucket, name, _ = fs.split_path(key)
-        request: Awaitable[Any] = fs._call_s3("get_object", Bucket=bucket, Key=name, **asked)
-        answer = await asyncio.wait_for(request, within())
-        length = answer.get("ContentLength")  # None from a gateway that packs on the way
-        try:
-            if check is not None and length is not None:
-                _ask(check, length)
-            data: bytes = await asyncio.wait_for(answer["Body"].read(), within(length or 0))
-            if check is not None and length is None:
-                _ask(check, len(data))
-            return data
-        finally:
-            answer["Body"].close()
+        start = asyncio.get_running_loop().time()
+        async with asyncio.timeout_at(start + within()) as bound:
+            answer = await fs._call_s3("get_object", Bucket=bucket, Key=name, **asked)
+            length = answer.get("ContentLength")  # None from a gateway that packs on the way
+            bound.reschedule(start + within(length or 0))
+            try:
+                if check is not None and length is not None:
+                    _ask(check, length)
+                data: bytes = await answer["Body"].read()
+                if check is not None and length is None:
+                    _ask(check, len(data))
+                return data
+            finally:
+                answer["Body"].close()
 
     try:
         found: bytes = sync(fs.loop, body)

@@ -78,9 +78,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32, help="images per GPU and training step (default: %(default)s)")
     arguments = parser.parse_intermixed_args()
     for name in ("rate", "step_time", "batch", "price"):
-        value, least = getattr(arguments, name), 0 if name == "price" else sys.float_info.min
-        if not least <= value < float("inf"):
-            parser.error(f"--{name.replace('_', '-')} is {value:g}; give a number above 0")
+        value, free = getattr(arguments, name), name == "price"
+        if not 0 <= value < float("inf") or (value == 0 and not free):
+            wanted = "of at least 0" if free else "above 0"
+            parser.error(f"--{name.replace('_', '-')} is {value:g}; give a number {wanted}")
     return arguments
 
 

@@ -173,8 +173,9 @@ def _index_zip(root: str, asked: Set[str] = frozenset()) -> dict[str, ZipMember]
     except IsADirectoryError as error:
         raise ValueError(f"images: {root} is a folder; rename it, so that it does not end in .zip") from error
     except (zipfile.BadZipFile, NotImplementedError, struct.error, OverflowError, UnicodeError) as error:
-        if isinstance(error.__context__, OSError):  # zipfile takes any error of reading for the lack of an end
-            raise error.__context__ from None
+        read = error.__context__  # zipfile takes any error of reading for the lack of an end
+        if isinstance(read, OSError) and read.errno != errno.EINVAL:  # a place before the start of the file is damage
+            raise read from None
         raise ValueError(f"images: {root} is not a zip archive: {error}; copy it again") from error
     index: dict[str, ZipMember] = {}
     unsaid: dict[bytes, ZipMember] = {}  # by names in an encoding that the archive does not tell
@@ -229,11 +230,11 @@ def _in_one_encoding(unsaid: Mapping[bytes, ZipMember], asked: Set[str]) -> dict
             plain[_plain(raw.decode())] = member
         except UnicodeError:
             plain[_plain(raw.decode("cp437"))] = member
+    forms = {name: unicodedata.normalize("NFC", name) for name in asked}
     for encoding in ENCODINGS if asked - plain.keys() else ():
         with contextlib.suppress(UnicodeError):
-            names = {_plain(raw.decode(encoding)): member for raw, member in unsaid.items()}
-            spelled = {spelling: name for name in names for spelling in spellings(name)}
-            found.append({name: names[spelled[name]] for name in asked & spelled.keys()})
+            there = {unicodedata.normalize("NFC", _plain(raw.decode(encoding))): raw for raw in unsaid}
+            found.append({name: unsaid[there[form]] for name, form in forms.items() if form in there})
     best = max(found, key=len, default={})
     if any(len(other) == len(best) and other != best for other in found):
         return plain

@@ -140,7 +140,8 @@ class Storage:
         if self._local is not None:
             shutil.copyfile(self._local / _checked(name), target)
         else:
-            self._retried(lambda fs, key: fs.get_file(key, str(target)), name)
+            bound = bucket.within(self.size(name))
+            self._retried(lambda fs, key: fs.get_file(key, str(target), timeout=bound), name)
 
     @contextlib.contextmanager
     def local_copy(self, name: str) -> Iterator[Path]:
@@ -270,7 +271,7 @@ class Storage:
                     raise
                 if final is not None:
                     raise final from error
-                said = str(error) or f"no answer within {bucket.within():.0f} s"  # of a TimeoutError
+                said = str(error) or (bucket.late() if isinstance(error, TimeoutError) else type(error).__name__)
                 if attempt == ATTEMPTS:
                     number = getattr(error, "errno", None) or errno.EIO
                     said = f"{said} ({ATTEMPTS} attempts): {key}; run again when that is mended"

@@ -8,6 +8,7 @@ lies there. Exit code 1 and a list if anything is wrong. `--deep` also encodes s
 from __future__ import annotations
 
 import argparse
+import errno
 import io
 import sys
 import tarfile
@@ -244,7 +245,8 @@ def _check_tar(storage: Storage, spec: StoreSpec, commit: Commit, name: str, add
         return wrong("missing")
     except (tarfile.TarError, OSError) as error:
         if isinstance(error, OSError) and not is_absent(error):
-            raise  # `repair` would remove a sound shard
+            # `repair` would remove a sound shard.
+            raise OSError(error.errno or errno.EIO, f"{path} cannot be read just now: {error}") from error
         return wrong(f"unreadable: {error}")
     return [] if what is None else wrong(what)
 

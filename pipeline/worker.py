@@ -39,7 +39,7 @@ from pipeline.schema import (
     Sample,
     StoreSpec,
     claim_path,
-    retried_path,
+    shard_name,
     tar_path,
 )
 from pipeline.shard import TarWriter, image_member, members, sample_json, sha256_of
@@ -280,8 +280,8 @@ class ShardWorker:
             wanted, cure = set(whole.keys), "give the images of the first build"
         else:
             wanted = {*commit.keys, *(f.key for f in commit.failures if f.kind != "features")}
-            path = retried_path(commit.shard)
-            cure = f"give the images that --retry-failed had; if they are gone, delete {path}, the last of its kind"
+            files = f"all files of the store numbered {shard_name(commit.shard)} or higher"
+            cure = f"give the images that --retry-failed had; if they are gone, delete {files}, and retry again"
         if lost := [f for f in commit.failures if f.key in wanted]:
             raise ValueError(
                 f"shard {commit.shard}: of {len(wanted)} samples that it is to hold, {len(commit.keys)} can be read "

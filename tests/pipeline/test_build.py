@@ -214,7 +214,9 @@ def test_blocks_are_added_without_touching_what_is_there(
     assert "0 to do" in call(BUILD, *settings(tmp_path / "store"))
 
 
-@pytest.mark.parametrize(("option", "value"), [("rate", "0"), ("rate", "nan"), ("step-time", "inf"), ("batch", "-3")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("rate", "0"), ("rate", "nan"), ("step-time", "inf"), ("batch", "-3"), ("price", "-1")]
+)
 def test_a_plan_by_numbers_that_cannot_be_is_refused(
     settings: Settings, call: Run, tmp_path: Path, option: str, value: str
 ) -> None:

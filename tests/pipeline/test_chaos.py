@@ -5,8 +5,6 @@ Moments are random, from seeds. Every build here must end with the bytes of one 
 
 from __future__ import annotations
 
-import asyncio
-import collections
 import contextlib
 import json
 import os
@@ -15,42 +13,22 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import boto3
 import psutil
 import pytest
-from aiohttp import web
 
+from fixtures.faulty_s3 import SHARES, FaultyS3
 from pipeline.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD, VERIFY = "pipeline/build_shards.py", "pipeline/verify_shards.py"
 IMAGES, SHARD_SIZE = 304, 8
 SHARDS = IMAGES // SHARD_SIZE
-CHECKSUMS = (
-    "content-md5",
-    "x-amz-trailer",
-    "x-amz-checksum-crc32",
-    "x-amz-checksum-crc64nvme",
-    "x-amz-checksum-sha256",
-)
-SHARES = {
-    "500": 0.04,
-    "503": 0.04,
-    "reset": 0.02,
-    "lost answer": 0.02,
-    "truncated": 0.04,
-    "damaged": 0.04,
-    "hang": 0.003,
-}
-ERRORS = {"500": (500, "InternalError"), "503": (503, "SlowDown")}
-OF_A_HOP = ("host", "content-length", "transfer-encoding", "connection", "expect")  # headers that are not passed on
 WORKER = """
 import json, os, signal, sys
 from pipeline.build_shards import read_sources
@@ -80,91 +58,6 @@ if sys.argv[1] == "all":
     storage.sweep_scratch()
 """
 pytestmark = [pytest.mark.slow, pytest.mark.minutes(9)]  # of all of pipeline/
-
-
-class FaultyS3:
-    """A proxy before an S3 server, on a socket: fails a share of the requests as services do, passes on the others."""
-
-    def __init__(self, upstream: str, seed: int) -> None:
-        self.upstream = upstream
-        self.random = random.Random(seed)
-        self.faults: collections.Counter[str] = collections.Counter()
-        self.failing = False
-        self.stalled = ""  # a name: reading that never ends
-        self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self.thread.start()
-        port = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result()
-        self.url = f"http://127.0.0.1:{port}"
-
-    async def _start(self) -> int:
-        self.ending = asyncio.Event()
-        self.session = aiohttp.ClientSession(auto_decompress=False)
-        application = web.Application(client_max_size=2**30)
-        application.router.add_route("*", "/{path:.*}", self.handle)
-        self.runner = web.AppRunner(application, access_log=None, shutdown_timeout=1)  # some requests hang
-        await self.runner.setup()
-        site = web.TCPSite(self.runner, "127.0.0.1", 0)
-        await site.start()
-        return int(self.runner.addresses[0][1])
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        """One request: what became of it is counted in `faults`."""
-        body = await request.read()
-        kinds = [*SHARES, "none"]
-        weights = [*SHARES.values(), 1 - sum(SHARES.values())]
-        kind = self.random.choices(kinds, weights)[0] if self.failing else "none"
-        self.faults[kind] += 1
-        if kind in ERRORS:
-            return self._error(*ERRORS[kind])
-        if kind == "damaged" and request.method == "PUT" and body:
-            if any(
-                name.lower() in CHECKSUMS for name in request.headers
-            ):  # what arrived is not what was sent: S3 sees it
-                return self._error(400, "BadDigest")
-            body = bytes([body[0] ^ 1]) + body[1:]
-        if kind == "hang" or (self.stalled and self.stalled in request.path):
-            await self.ending.wait()
-        if kind in ("reset", "hang"):
-            return self._cut(request)
-        headers = {name: value for name, value in request.headers.items() if name.lower() not in OF_A_HOP}
-        url = aiohttp.client.URL(self.upstream + request.raw_path, encoded=True)
-        async with self.session.request(request.method, url, headers=headers, data=body or None) as answer:
-            data = await answer.read()
-        if kind == "lost answer":
-            return self._cut(request)
-        headers = {name: value for name, value in answer.headers.items() if name.lower() not in OF_A_HOP}
-        length = answer.headers.get("Content-Length", str(len(data)))
-        response = web.StreamResponse(status=answer.status, headers={**headers, "Content-Length": length})
-        await response.prepare(request)
-        with contextlib.suppress(ConnectionError):  # the client has hung up
-            if kind == "truncated" and data:
-                await response.write(data[: len(data) // 2])
-                return self._cut(request)
-            if request.method != "HEAD":
-                await response.write(data)
-        return response
-
-    def _error(self, status: int, code: str) -> web.Response:
-        text = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>a fault</Message></Error>'
-        return web.Response(status=status, text=text, content_type="application/xml")
-
-    def _cut(self, request: web.Request) -> web.Response:
-        if request.transport is not None:
-            request.transport.abort()
-        return web.Response()
-
-    def close(self) -> None:
-        """End the server and its thread."""
-
-        async def stop() -> None:
-            self.ending.set()  # for requests that hang
-            await self.session.close()
-            await self.runner.cleanup()
-
-        asyncio.run_coroutine_threadsafe(stop(), self.loop).result()
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -209,6 +102,12 @@ def options(data: Path) -> Callable[..., list[str]]:
 def undisturbed(data: Path, options: Callable[..., list[str]]) -> Path:
     """The build by one worker in one process, without Ray."""
     return build_here(options(data / "undisturbed"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed_short(data: Path, options: Callable[..., list[str]]) -> Path:
+    """As `undisturbed`, of the first three shards."""
+    return build_here(options(data / "short", limit=3 * SHARD_SIZE))
 
 
 def build_here(arguments: list[str]) -> Path:
@@ -393,7 +292,13 @@ def test_s3_that_fails_and_a_killed_driver_leave_the_bytes_of_an_undisturbed_bui
 
 @pytest.mark.parametrize(("where", "call"), [("local", 3), ("local", 5), ("s3", 3), ("s3", 5)])
 def test_a_worker_frozen_while_it_publishes_changes_nothing_when_it_wakes_after_the_end(
-    s3: dict[str, str], options: Any, contents: Any, tmp_path: Path, where: str, call: int
+    s3: dict[str, str],
+    options: Any,
+    undisturbed_short: Path,
+    contents: Any,
+    tmp_path: Path,
+    where: str,
+    call: int,
 ) -> None:
     """It is stopped before the second of its tars (its third file, after a claim), or before the commit record."""
     store = f"s3://chaos/frozen{call}" if where == "s3" else str(tmp_path / "frozen")
@@ -422,7 +327,7 @@ def test_a_worker_frozen_while_it_publishes_changes_nothing_when_it_wakes_after_
     assert json.loads(rest)["shard"] == 0
     assert {name: value for name, value in there().items() if name in before} == before
     target = copy_from_s3(s3, f"frozen{call}", tmp_path / "copy") if where == "s3" else tmp_path / "frozen"
-    assert contents(target) == contents(build_here(options(tmp_path / "alone", limit=3 * SHARD_SIZE)))
+    assert contents(target) == contents(undisturbed_short)
 
 
 def test_two_jobs_at_once_build_one_store_and_share_the_work(
@@ -461,11 +366,11 @@ def test_a_read_that_never_ends_is_named_with_its_sample_and_the_same_command_re
     client = boto3.client("s3")
     for path in (data / "scenes/images").rglob("*.*"):
         client.upload_file(str(path), "chaos", f"stalled/{path.name}")
-    commit = json.loads((undisturbed / "commits" / "00030.json").read_text())
+    commit = json.loads((undisturbed / "commits" / "00001.json").read_text())
     arguments = options(tmp_path / "store", images="s3://chaos/stalled", hang_s=60)
     faulty_s3.stalled = commit["images"][5]
     said = end_of(start(cluster, arguments, tmp_path / "log"), tmp_path / "log")
-    assert f"in shard 30, at sample {commit['keys'][5]}, had not moved for" in said
+    assert f"in shard 1, at sample {commit['keys'][5]}, had not moved for" in said
     assert "this shard has hung 2 times" in said
     faulty_s3.stalled = ""
     finish(cluster, arguments, tmp_path / "log")

@@ -87,8 +87,11 @@ def test_a_damaged_member_of_a_zip_is_a_fault(tmp_path: Path) -> None:
         ImageSource((str(path),)).read("a.jpg", [index_zips((str(path),))[0]["a.jpg"]])
 
 
-def test_an_archive_that_is_none_is_named(tmp_path: Path) -> None:
-    (tmp_path / "images.zip").write_bytes(b"not a zip")
+@pytest.mark.parametrize(
+    "data", [b"", b"PK", b"not a zip", b"PK\6\7" + bytes(12) + b"\1\0\0\0" + b"PK\5\6" + bytes(18)]
+)  # the last points before its start
+def test_an_archive_that_is_none_is_named(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "images.zip").write_bytes(data)
     with pytest.raises(ValueError, match=r"images\.zip is not a zip archive"):
         index_zips((str(tmp_path / "images.zip"),))
 

@@ -172,6 +172,28 @@ def test_a_listed_sample_that_fails_again_for_want_of_its_image_stays_to_be_stor
     assert build.problems() == []
 
 
+@pytest.mark.parametrize("built", [False, True])
+def test_where_a_listed_image_is_gone_for_good_the_cure_that_is_named_helps(
+    build: Build, scenes: Path, images: Path, built: bool
+) -> None:
+    """Also where another list, and perhaps its shard, lies behind that of the image."""
+    for names in (lost(scenes)[:3], lost(scenes)[3:]):
+        come(scenes, images, names)
+        build.list_retried()
+    (images / lost(scenes)[0]).unlink()
+    worker, (row, behind), _ = build.prepared()
+    if built:
+        worker(behind)
+    with pytest.raises(ValueError, match="if they are gone, delete all files of the store numbered 00004 or higher"):
+        worker(row)
+    for path in build.store.rglob("*.*"):
+        if path.stem.isdigit() and int(path.stem) >= 4:
+            path.unlink()
+    build(retry=True)
+    assert [failure.source for failure in known_failures(Storage(build.store))] == lost(scenes)[:1]
+    assert build.problems() == []
+
+
 def test_many_gained_samples_are_listed_by_reading_each_list_once(
     build: Build, scenes: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Answer], list[s
                 return answer(len(asked), request)
 
             server = make_server("127.0.0.1", 0, application, threaded=True)
-            threading.Thread(target=server.serve_forever).start()
+            threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}).start()
             stack.callback(server.shutdown)
             keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1"}
             for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.server_port}"}.items():
@@ -139,8 +139,34 @@ def test_a_request_that_does_not_end_is_named(
     monkeypatch.setattr(storing, "ATTEMPTS", 2)
     serve(answer)
     try:
-        with pytest.raises(OSError, match=r"no answer within 0 s \(2 attempts\): s3://bucket/images.*; run again"):
+        with pytest.raises(
+            OSError, match=r"not done within 0\.2 s and .* \(2 attempts\): s3://bucket/images.*; run again"
+        ):
             ask(Storage("s3://bucket/images"))
+    finally:
+        ends.set()
+
+
+@pytest.mark.parametrize("size", [1000, 17 * 2**20])  # in one request, and in parts side by side
+def test_a_download_that_does_not_end_is_named(
+    serve: Callable[[Answer], list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, size: int
+) -> None:
+    ends = threading.Event()
+
+    def drops() -> Iterator[bytes]:
+        yield b"1"
+        ends.wait()
+
+    def answer(number: int, request: Request) -> Response:
+        return Response(() if request.method == "HEAD" else drops(), headers={"Content-Length": str(size)})
+
+    monkeypatch.setattr(bucket, "ANSWERS_IN", 0.2)
+    monkeypatch.setattr(bucket, "SLOWEST", 2**30)
+    monkeypatch.setattr(storing, "ATTEMPTS", 2)
+    serve(answer)
+    try:
+        with pytest.raises(OSError, match=r"not done within 0\.2 s .* \(2 attempts\): s3://bucket/store/a\.tar; run"):
+            Storage("s3://bucket/store").download("a.tar", tmp_path / "a.tar")
     finally:
         ends.set()
 

@@ -201,11 +201,12 @@ def test_what_cannot_be_read_just_now_is_not_repaired_away(
     """As a tar from S3 for which this disk has no room."""
 
     def fails(*_: object) -> Any:
-        raise OSError(number, os.strerror(number), "here")
+        raise OSError(number, os.strerror(number))  # as of a read, without a name
 
     monkeypatch.setattr(Storage, "local_copy" if of == "tars" else "read", fails)
     output = call(VERIFY, str(copy), "--repair", fails=True)
     assert f"error: [Errno {number}]" in output
+    assert of == "commit records" or re.search(r"(samples|block0\d)/0000\d\.tar cannot be read just now: ", output)
     monkeypatch.undo()
     assert problems(copy) == []
 

@@ -90,6 +90,13 @@ def test_arrays_and_nested_lists_are_images_too() -> None:
     array = np.asarray(image)
     for same in (array, array.transpose(2, 0, 1), torch.from_numpy(array.copy()), [[image]]):
         assert torch.equal(process(same, return_tensors="pt")["pixel_values"], expected)
+    grey = np.asarray(image.convert("L"))
+    expected = process(image.convert("L"), return_tensors="pt")["pixel_values"].repeat(2, 1, 1, 1)
+    veiled = np.stack([grey, np.full_like(grey, 255)])  # channels: grey and opacity
+    for pair in ([grey, grey], [[grey], [torch.from_numpy(grey.copy())]], [veiled, veiled.transpose(1, 2, 0)]):
+        assert torch.equal(process(pair, return_tensors="pt")["pixel_values"], expected)
+    for stacked in (np.stack([array, array]), torch.from_numpy(np.stack([array, array]).transpose(0, 3, 1, 2))):
+        assert process(stacked, return_tensors="pt")["pixel_values"].shape == (2, 3, 32, 32)
     with pytest.raises(ValueError, match="must be uint8, found float32"):
         process(array.astype(np.float32))
     with pytest.raises(ValueError, match=r"C 1 to 4; found \(40, 30, 5\)"):

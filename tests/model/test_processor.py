@@ -45,6 +45,12 @@ def test_images_come_from_files_and_from_long_data_addresses(processor: CompactV
     for where in (str(tmp_path / "red.bmp"), address):
         image = processor.image_processor.fetch_images(where)
         assert np.array_equal(np.asarray(image), np.asarray(picture()))
+    grey = np.asarray(picture().convert("L"))
+    expected = processor(images=picture().convert("L"), text="<image>\nx", return_tensors="pt")
+    for same in (grey, [grey], [[torch.from_numpy(grey.copy())]]):
+        assert torch.equal(
+            processor(images=same, text="<image>\nx", return_tensors="pt")["pixel_values"], expected["pixel_values"]
+        )
 
 
 @pytest.mark.vectors("images*.npz")

@@ -117,7 +117,7 @@ class CompactVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         return self.preprocess(images, return_tensors=return_tensors)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """As transformers', with files read as the build reads them, and arrays (H, W), which transformers refuses, as PIL."""
+        """As transformers', with files read as the build reads them; arrays (H, W), which it refuses, as PIL."""
         if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):  # noqa: PTH113 - never raises
             return open_image(Path(image_url_or_urls))
         if getattr(image_url_or_urls, "ndim", 0) == 2:

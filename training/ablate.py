@@ -6,8 +6,9 @@
     ray job submit --working-dir . -- training/ablate.py training/ablations/table3.yaml run=/shared/table3 --ray
 
 Arms read only their own columns of the stores. Arms and seeds run one after another, with --ray as many at once as the
-cluster has groups of GPUs; running the same command again goes on where it stopped. `--part 3/8` does the fourth eighth
-of them, for a cluster without Ray; the last part writes the table.
+cluster has groups of GPUs; running the same command again goes on where it stopped. One that fails does not stop the
+others (unless several processes do it together); it is named at the end. `--part 3/8` does the fourth eighth of them,
+for a cluster without Ray; the last part writes the table.
 The run folder gets <arm>/seed<n>/{pretrain,finetune,...}, table.json, table.md and report.html.
 """
 
@@ -49,23 +50,26 @@ def main() -> None:
         check_stores(runs)
         refuse_others(runs)
         if arguments.ray:
-            _on_ray(arguments, plan, asked(config, benchmarks))
+            failed, where = _on_ray(arguments, plan, asked(config, benchmarks)), "in ablate.log of each"
         else:
-            do_runs(mine, benchmarks, config)
+            failed, where = do_runs(mine, benchmarks, config), "above"
+        if failed:
+            folders = ", ".join(str(run.folder) for run in failed)
+            raise ValueError(
+                f"{len(failed)} of {len(runs)} runs failed: {folders}; mend what is said {where} and run the same "
+                "command again"
+            )
         if is_first_rank():
             finish(config, plan, benchmarks)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
-def _on_ray(arguments: argparse.Namespace, plan: list[Run], questions: str) -> None:
-    """The runs as tasks; ValueError if some failed."""
+def _on_ray(arguments: argparse.Namespace, plan: list[Run], questions: str) -> list[Run]:
+    """The runs as tasks; those that failed."""
     from training.sweep.on_ray import on_ray
 
-    failed = on_ray([arguments.config, *arguments.settings], plan, arguments.gpus, questions)
-    if failed:
-        folders = ", ".join(str(run.folder) for run in failed)
-        raise ValueError(f"{len(failed)} of {len(plan)} runs failed: {folders}; look at ablate.log in each")
+    return on_ray([arguments.config, *arguments.settings], plan, arguments.gpus, questions)
 
 
 def finish(config: AblationConfig, plan: list[Run], benchmarks: list[Benchmark]) -> None:

@@ -49,7 +49,10 @@ def main() -> None:
     try:
         if arguments.out:  # not only when all is measured
             arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            before = arguments.out.exists()
             arguments.out.touch()
+            if not before:  # no empty file is left if nothing can be measured
+                arguments.out.unlink()
         result = flops(arguments) if arguments.flops else measured(arguments)
         print(render(result))
         if arguments.out:

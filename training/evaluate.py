@@ -96,6 +96,10 @@ def _check(arguments: argparse.Namespace) -> None:
         problems.append("--average only prints scores that are there; leave out the model and the predictions")
     if arguments.benchmark and arguments.predictions is None and arguments.out is None:
         problems.append("--out is needed: the folder for answers and scores")
+    out = arguments.out
+    if out is not None and out.exists() and not (out.is_dir() if arguments.benchmark else out.is_file()):
+        kind = "folder" if arguments.benchmark else "file, in which answers are kept"
+        problems.append(f"--out {out} is no {kind}; name one")
     if arguments.shuffle_images is not None and not arguments.questions:
         problems.append("--shuffle-images goes with --questions")
     for name in ("batch_size", "max_new_tokens", "limit", "processes"):

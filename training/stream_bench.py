@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from training.text.collate import Example
 
 
+MOST = 1_000_000  # of anything that is counted: more is a slip of the hand
 MICROBATCH = 4  # examples that are padded to one length in the description; stage 2's default
 
 
@@ -65,6 +66,8 @@ def main() -> int:
 def _positive(text: str) -> int:
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{number} is less than 1; take 1 or more")
+    if number > MOST:
+        raise argparse.ArgumentTypeError(f"{number} is more than {MOST:,}; take less")
     return number
 
 

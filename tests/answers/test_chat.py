@@ -132,9 +132,8 @@ def test_on_the_page_answers_grow_one_model_after_the_other(talk: Talk, picture:
     assert first[begun][0]["content"] == expected
     assert shown[begun][4].startswith("4 vision tokens of 16, first token after")
     assert second[-1][0]["content"] == expected
-    for path, question, said in ((None, "What?", "Choose an image"), (str(picture), "<image>", "some text without")):
-        with pytest.raises(gr.Error, match=said):
-            list(answers(speakers, path, question, ("", [])))
+    with pytest.raises(gr.Error, match="Choose an image"):
+        list(answers(speakers, None, "What?", ("", [])))
 
 
 def test_on_the_page_another_image_begins_another_talk_and_the_question_is_emptied_once(
@@ -164,8 +163,28 @@ def test_the_image_that_was_chosen_on_the_page_reaches_the_model_as_it_is(
     path = tmp_path / ("photo.jpg" if mode in ("L", "CMYK") else "photo.png")
     Image.new(mode, (20, 10), 77).save(path)
     (chosen,) = [block for block in page_of([talk.speaker]).blocks.values() if isinstance(block, gr.Image)]
-    handed_on = chosen.preprocess(chosen.data_model(path=str(path), orig_name=path.name))
-    assert handed_on == str(path)
+    assert chosen.preprocess(None) is None
+    for file, content in ((path, path.read_bytes()), (tmp_path / "no image.png", b"text")):
+        file.write_bytes(content)
+        assert chosen.preprocess(chosen.data_model(path=str(file), orig_name=file.name)) == str(file)
+
+
+def test_what_was_said_on_the_page_is_shown_letter_for_letter(talk: Talk, picture: Path, tmp_path: Path) -> None:
+    gr = pytest.importorskip("gradio", reason="the page needs gradio: pip install 'compact-vision-tokens[web]'")
+    from training.answers.web import answers
+    from training.answers.web import page as page_of
+
+    markup, shown = "<img src=//elsewhere> & *b*", "&lt;img src=//elsewhere&gt; &amp; *b*"
+    (messages,) = list(answers([talk.speaker], str(picture), markup, ("", [])))[-1][2:-1]
+    assert messages[0] == {"role": "user", "content": shown}
+    with pytest.raises(gr.Error, match=re.escape("without &lt;image&gt;; found &#x27;&lt;image&gt;")):
+        list(answers([talk.speaker], str(picture), "<image>", ("", [])))
+    (tmp_path / "no.png").write_bytes(b"text")
+    with pytest.raises(gr.Error, match=r"no\.png: unreadable image"):
+        list(answers([talk.speaker], str(tmp_path / "no.png"), "What?", ("", [])))
+    talk.speaker.name = markup
+    heads = [block.value for block in page_of([talk.speaker]).blocks.values() if isinstance(block, gr.HTML)]
+    assert heads == ["<b>&lt;img src=/elsewhere&gt; &amp; *b*</b> - 4 vision tokens of 16 per image"]
 
 
 class Terminal:

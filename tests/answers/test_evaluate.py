@@ -179,8 +179,14 @@ def test_averages_with_and_without_vizwiz(tmp_path: Path) -> None:
         (["--average", ".", "--predictions", "x"], "leave out the model and the predictions"),
         (["model"], "give one of --benchmark, --questions and --average"),
         (
+            ["model", "--questions", "q", "--images", ".", "--out", "/dev/null"],
+            "/dev/null is no file, in which answers",
+        ),
+        (["model", "--questions", "q", "--images", ".", "--out", "."], "--out . is no file, in which answers are kept"),
+        (["model", "--benchmark", "pope", "--data", ".", "--out", "/dev/null"], "--out /dev/null is no folder"),
+        (
             ["model", "--questions", "none.jsonl", "--images", ".", "--out", "x"],
-            "questions file none.jsonl does not exist",
+            "none.jsonl does not exist",
         ),
     ],
 )

@@ -35,6 +35,16 @@ class Colours(Benchmark):
         return {"named": Scored("the colour is named", hits)}
 
 
+class Nameless(Benchmark):
+    """A benchmark that is just being written."""
+
+    def read(self) -> list[Question]:
+        return []
+
+    def score(self, answers: Answers) -> dict[str, Scored]:
+        return {}
+
+
 @pytest.fixture
 def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The toy's files; the toy is one more benchmark while the test runs."""
@@ -117,6 +127,9 @@ def test_a_line_that_names_no_whole_benchmark_is_one_message(
         ("training.benchmarks.own:Gone", "AttributeError .* has no attribute 'Gone'"),
         ("training.benchmarks own", "ValueError invalid format"),
         ("torn_benchmark:Torn", r"SyntaxError .*torn_benchmark.py, line 2\); correct that line, or that file"),
+        ("training.benchmarks.own:normalise", "own:normalise is no Benchmark; name a class"),
+        ("training.benchmarks.scores:Report", "scores:Report is no Benchmark; name a class"),
+        (f"{__name__}:Nameless", "Nameless lacks name, folders, splits; write it there"),
         ("training.benchmarks.questions:Benchmark", "questions:Benchmark lacks read, score; write it there"),
         ("training.benchmarks.own:OwnQuestions", "own:OwnQuestions 'half', it calls itself 'own'; correct one"),
     ):

@@ -90,6 +90,8 @@ def test_own_questions_may_lie_beside_the_official_files(tmp_path: Path) -> None
         ([{**OWN[0], "text": 3}], "question 1 has text 3; give it text"),
         ([{**OWN[0], "answer": ["cat", "dog"]}], r"question 1 has answer \['cat', 'dog'\]"),
         ([{**OWN[0], "answer": True}], "question 1 has answer True"),
+        ([{**OWN[0], "answer": float("nan")}], "question 1 has answer nan; give it text, or null if it is not known"),
+        ([{**OWN[0], "answer": float("inf")}], "question 1 has answer inf; give it text, or null"),
         ([{**OWN[0], "text": "What \ud800?"}], "surrogates not allowed"),
         ([OWN[0], {**OWN[0], "question_id": "7"}], r"occur again with the same image, first \('7', 'a.png'\)"),
     ],
@@ -100,7 +102,8 @@ def test_mistakes_in_own_questions_are_named(tmp_path: Path, lines: list[dict[st
 
 
 def test_a_truth_may_be_a_number_as_tables_write_it_and_null_is_not_known(tmp_path: Path) -> None:
-    own = own_questions(tmp_path, [{**OWN[0], "answer": 2.0}, {**OWN[3], "answer": None}])
+    own = own_questions(tmp_path, [{**OWN[0], "answer": 2.0}, {**OWN[3], "answer": None, "category": None}])
+    assert [q.group for q in own.questions] == ["what", "all"]
     result = read(own, tmp_path, [{"question_id": q.line["question_id"], "text": "2"} for q in own.questions])
     report = own.as_json(report_on(own, result))
     assert (report["questions"], report["scored"], report["accuracy"]) == (2, 1, 1.0)

@@ -186,7 +186,16 @@ def test_the_papers_average_is_of_its_eight_or_says_what_is_missing() -> None:
         ("a.csv", "question_id,text\n201,yes\n202,a cat, yes\n", r"a\.csv row 3: a cell without a column, ' yes'"),
         ("a.TSV", "question_id\ttext\n201\tyes\n202\ta cat\tI think\n", r"a\.TSV row 3: a cell without a column"),
         ("a.json", '{"201": "yes", "202": "cat", "202": "dog"}', "key '202' is there twice"),
-        ("a.jsonl", '{"id": "201", "text": "yes"}\n{"id": "202", "text": "a", "text": "b"}', "key 'text' is there"),
+        (
+            "a.jsonl",
+            '{"id": "201", "text": "yes"}\n{"id": "202", "text": "a", "text": "b"}',
+            "l:2: key 'text' is there",
+        ),
+        (
+            "b.json",
+            '[\n {"id": "201", "text": "yes"},\n {"id": "202",\n  "text": "a", "text": "b"}\n]',
+            r"^b\.json entry 2: key 'text' is there twice; keep one$",
+        ),
     ],
 )
 def test_what_a_reader_would_drop_is_malformed(data: Path, tmp_path: Path, name: str, text: str, said: str) -> None:

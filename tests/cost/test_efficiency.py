@@ -127,9 +127,10 @@ def test_what_cannot_be_measured_is_said(
         (["model", "--flops"], "leave out --config and --flops"),
         (["--config", "70b"], "--config 70b: there is no such folder; use one, or a known shape: 7b, 13b"),
         (["--config", "7b", "--rounds", "0"], "at least 1"),
-        ([str(tmp_path)], "error: "),
+        ([str(tmp_path), "--out", str(tmp_path / "none.json")], "error: "),
         (["--config", "7b", "--layers", "99"], "--layers 99: the language model has 32"),
     ):
         with pytest.raises(SystemExit) as ended:
             efficiency(*arguments)
         assert said in f"{ended.value}{capsys.readouterr().err}"
+    assert not list(tmp_path.iterdir())

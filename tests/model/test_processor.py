@@ -45,6 +45,12 @@ def test_images_come_from_files_and_from_long_data_addresses(processor: CompactV
     for where in (str(tmp_path / "red.bmp"), address):
         image = processor.image_processor.fetch_images(where)
         assert np.array_equal(np.asarray(image), np.asarray(picture()))
+    grey = np.asarray(picture().convert("L"))
+    expected = processor(images=picture().convert("L"), text="<image>\nx", return_tensors="pt")
+    for same in (grey, [grey], [[torch.from_numpy(grey.copy())]]):
+        assert torch.equal(
+            processor(images=same, text="<image>\nx", return_tensors="pt")["pixel_values"], expected["pixel_values"]
+        )
 
 
 @pytest.mark.vectors("images*.npz")
@@ -90,6 +96,13 @@ def test_arrays_and_nested_lists_are_images_too() -> None:
     array = np.asarray(image)
     for same in (array, array.transpose(2, 0, 1), torch.from_numpy(array.copy()), [[image]]):
         assert torch.equal(process(same, return_tensors="pt")["pixel_values"], expected)
+    grey = np.asarray(image.convert("L"))
+    expected = process(image.convert("L"), return_tensors="pt")["pixel_values"].repeat(2, 1, 1, 1)
+    veiled = np.stack([grey, np.full_like(grey, 255)])  # channels: grey and opacity
+    for pair in ([grey, grey], [[grey], [torch.from_numpy(grey.copy())]], [veiled, veiled.transpose(1, 2, 0)]):
+        assert torch.equal(process(pair, return_tensors="pt")["pixel_values"], expected)
+    for stacked in (np.stack([array, array]), torch.from_numpy(np.stack([array, array]).transpose(0, 3, 1, 2))):
+        assert process(stacked, return_tensors="pt")["pixel_values"].shape == (2, 3, 32, 32)
     with pytest.raises(ValueError, match="must be uint8, found float32"):
         process(array.astype(np.float32))
     with pytest.raises(ValueError, match=r"C 1 to 4; found \(40, 30, 5\)"):

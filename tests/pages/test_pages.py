@@ -158,6 +158,20 @@ def test_a_runs_page_says_who_was_right_and_what_it_was_trained_on(run: Path, im
     assert f"Run <b>{run.name}</b>" in page
 
 
+def test_of_two_questions_with_one_id_each_has_its_own_answer_to_another_image(run: Path, images: Path) -> None:
+    lines = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
+    for line, image, said in zip(
+        lines, ("blue.png", "red.png"), ("told of the first", "told of the second"), strict=True
+    ):
+        line |= {"question_id": 7, "answer": image}
+        other = {**line, "image": image, "text": said}
+        with (run / "answers_shuffled.jsonl").open("a") as file:
+            file.write(json.dumps(other) + "\n")
+    (run / "answers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = run_page(run, images)
+    assert 0 < page.index("told of the first") < page.index("told of the second")
+
+
 @pytest.mark.parametrize("name", ["../outside.png", "{outside}", "link.png", "none.png", "text.png", ["red.png"]])
 def test_a_page_embeds_images_of_the_given_folder_only(name: object, tmp_path: Path, images: Path) -> None:
     outside = tmp_path / "outside.png"

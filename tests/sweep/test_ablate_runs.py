@@ -120,8 +120,14 @@ def test_the_same_command_goes_on_from_what_is_there_and_mixes_nothing(
     (moved / "stf" / "seed0" / "finetune" / "model" / "config.json").unlink()
     answers.unlink()
     done.unlink()
-    said, _ = start(f"run={moved}").communicate()
-    assert f"error: model '{moved}/stf/seed0/finetune/model' cannot be read" in said, said
+    (moved / "avgpool" / "seed0" / "done.json").unlink()
+    failing = start(f"run={moved}")
+    said, _ = failing.communicate()
+    folder = f"{moved}/stf/seed0"
+    assert f"{folder} failed: model '{folder}/finetune/model' cannot be read" in said, said
+    assert (moved / "avgpool" / "seed0" / "done.json").exists()
+    assert f"error: 1 of 2 runs failed: {folder}; mend what is said above and run the same command again\n" in said
+    assert failing.returncode == 1
 
 
 @pytest.mark.slow

@@ -112,7 +112,7 @@ def answer_lines(path: Path) -> Iterator[AnswerLine]:
     """
     *lines, last = path.read_text(encoding="utf-8", errors="replace").split("\n")
     if last:
-        print(f"note: {path} ends in half a line; that question is asked again", file=sys.stderr)
+        print(f"note: {path} ends in half a line, which is no answer", file=sys.stderr)
     for number, text in enumerate(lines, 1):
         try:
             record = from_json(text)

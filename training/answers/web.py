@@ -8,6 +8,7 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,9 @@ def page(speakers: list[Speaker]) -> Any:
         known = gr.State(("", []))
         with gr.Row():
             with gr.Column(scale=2, min_width=280):
-                # Without a mode, the file is handed on as it is: no pixel changes before the model's own reader.
-                image = gr.Image(
-                    type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=320
-                )
+                image: Any = gr.Image(type="filepath", sources=["upload", "clipboard"], label="Image", height=320)
+                # The file as it is: our own reader changes no pixel, and says what is wrong with one that is no image.
+                image.preprocess = lambda chosen: chosen and chosen.path
                 question = gr.Textbox(label="Question", placeholder="What is in this image?", elem_id="question")
                 with gr.Row():
                     ask = gr.Button("Ask", variant="primary", elem_id="ask")
@@ -99,7 +99,7 @@ def page(speakers: list[Speaker]) -> Any:
             chats, facts = [], []
             for number, speaker in enumerate(speakers):
                 with gr.Column(scale=3, min_width=320):
-                    gr.Markdown(f"**{_short(speaker)}** - {speaker.tokens} per image")
+                    gr.HTML(f"<b>{escape(_short(speaker))}</b> - {speaker.tokens} per image")
                     chats.append(
                         gr.Chatbot(
                             show_label=False,
@@ -161,17 +161,20 @@ def answers(speakers: list[Speaker], path: str | None, text: str, known: Known) 
             facts[number] = talk.facts
             yield [box, (path, talks), *_shown(talks, text, saying), *facts]
     except (ValueError, OSError) as error:
-        raise gr.Error(str(error), duration=10, print_exception=False) from error
+        raise gr.Error(escape(str(error)), duration=10, print_exception=False) from error
 
 
 def _shown(talks: list[Talk], text: str, saying: list[str | None]) -> list[list[dict[str, str]]]:
-    """The conversations as Gradio's messages; a model that is answering has its growing answer at the end."""
+    """The conversations as Gradio's messages, a growing answer at the end of one that is answering.
+
+    What was said is shown letter for letter: markup in it could ask another server for an image.
+    """
     chats = []
     for talk, growing in zip(talks, saying, strict=True):
         said = [*talk.history, *([(text, growing)] if growing is not None else [])]
         chats.append(
             [
-                {"role": role, "content": words.removeprefix(f"{IMAGE}\n")}
+                {"role": role, "content": escape(words.removeprefix(f"{IMAGE}\n"), quote=False)}
                 for question, answer in said
                 for role, words in (("user", question), ("assistant", answer))
             ]

@@ -55,7 +55,7 @@ def benchmark_class(name: str) -> type[Benchmark]:
     """The class of a benchmark.
 
     Raises:
-        ValueError: if it is not where `BENCHMARKS` says, lacks a method, or has another name.
+        ValueError: if it is not where `BENCHMARKS` says, lacks a method or a class variable, or has another name.
     """
     place = BENCHMARKS[name]
     try:
@@ -65,8 +65,13 @@ def benchmark_class(name: str) -> type[Benchmark]:
             f"BENCHMARKS in training/benchmarks/__init__.py names {place!r}: {type(error).__name__} {error}; correct "
             "that line, or that file"
         ) from error
+    if not (isinstance(found, type) and issubclass(found, Benchmark)):
+        raise ValueError(f"{place} is no Benchmark; name a class of that file that derives from it")
     if isabstract(found):
         raise ValueError(f"{place} lacks {', '.join(sorted(found.__abstractmethods__))}; write it there")
+    absent = [attribute for attribute in ("name", "folders", "splits") if not hasattr(found, attribute)]
+    if absent:
+        raise ValueError(f"{place} lacks {', '.join(absent)}; write it there")
     if found.name != name:
         raise ValueError(
             f"BENCHMARKS in training/benchmarks/__init__.py calls {place} {name!r}, it calls itself {found.name!r}; "

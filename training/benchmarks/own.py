@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
@@ -126,7 +127,7 @@ def _question(line: Mapping[str, Any]) -> Question:
         text=line["text"],
         image=line["image"],
         truth=None if line.get("answer") is None else identifier(line["answer"]),
-        group=str(line.get("category", ALL)),
+        group=ALL if line.get("category") is None else str(line["category"]),
         origin=line,
     )
 
@@ -148,8 +149,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path}: question {number} lacks {', '.join(missing)}, give it; it has {', '.join(line)}")
         given = (("question_id", str | int), ("image", str), ("text", str), ("answer", str | int | float | None))
         for key, kinds in given:
-            if not isinstance(line.get(key), kinds) or isinstance(line.get(key), bool):
-                raise ValueError(f"{path}: question {number} has {key} {line[key]!r}; give it text")
+            value = line.get(key)
+            endless = isinstance(value, float) and not math.isfinite(value)  # NaN: how tables write that none is known
+            if not isinstance(value, kinds) or isinstance(value, bool) or endless:
+                or_null = ", or null if it is not known" if key == "answer" else ""
+                raise ValueError(f"{path}: question {number} has {key} {value!r}; give it text{or_null}")
     asked = Counter((identifier(line["question_id"]), line["image"]) for line in lines)
     repeated = [key for key, times in asked.items() if times > 1]
     if repeated:

@@ -109,7 +109,7 @@ class Benchmark(ABC):
         if split is not None and split not in self.splits:
             raise ValueError(f"{self.name} has no split {split!r}; choose from {', '.join(self.splits)}")
         below = [folder / name for name in self.folders if (folder / name).is_dir()]
-        self.folder = below[0] if below else folder
+        self.folder = (below[0] if below else folder).absolute()  # so that messages that name it are told by it
         self.questions = self._read_first([split] if split else list(self.splits))
         self._by_id = {question.id: question for question in self.questions}
         self.kept = frozenset(self._by_id)
@@ -125,7 +125,7 @@ class Benchmark(ABC):
             except MissingFilesError as error:
                 absent.append(error)
             except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-                if str(self.folder) in str(error):
+                if isinstance(error, ValueError) and str(self.folder) in str(error):
                     raise  # it names the file itself
                 raise ValueError(
                     f"the files of {self.name} {self.split} in {self.folder} are not in the official layout: "
@@ -306,7 +306,7 @@ def from_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any] | Non
     """A JSON value, its objects made from their pairs by `object_of`.
 
     Raises:
-        ValueError: if the text is none, is nested too deep to be read, or `object_of` refuses an object.
+        ValueError: if the text is none, or is nested too deep to be read.
     """
     try:
         return json.loads(text, object_pairs_hook=object_of)

@@ -50,7 +50,7 @@ def _table_records(path: Path, malformed: list[str]) -> Iterator[Found]:
             if beyond:
                 malformed.append(f"{path.name} row {number + 2}: a cell without a column, {beyond[0][:60]!r}")
             else:
-                yield _found(path, f"row {number + 2}", record, number)
+                yield from _found(path, f" row {number + 2}", record, number, malformed)
     except csv.Error as error:
         raise ValueError(f"{path} is not a table: {error} after line {rows.line_num}; mend that line") from error
 
@@ -62,9 +62,11 @@ def _json_records(path: Path, benchmark: Benchmark, malformed: list[str]) -> Ite
         whole = from_json(text, _once)
     except ValueError:  # not one JSON value: JSON lines, read below, where a bad line is named
         whole = None
+    if isinstance(whole, _Twice):
+        raise ValueError(f"{path}: {whole}")
     if isinstance(whole, list):
         for row, record in enumerate(whole):
-            yield _found(path, f"entry {row + 1}", record, row)
+            yield from _found(path, f" entry {row + 1}", record, row, malformed)
         return
     if isinstance(whole, dict) and not {*REPLIES, "question_id"} & whole.keys():
         key, table = benchmark.table_of(whole)
@@ -80,20 +82,32 @@ def _json_records(path: Path, benchmark: Benchmark, malformed: list[str]) -> Ite
         except ValueError as error:
             malformed.append(f"{path.name}:{number}: not JSON ({str(error)[:80]}): {line.strip()[:60]!r}")
         else:
-            yield _found(path, f"line {number}", record, row)
+            yield from _found(path, f":{number}", record, row, malformed)
         row += 1
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; ValueError if a key is there twice, of which one would be dropped."""
+class _Twice:
+    """Stands for a JSON object with a key that is there twice, of which one would be dropped."""
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+
+    def __str__(self) -> str:
+        return f"key {self.key[:40]!r} is there twice; keep one"
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Twice:
+    """A JSON object, if each of its keys is there once."""
     record = dict(pairs)
     if len(record) < len(pairs):
-        twice = next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
-        raise ValueError(f"key {twice[:40]!r} is there twice; keep one")
+        return _Twice(next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1))
     return record
 
 
-def _found(path: Path, place: str, record: Any, row: int) -> Found:
+def _found(path: Path, place: str, record: Any, row: int, malformed: list[str]) -> Iterator[Found]:
     """A record with the name of its file and its row from 0: POPE's own answers have no ids and are told by them."""
-    told = {**record, "file": path.name, "row": row} if isinstance(record, Mapping) else record
-    return Found(f"{path.name} {place}" if not place.startswith("line ") else f"{path.name}:{place[5:]}", told)
+    if isinstance(record, _Twice):
+        malformed.append(f"{path.name}{place}: {record}")
+    else:
+        told = {**record, "file": path.name, "row": row} if isinstance(record, Mapping) else record
+        yield Found(f"{path.name}{place}", told)

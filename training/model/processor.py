@@ -15,7 +15,6 @@ from PIL import Image
 from sentencepiece import SentencePieceProcessor
 from transformers import AddedToken, BatchFeature, PreTrainedTokenizer, ProcessorMixin
 from transformers.image_processing_utils import BaseImageProcessor
-from transformers.image_utils import make_flat_list_of_images
 
 from pipeline.encoders import encoder_of
 from pipeline.encoders.decode import open_image, upright_rgb
@@ -118,14 +117,20 @@ class CompactVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         return self.preprocess(images, return_tensors=return_tensors)
 
     def fetch_images(self, image_url_or_urls: Any) -> Any:
-        """As transformers', with files read as the build reads them."""
+        """As transformers', with files read as the build reads them; arrays (H, W), which it refuses, as PIL."""
         if isinstance(image_url_or_urls, str) and os.path.isfile(image_url_or_urls):  # noqa: PTH113 - never raises
             return open_image(Path(image_url_or_urls))
+        if getattr(image_url_or_urls, "ndim", 0) == 2:
+            return _as_image(image_url_or_urls)
         return super().fetch_images(image_url_or_urls)
 
     def preprocess(self, images: Any, return_tensors: str | None = None, **_: Any) -> BatchFeature:
-        """PIL images, or uint8 arrays (H, W[, C]), any nesting -> pixel_values (n, 3, S, S), float32."""
-        pixels = [self.pixels(upright_rgb(_as_image(image))) for image in make_flat_list_of_images(images)]
+        """PIL images or uint8 arrays as `_as_image` takes, in lists or stacked -> pixel_values (n, 3, S, S), float32.
+
+        Raises:
+            ValueError: if there is none, or one is no image.
+        """
+        pixels = [self.pixels(upright_rgb(_as_image(image))) for image in _flat(images)]
         return BatchFeature({"pixel_values": pixels}, tensor_type=return_tensors)
 
     def pixels(self, image: Image.Image) -> Pixels:
@@ -133,8 +138,18 @@ class CompactVisionImageProcessor(BaseImageProcessor):  # type: ignore[misc]
         return encoder_of(self.encoder).pixels(image, self.aspect, self.image_size)
 
 
+def _flat(images: Any) -> list[Any]:
+    """The images of lists, however nested, and of arrays (n, H, W, C) or (n, C, H, W), in order.
+
+    transformers' own function takes no arrays (H, W).
+    """
+    if isinstance(images, list | tuple) or getattr(images, "ndim", 0) > 3:
+        return [image for each in images for image in _flat(each)]
+    return [images]
+
+
 def _as_image(image: Any) -> Image.Image:
-    """A PIL image as it is, a uint8 array (H, W), (H, W, C) or (C, H, W) as one; C is 1, 3 or 4."""
+    """A PIL image as it is, a uint8 array (H, W), (H, W, C) or (C, H, W) as one; C is 1 to 4."""
     if isinstance(image, Image.Image):
         return image
     array = np.asarray(image)
@@ -142,7 +157,7 @@ def _as_image(image: Any) -> Image.Image:
         raise ValueError(f"an image array must be uint8, found {array.dtype}; give PIL images otherwise")
     if array.ndim not in (2, 3) or (array.ndim == 3 and not {array.shape[0], array.shape[2]} & {1, 2, 3, 4}):
         raise ValueError(f"an image array is (H, W), (H, W, C) or (C, H, W), C 1 to 4; found {array.shape}")
-    if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
+    if array.ndim == 3 and array.shape[2] not in (1, 2, 3, 4):
         array = array.transpose(1, 2, 0)  # channels first
     return Image.fromarray(array[:, :, 0] if array.ndim == 3 and array.shape[2] == 1 else array)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median_high
 from typing import Any
@@ -82,8 +83,13 @@ def _examples(run: Path, images: Path, count: int) -> list[dict[str, Any]]:
     """A spread of the questions, each with its image, and the answer given when shown another image."""
     answers = list(answer_lines(run / "answers.jsonl"))
     other = run / "answers_shuffled.jsonl"
-    blind = {a["question_id"]: a["text"] for a in answer_lines(other)} if other.exists() else {}
+    blind = {_asked(a): a["text"] for a in answer_lines(other)} if other.exists() else {}
     return [
-        {**shown(a, images), "answer": a["text"], "right": is_right(a), "blind": blind.get(a["question_id"])}
+        {**shown(a, images), "answer": a["text"], "right": is_right(a), "blind": blind.get(_asked(a))}
         for a in spread(answers, count)
     ]
+
+
+def _asked(answer: Mapping[str, Any]) -> str:
+    """What tells a question whichever image it is shown with: questions about several images may have one id."""
+    return repr([answer.get(key) for key in ("question_id", "prompt", "answer")])

@@ -88,7 +88,15 @@ class Reader:
         self.collate_lock = threading.Lock()  # so that the caller's function need not be safe for threads
         self.data_wait = 0.0
         # A ring: one batch is with the consumer, the others are being filled or are full.
-        self._free = [_Buffers(index.payload, rows, reading.pin_memory) for _ in range(reading.prefetch + 1)]
+        try:
+            self._free = [_Buffers(index.payload, rows, reading.pin_memory) for _ in range(reading.prefetch + 1)]
+        except RuntimeError as error:  # of torch's allocators
+            need = (reading.prefetch + 1) * rows * sum(index.payload.values()) / 1e9
+            raise ValueError(
+                f"no memory for {reading.prefetch + 1} batches of {rows} examples, {need:,.1f} GB (prefetch "
+                f"{reading.prefetch}, columns {', '.join(index.payload)}); take smaller batches, less prefetch, or "
+                "fewer columns"
+            ) from error
 
     def read(self, batches: Ints) -> Generator[Batch, None, None]:
         """Yield a batch for each row of `batches`, example indices of shape (batches, rows), in order.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gc
+import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,19 +16,33 @@ from training.release.records import CONFIG, SUMMARY, Summary, read_as, read_con
 from training.sweep.plan import DONE, STAGES, AblationConfig, Done, Run, asked
 
 
-def do_runs(runs: Sequence[Run], benchmarks: Sequence[Benchmark], config: AblationConfig) -> None:
-    """Train and ask what is not done yet.
+def do_runs(runs: Sequence[Run], benchmarks: Sequence[Benchmark], config: AblationConfig) -> list[Run]:
+    """Train and ask what is not done yet; returns those that failed, each with its reason on stderr.
+
+    One process goes on with the next run. Of several all end, for some may wait for the one that failed.
 
     Raises:
-        ValueError: if files of a run are damaged.
-        SystemExit: as `fit.stage.train`.
+        ValueError: if `done.json` of a run is damaged.
+        SystemExit: if a scheduler stopped it, as `fit.stage.train`; with several processes also if a run failed.
     """
     questions = asked(config, benchmarks)
+    alone = AnsweringProcess.of_environment().world_size == 1
+    failed: list[Run] = []
     for number, run in enumerate(runs, 1):
         if not run.has_answered(questions):
             if is_first_rank():
                 print(f"run {number} of {len(runs)}: {run.arm.name}, seed {run.seed}", flush=True)
-            _do(run, benchmarks, config)
+            try:
+                _do(run, benchmarks, config)
+            except (Exception, SystemExit) as error:
+                if not alone or (isinstance(error, SystemExit) and isinstance(error.code, int)):
+                    raise
+                if not isinstance(error, SystemExit | ValueError | OSError):
+                    traceback.print_exc()  # nobody foresaw it: only where it happened helps
+                print(f"{run.folder} failed: {error}".replace(": error: ", ": "), file=sys.stderr, flush=True)
+                failed.append(run)
+            _free_memory()
+    return failed
 
 
 def refuse_others(runs: Sequence[Run]) -> None:
@@ -53,15 +69,12 @@ def is_first_rank() -> bool:
 
 def _do(run: Run, benchmarks: Sequence[Benchmark], config: AblationConfig) -> None:
     """Both stages and all answers that are missing; `done.json` is written last and keeps the seconds of each."""
-    import torch
-
     from training.fit.stage import train
 
     for stage in STAGES:
         if not (run.folder / stage / SUMMARY).exists():
             train(run.stages[stage])
-            gc.collect()  # a model and its optimizer are held in circles of references
-            torch.cuda.empty_cache()
+            _free_memory()
     start = time.perf_counter()
     model = str(run.folder / "finetune" / "model")
     for each in benchmarks:
@@ -73,3 +86,11 @@ def _do(run: Run, benchmarks: Sequence[Benchmark], config: AblationConfig) -> No
         answer_s = time.perf_counter() - start + (before.answer if before else 0.0)
         done = Done(train=train_s, answer=answer_s, asked=asked(config, benchmarks))
         write_whole(run.folder / DONE, done.model_dump_json())
+
+
+def _free_memory() -> None:
+    """Give back what a model and its optimizer took: they are held in circles of references."""
+    import torch
+
+    gc.collect()
+    torch.cuda.empty_cache()

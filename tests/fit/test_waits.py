@@ -14,6 +14,7 @@ import torch
 
 from fixtures.waits import Waits
 from training.config import TrainConfig
+from training.engines import engine_of
 from training.fit.composer_model import TrainableModel, microbatches, token_counts
 from training.fit.parts import open_parts
 from training.stream.batch import Batch
@@ -107,6 +108,7 @@ def parted(settings: Callable[..., Any], tmp_path: Path) -> Callable[[str], tupl
     def make(device: str) -> tuple[TrainableModel, list[Batch]]:
         config = TrainConfig.model_validate(settings(tmp_path / "run", 2))
         store, _, model, stream = open_parts(config, 0, 1)
+        engine_of(config, 1).place(model)
         columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
         parts = microbatches(next(iter(stream)), 3, model.config.image_token_id, pin=device == "cuda")
         return TrainableModel(model, columns, store.codec, torch.float32).to(device), parts

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from training.config import LoraSettings, ModelSettings, TrainConfig
-from training.engines.weights import LlmWeights, empty_llm
+from training.engines.weights import LlmWeights, empty_llm, fill_whole
 from training.fit import needs
+from training.fit.build import whole_model
 from training.fit.lora import add_lora
 from training.fit.stage import train
 from training.model.model import CompactVisionForConditionalGeneration
+from training.model.reducers import build_connector
 from training.release import shards
 
 SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2, "vocab_size": 64}
@@ -158,3 +161,25 @@ def test_an_export_in_several_files_is_that_of_one(
     assert all(torch.equal(found[name], weight) and weight.dtype == torch.bfloat16 for name, weight in expected.items())
     loaded = CompactVisionForConditionalGeneration.from_pretrained(tmp_path / "several")
     assert all(torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items() if name in expected)
+
+
+@pytest.mark.parametrize("head", ["equal", "another"])
+def test_a_head_that_differs_from_the_embeddings_it_is_said_to_be_is_exported(
+    folders: Path, model: CompactVisionForConditionalGeneration, tmp_path: Path, head: str
+) -> None:
+    llm = LlamaForCausalLM.from_pretrained(folders / "untied", dtype=torch.float32)
+    if head == "equal":
+        llm.lm_head.weight.data.copy_(llm.model.embed_tokens.weight)
+    llm.save_pretrained(tmp_path / "llm")
+    LlamaConfig.from_pretrained(tmp_path / "llm", tie_word_embeddings=True).save_pretrained(tmp_path / "llm")
+    empty = empty_llm(settings_of(tmp_path / "llm"), torch.float32)
+    connector = build_connector(replace(model.connector.config, llm_width=SHAPE["hidden_size"]))
+    trained = CompactVisionForConditionalGeneration.from_parts(empty, connector)
+    fill_whole(settings_of(tmp_path / "llm"), trained, torch.device("cpu"))
+    whole = whole_model(trained, {k: w for k, w in trained.state_dict().items() if k.startswith("connector.")})
+    seeing = CompactVisionForConditionalGeneration.from_parts(whole.llm, whole.connector, model.vision_tower)
+    weights = {**trained.state_dict(), **{k: w for k, w in model.state_dict().items() if k.startswith("vision_")}}
+    shards.write_weights(seeing, weights.items(), tmp_path, None)
+    exported = CompactVisionForConditionalGeneration.from_pretrained(tmp_path)
+    assert all(torch.equal(exported.llm.state_dict()[name], weight) for name, weight in llm.state_dict().items())
+    assert (exported.llm.lm_head.weight is exported.get_input_embeddings().weight) == (head == "equal")

@@ -38,13 +38,13 @@ def config(tmp_path: Path, store: Path, settings: Callable[..., Any]) -> TrainCo
     return TrainConfig.model_validate(settings(tmp_path / "run", 2, {"data.store": str(store), "steps": STEPS}))
 
 
-def in_the_last_step(patch: pytest.MonkeyPatch, happens: Callable[[], Any]) -> None:
+def in_the_last_step(patch: pytest.MonkeyPatch, happens: Callable[[], Any], last: int = STEPS) -> None:
     """Let something happen after the last step's line, before its checkpoint."""
     write = StepLog.batch_end
 
     def write_and_more(self: StepLog, state: Any, logger: Any) -> None:
         write(self, state, logger)
-        if state.timestamp.batch.value == STEPS:
+        if state.timestamp.batch.value == last:
             happens()
 
     patch.setattr(StepLog, "batch_end", write_and_more)
@@ -183,3 +183,21 @@ def test_what_a_killed_export_leaves_is_swept_and_never_taken_for_whole(tmp_path
             (second / "file").write_text("second")
         (first / "file").write_text("first")  # another process has begun meanwhile: this one fails
     assert (tmp_path / "model" / "file").read_text() == "second"
+
+
+@pytest.mark.slow
+def test_dropout_goes_on_where_it_was_within_an_epoch_and_between_two(
+    settings: Callable[..., Any], read_log: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps are an epoch of the store's 128 examples."""
+    changes = {"steps": 4, "global_batch_size": 64, "microbatch_size": 64, "model.lora": {"rank": 2, "dropout": 0.5}}
+    losses = []
+    for at in (None, 2, 3):
+        config = TrainConfig.model_validate(settings(tmp_path / f"stopped-{at}", 2, changes))
+        if at is not None:
+            with monkeypatch.context() as patch, pytest.raises(SystemExit):
+                in_the_last_step(patch, lambda: signal.raise_signal(signal.SIGTERM), last=at)
+                stage.train(config)
+        stage.train(config)
+        losses.append([line["loss"] for line in read_log(Path(config.run))])
+    assert losses[0] == losses[1] == losses[2] and len(losses[0]) == 4

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from composer.core import Callback, State
+from composer.loggers import Logger
 
+from training.checkpoints.checkpoint import StopRequest
+from training.config import TrainConfig
+from training.engines import engine_of
+from training.fit.parts import open_parts
 from training.fit.skipped import too_many
+from training.fit.trainer import WAIT_S, build_trainer
+from training.fit.watch import Watch
 
 pytestmark = pytest.mark.minutes(1)
 SHORT = {"data.max_length": 54, "microbatch_size": 1, "steps": 16}  # cuts off every answer of 35 of the 128 examples
@@ -98,3 +107,36 @@ def test_a_few_are_allowed_at_any_rate_but_not_nothing_else(
     skipped: int, seen: int, examples: int, expected: bool
 ) -> None:
     assert too_many(skipped, seen, examples, rate=0.05) is expected
+
+
+class LittleMemory(Callback):  # type: ignore[misc]
+    """A device that holds two examples at a time, and from step 11 on one."""
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        state.auto_microbatching = True  # on GPUs alone for Composer
+
+    def before_forward(self, state: State, logger: Logger) -> None:
+        if len(state.batch["keys"]) > (2 if state.timestamp.batch.value < 10 else 1):
+            raise RuntimeError("CUDA out of memory")
+
+
+def test_a_step_that_begins_again_for_lack_of_memory_tells_of_its_whole_batch(
+    settings: Callable[..., Any], read_log: Callable[..., Any], tmp_path: Path
+) -> None:
+    said = []
+    for name, size, more in (("enough", 2, []), ("little", 8, [LittleMemory()])):
+        config = TrainConfig.model_validate(settings(tmp_path / name, 1, {**SHORT, **ANY, "microbatch_size": size}))
+        config = config.model_copy(update={"stop_on_spike": 1e-3})  # which step 11, the first that it bounds, is
+        (tmp_path / name).mkdir()
+        with StopRequest() as stop:
+            watch = Watch(config.hang_s, WAIT_S)
+            trainer, _ = build_trainer(config, open_parts(config, 0, 1), engine_of(config, 1), 16, stop, watch)
+            trainer.state.callbacks += more
+            with pytest.raises(FloatingPointError, match="at step 11 is more than") as stopped:
+                trainer.fit()
+            trainer.close()
+        said.append(re.findall(r"\d{9}#0", str(stopped.value)))
+    assert said[0] == said[1] and len(said[0]) == 8
+    assert listed(tmp_path / "enough") == listed(tmp_path / "little") != []
+    for one, other in zip(*(read_log(tmp_path / name)[:10] for name in ("enough", "little")), strict=True):
+        assert [one[key] for key in ("loss", "padding")] == [other[key] for key in ("loss", "padding")]

@@ -16,7 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+from composer import Trainer
+from composer.core import Callback, State
+from composer.loggers import Logger
 from composer.utils import dist
+from composer.utils.reproducibility import load_rng_state
 
 from pipeline.config import differences
 from training.checkpoints.mark import (
@@ -69,6 +73,30 @@ def find(folder: Path, settings: CheckpointSettings, engine: Engine) -> Path | N
             "files back; to begin anew, remove them all"
         )
     return None
+
+
+class RandomStates(Callback):  # type: ignore[misc]
+    """Takes up the random states of a checkpoint, from which dropout draws.
+
+    Composer does so itself only where it goes through the epoch's batches again; our stream finds its place without.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.trainer = trainer
+
+    def after_dataloader(self, state: State, logger: Logger) -> None:
+        """Before the first batch: by now the DataLoader has drawn its seed, which it does at an epoch's begin."""
+        self._take_up()
+
+    def epoch_end(self, state: State, logger: Logger) -> None:
+        """Where the checkpoint was of an epoch's last step: before the DataLoader draws the next one's seed."""
+        self._take_up()
+
+    def _take_up(self) -> None:
+        """Once, as Composer too drops what it has loaded."""
+        if self.trainer._rng_state is not None:
+            load_rng_state(self.trainer._rng_state)
+            self.trainer._rng_state = None
 
 
 def check_engine(checkpoint: Path, mark: Mark, engine: Engine) -> None:

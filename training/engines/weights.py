@@ -73,6 +73,7 @@ def empty_llm(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
         # Files may hold a tied weight under both names; transformers then ties what is equal, and cannot look on meta.
         if llm.get_parameter(one) is not llm.get_parameter(other_one) and not weights.same(one, other_one):
             llm.all_tied_weights_keys.pop(one)
+            llm.config.tie_word_embeddings = False  # who builds such a model anew, for its export say, keeps both too
     llm.tie_weights(recompute_mapping=False)
     for module in llm.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -76,10 +76,13 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
         rates = [group["lr"] for group in state.optimizers[0].param_groups]
         self._line = {"lr": rates[0]} | ({"lr_llm": rates[1]} if len(rates) > 1 and rates[1] != rates[0] else {})
         self._tokens = state.timestamp.token.value
-        self._positions, self._used = 0, 0
         if self.peak is not None:
             counts = token_counts(state.batch)
             self._work = self.flops(counts["lengths"], len(state.batch["image_rows"]), counts["predicted"])
+
+    def before_train_batch(self, state: State, logger: Logger) -> None:
+        """Count anew: the step's microbatches begin, or, if memory did not suffice, begin again."""
+        self._positions, self._used = 0, 0
 
     def before_forward(self, state: State, logger: Logger) -> None:
         """Count the positions of a microbatch, and the tokens among them."""
@@ -170,6 +173,11 @@ class StopOnBadLoss(Callback):  # type: ignore[misc]
         self._recent: deque[float] = deque(maxlen=100)
         self._losses: list[torch.Tensor] = []  # (), of the step's microbatches, where they were computed
         self._keys: list[list[str]] = []  # of their examples
+        self._batch: list[str] = []  # keys of this rank's part of the step's batch
+
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Note the examples: where memory did not suffice, Composer keeps but a microbatch of the step's batch."""
+        self._batch = state.batch["keys"]
 
     def before_train_batch(self, state: State, logger: Logger) -> None:
         """A step begins, or, if memory did not suffice, begins again."""
@@ -207,7 +215,7 @@ class StopOnBadLoss(Callback):  # type: ignore[misc]
         usual = statistics.median(self._recent) if len(self._recent) >= 10 else float("inf")
         self._recent.append(loss)
         if self.spike is not None and loss > self.spike * usual:
-            keys: list[Any] = [key for part in dist.all_gather_object(state.batch["keys"]) for key in part]
+            keys: list[Any] = [key for part in dist.all_gather_object(self._batch) for key in part]
             raise FloatingPointError(
                 f"loss {loss:.4g} at step {state.timestamp.batch.value} is more than {self.spike:g} times the usual "
                 f"{usual:.4g}; the batch held the examples {', '.join(keys)}. The last checkpoint is from before it: "

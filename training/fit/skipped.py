@@ -39,6 +39,7 @@ class SkippedExamples(Callback):  # type: ignore[misc]
         self.examples = min(steps * self.batch_size, len(stream.examples))  # different ones that the run sees
         self.max_skipped = max_skipped
         self._reasons: dict[str, str] = {}  # of each key that is listed; equal on all ranks
+        self._mine: list[Skip] = []  # of this rank's part of the step's batch
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Take up the list of a resumed run, without the steps that it is about to repeat."""
@@ -50,17 +51,20 @@ class SkippedExamples(Callback):  # type: ignore[misc]
         dist.broadcast_object_list(listed)
         self._reasons = listed[0]
 
+    def batch_start(self, state: State, logger: Logger) -> None:
+        """Note this rank's: where memory did not suffice for a step, Composer keeps but a microbatch of its batch."""
+        self._mine = [skip for skip in state.batch["skipped"] if skip is not None]
+
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """List what is new in the global batch of the step that has ended, before a checkpoint of it is saved.
 
         Raises:
             SystemExit: with a message on every rank, if too many are skipped.
         """
-        mine: list[Skip] = [skip for skip in state.batch["skipped"] if skip is not None]
-        if not self.stop.agree(len(mine)):  # as in nearly every step
+        if not self.stop.agree(len(self._mine)):  # as in nearly every step
             return
         step = state.timestamp.batch.value
-        everyone = [skip for part in dist.all_gather_object(mine) for skip in part]
+        everyone = [skip for part in dist.all_gather_object(self._mine) for skip in part]
         new = {skip.key: skip for skip in everyone if skip.key not in self._reasons}
         if dist.get_global_rank() == 0:
             self._write(list(new.values()), step)

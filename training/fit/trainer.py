@@ -10,7 +10,7 @@ from composer.core import DataSpec
 from torch.utils.data import DataLoader
 
 from training.checkpoints.checkpoint import Checkpoints, StopRequest
-from training.checkpoints.resume import find
+from training.checkpoints.resume import RandomStates, find
 from training.checkpoints.safe import evaluated_names, only_data
 from training.config import TrainConfig
 from training.cost.mfu import StepFlops
@@ -74,7 +74,9 @@ def build_trainer(
         "dist_timeout": wait_s(config),
     }
     with only_data(engine.name):
-        return engine.trainer(left_out, settings), checkpoints
+        trainer = engine.trainer(left_out, settings)
+    trainer.state.callbacks.append(RandomStates(trainer))
+    return trainer, checkpoints
 
 
 def _trainable(config: TrainConfig, parts: Parts) -> TrainableModel:

@@ -22,6 +22,7 @@ from gpu_part import BLOCKS, Job, Rows, llama_folder, median_seconds, random_lla
 
 import training.checkpoints.checkpoint
 import training.cost.mfu
+import training.engines
 import training.fit.build
 import training.fit.callbacks
 import training.fit.parts
@@ -212,6 +213,7 @@ class Bench:
     def _assembled(self, stage: int, steps: int, **changes: Any) -> tuple[Any, ...]:
         config = TrainConfig.model_validate(self.settings(stage, steps, **changes))
         store, _, model, stream = training.fit.parts.open_parts(config, 0, 1)
+        training.engines.engine_of(config, 1).place(model)
         return config, model.to(self.job.device), store, stream
 
     def _rates(self, row: dict[str, Any]) -> dict[str, Any]:

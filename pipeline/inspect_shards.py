@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import ValidationError
 
-from pipeline.manifest import FAILURES, existing_commits, read_manifest, read_store
+from pipeline.manifest import FAILURES, existing_commits, read_manifest, read_store, spread
 from pipeline.schema import SAMPLES, Column, Failure, Sample, StoreSpec, first_fault, tar_path
 from pipeline.shard import read_sample
 from pipeline.storage import Storage
@@ -63,10 +63,7 @@ def render(storage: Storage, images: tuple[str, ...], samples: int) -> str:
 
     spec = read_store(storage)
     table = read_manifest(storage, spec)
-    # `samples` rows, evenly spread over the store.
-    rows = table.take(
-        list(range(0, len(table), max(1, len(table) // samples)))[:samples] if samples else []
-    ).to_pylist()
+    rows = spread(table, samples)
     pictures = _Pictures(storage, spec, images, table.column("image").to_pylist())
     environment = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=select_autoescape(["html"]))
     shown = [_sample(storage, spec, row, pictures) for row in rows]

@@ -350,6 +350,13 @@ def read_manifest(storage: Storage, spec: StoreSpec | None = None) -> pa.Table:
     return table
 
 
+def spread(table: pa.Table, count: int) -> list[dict[str, Any]]:
+    """`count` rows, evenly spread over a manifest; all of them where there are fewer."""
+    chosen = list(range(0, len(table), max(1, len(table) // max(1, count))))[:count]
+    rows: list[dict[str, Any]] = table.take(pa.array(chosen, pa.int64())).to_pylist()
+    return rows
+
+
 def fingerprint(storage: Storage, shards: int | None = None) -> str:
     """sha256 of what training on a store depends on: its identity, and its samples in order.
 

@@ -31,6 +31,7 @@ from pipeline.manifest import (
     read_manifest,
     read_store,
     retried,
+    spread,
 )
 from pipeline.schema import SAMPLES, ColumnFile, Commit, StoreSpec, commit_path, retried_path, tar_path
 from pipeline.shard import members, read_sample, sha256_of
@@ -305,8 +306,7 @@ def compare_with_live_clip(
         )
     table = read_manifest(storage, spec)
     table = table.filter(table.column("image").is_valid())
-    # `sample` rows, evenly spread over the store.
-    rows = table.take(list(range(0, len(table), max(1, len(table) // sample)))[:sample]).to_pylist()
+    rows = spread(table, sample)
     columns = tuple(column for column in spec.columns if f"{column.name}.offset" in table.column_names)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     live = Encoder(encoder, None, columns, spec.compute, device)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import webdataset as wds
 
-from pipeline.manifest import read_manifest
+from pipeline.manifest import read_manifest, spread
 from pipeline.shard import image_member
 from pipeline.storage import Storage
 
@@ -112,6 +112,20 @@ def test_a_page_that_cannot_be_made_is_named(
     store: Path, call: Any, tmp_path: Path, more: list[str], said: str
 ) -> None:
     assert said in call(INSPECT, str(store), *(word.format(tmp_path) for word in more), fails=True)
+
+
+def test_a_page_without_samples_is_made(store: Path, call: Any, tmp_path: Path) -> None:
+    call(INSPECT, str(store), "--html", str(tmp_path / "page.html"), "--samples", "0")
+    page = (tmp_path / "page.html").read_text()
+    assert "block02" in page and "data:image/png" not in page
+
+
+def test_rows_to_look_at_are_spread_over_the_manifest(store: Path) -> None:
+    table = read_manifest(Storage(store))
+    rows = table.to_pylist()
+    assert spread(table, 3) == [rows[0], rows[len(rows) // 3], rows[2 * (len(rows) // 3)]]
+    assert spread(table, 10**6) == rows
+    assert spread(table, 0) == spread(table.slice(0, 0), 4) == []
 
 
 @pytest.mark.parametrize("column", ["block02", "block04"])

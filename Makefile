@@ -86,7 +86,7 @@ build/peers/.installed: tests/benchmarks/peers.txt | $(STAMP)
 	$(BIN)/python $(PIP) --upgrade --no-deps --target build/peers -r $<
 	@touch $@
 
-bench-train: $(STAMP) ## a training step beside its peers: a table, and runs/bench/train.json
+bench-train: $(STAMP) ## a training step beside its peers: a table, and runs/bench/train.json (15 minutes)
 	$(BIN)/python tests/benchmarks/bench_train.py
 
 # uv keeps the versions that it finds in the locks, unless pyproject.toml no longer allows them. It writes on each line

@@ -317,7 +317,9 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         if vision is None:
             return embeds
         tokens = vision.to(embeds.device, embeds.dtype).flatten(0, 1)  # (n * tokens, width)
-        return embeds.flatten(0, 1).index_copy(0, at.to(embeds.device), tokens).view_as(embeds)
+        at = at.to(embeds.device)
+        # No view: to torch.compile a view is another input than what comes out of a layer, with a graph of its own.
+        return embeds.index_put((at // embeds.shape[1], at % embeds.shape[1]), tokens)
 
     def _loss(self, hidden: Tensor, labels: Tensor, vision: Tensor | None, places: Places | None = None) -> Tensor:
         """(batch, length, width), labels (batch, length), vision (n, tokens, width) -> mean cross-entropy in fp32, ().

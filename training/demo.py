@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 from pydantic import RootModel
 
+from pipeline.regular import check_regular
 from training.benchmarks.own import OwnQuestions
 from training.release.records import SUMMARY, Summary, read_as, write_whole
 from training.toy.settings import BLOCKS, DRAW, FINETUNE, GENERATE, PRETRAIN
@@ -82,6 +83,7 @@ class Demo:
         mine: dict[str, Any] = {}  # nothing of what is drawn
         if not self.drawn:
             for name in ("chat", "instruct", "questions"):
+                check_regular(self.data[name])
                 with Path(self.data[name]).open("rb") as file:
                     mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
             OwnQuestions(Path(self.data["questions"]), images=Path(self.data["images"])).to_ask()

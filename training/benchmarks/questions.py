@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from pipeline.images import find_file
+from pipeline.regular import check_regular
 from training.benchmarks.metrics import Scored
 from training.benchmarks.report import Report
 from training.model.markers import IMAGE
@@ -294,8 +295,9 @@ def read_text(path: Path) -> str:
     """A text file.
 
     Raises:
-        ValueError: if it is not UTF-8, naming it.
+        ValueError: if it is no regular file or not UTF-8, naming it.
     """
+    check_regular(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

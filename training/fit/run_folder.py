@@ -183,12 +183,19 @@ def working(run: Path) -> str | None:
 
 
 def claim(config: TrainConfig, parts: Parts) -> None:
-    """Say whose the folder is, once everything that a run is made of is there. Rank 0 writes."""
-    if dist.get_global_rank() == 0:
-        run = Path(config.run)
+    """Say whose the folder is, once everything that a run is made of is there. A collective.
+
+    Raises:
+        ValueError, OSError: on every rank, if rank 0 cannot write it.
+    """
+    run = Path(config.run)
+
+    def write() -> None:
         write_whole(run / STORE, parts.stream.fingerprint + "\n")
         write_whole(run / SOURCES, json.dumps(sources(config), indent=1))
         write_whole(run / CONFIG, json.dumps(config.model_dump(mode="json"), indent=1))
+
+    together(dist.get_global_rank() == 0, write)
 
 
 def what_it_holds(config: TrainConfig) -> str | None:

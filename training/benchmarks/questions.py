@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -316,6 +317,13 @@ def from_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any] | Non
         raise ValueError(f"its brackets are nested too deep (it begins {text[:40]!r}); write it anew") from None
 
 
+def given_twice(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """Of the pairs of a JSON object: which key is there twice, so that one value would be dropped, as a message."""
+    if len(dict(pairs)) == len(pairs):
+        return None
+    return f"key {Counter(key for key, _ in pairs).most_common(1)[0][0][:40]!r} is there twice; keep one"
+
+
 def read_json(path: Path) -> Any:
     """A JSON file.
 
@@ -333,16 +341,25 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """A file of one JSON object a line. Only a line feed ends a line: texts may hold other separators.
 
     Raises:
-        ValueError: naming the line that is not one.
+        ValueError: naming the line that is not one, or holds a key twice.
     """
+    twice: list[str] = []  # of the line that is read
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if wrong := given_twice(pairs):
+            twice.append(wrong)
+        return dict(pairs)
+
     records = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            record = from_json(line)
+            record = from_json(line, once)
         except ValueError as error:
             raise ValueError(f"{path}:{number} is not JSON: {error}; mend or delete that line") from error
+        if twice:
+            raise ValueError(f"{path}:{number}: {twice[0]}")
         if not isinstance(record, dict):
             raise ValueError(
                 f"{path}:{number} holds {type(record).__name__}, an object was expected: mend or delete that line"

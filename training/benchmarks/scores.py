@@ -45,8 +45,7 @@ def score_file(
 
 def scores_beside(answers: Path) -> Path:
     """Where the scores of a file of answers are: `gqa.scores.json` beside `gqa.jsonl`, each file its own."""
-    name = answers.stem if answers.suffix in (".jsonl", ".json") else answers.name
-    return answers.with_name(f"{name}.scores.json")
+    return answers.with_name(f"{answers.name.removesuffix('.jsonl')}.scores.json")
 
 
 def report_on(benchmark: Benchmark, predictions: Predictions) -> Report:

@@ -180,7 +180,7 @@ def _scores(files: Sequence[Path]) -> list[str]:
         try:
             check_regular(path)
             scores = json.loads(path.read_text(encoding="utf-8"))
-            name = path.name.removesuffix(".scores.json").removesuffix(".json")
+            name = path.name.removesuffix(".json").removesuffix(".scores")
             rows[escaped(name)] = _score_text(scores)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(

@@ -64,7 +64,11 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drop the lines of steps that a resumed run is about to repeat."""
         done = state.timestamp.batch.value
-        together(dist.get_global_rank() == 0, lambda: cut_log(self.run, LOG, done))
+
+        def cut() -> None:  # its lines stay here: the other ranks need none of them
+            cut_log(self.run, LOG, done)
+
+        together(dist.get_global_rank() == 0, cut)
         if dist.get_global_rank() == 0 and done:
             print(f"resumed   from the checkpoint of step {done}; step {done + 1} is next", flush=True)
         self._step_start = time.perf_counter()

@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, TypeVar
 
 from pipeline import bucket
+from pipeline.regular import check_regular
 
 log = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ class Storage:
     def open(self, name: str) -> IO[bytes]:
         """A seekable file to read from."""
         if self._local is not None:
-            return (self._local / _checked(name)).open("rb")
+            check_regular(path := self._local / _checked(name))
+            return path.open("rb")
         size = self.size(name)
         part = functools.partial(self.read_range, name)
         return io.BufferedReader(bucket.Ranges(size, part), BUFFER)
@@ -301,6 +303,7 @@ def _local_error(error: Exception) -> Exception | None:
 
 def _read_whole(path: str, check: Callable[[int], None] | None) -> bytes:
     """A local file, if `check` allows its length."""
+    check_regular(path)
     with Path(path).open("rb") as file:
         if check is not None:
             check(os.fstat(file.fileno()).st_size)

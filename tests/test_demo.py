@@ -1,6 +1,7 @@
 """The demo's own-data form: what it is asked to do is looked at before its first step, and one folder holds one run."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -42,8 +43,36 @@ def test_files_are_those_of_the_folder_that_the_command_was_typed_in(
     with pytest.raises(SystemExit, match=r"mine holds a run on other data \(chat\); give another --run"):
         demo.main()
     monkeypatch.setattr(sys, "argv", asked[:3])
-    with pytest.raises(SystemExit, match=r"on other data \(chat, instruct, questions\)"):  # drawn scenes
+    with pytest.raises(SystemExit, match=r"on other data \(chat, instruct, questions, images\)"):  # drawn scenes
         demo.main()
+
+
+@pytest.mark.parametrize("shown_in", ["questions.jsonl", "chat.json", "instruct.json"])
+def test_other_images_in_another_folder_are_noticed_the_same_ones_are_not(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown_in: str
+) -> None:
+    """And a folder whose note is of the time before images were noted is taken up, and noted."""
+    if shown_in != "questions.jsonl":
+        (tmp_path / shown_in).write_text(json.dumps([{"image": "b.png"}, {"id": "no image"}, {"image": "absent.png"}]))
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "b.png")
+    monkeypatch.setattr(demo.Demo, "step", lambda *_, **__: (_ for _ in ()).throw(ValueError("it goes on")))
+    monkeypatch.setattr(sys, "argv", asked)
+    with pytest.raises(SystemExit, match="it goes on"):
+        demo.main()
+    (tmp_path / "mine" / "seconds.json").write_text("{}")  # as if a step were done
+    shutil.copytree(tmp_path / "images", tmp_path / "other")
+    monkeypatch.setattr(sys, "argv", [word if word != "images" else "other" for word in asked])
+    with pytest.raises(SystemExit, match="it goes on"):
+        demo.main()
+    note = json.loads((tmp_path / "mine" / "data.json").read_text())
+    name = "a.png" if shown_in == "questions.jsonl" else "b.png"
+    Image.new("RGB", (8, 8), "blue").save(tmp_path / "other" / name)
+    with pytest.raises(SystemExit, match=r"a run on other data \(images\); give another --run, or delete it"):
+        demo.main()
+    (tmp_path / "mine" / "data.json").write_text(json.dumps({k: v for k, v in note.items() if k != "images"}))
+    with pytest.raises(SystemExit, match="it goes on"):
+        demo.main()
+    assert json.loads((tmp_path / "mine" / "data.json").read_text()).keys() == note.keys()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,10 @@ if __name__ == "__main__":
 
 from pydantic import RootModel
 
+from pipeline.images import find_file
+from pipeline.regular import check_regular
 from training.benchmarks.own import OwnQuestions
+from training.benchmarks.questions import read_json
 from training.release.records import SUMMARY, Summary, read_as, write_whole
 from training.toy.settings import BLOCKS, DRAW, FINETUNE, GENERATE, PRETRAIN
 
@@ -82,12 +85,15 @@ class Demo:
         mine: dict[str, Any] = {}  # nothing of what is drawn
         if not self.drawn:
             for name in ("chat", "instruct", "questions"):
+                check_regular(self.data[name])
                 with Path(self.data[name]).open("rb") as file:
                     mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
-            OwnQuestions(Path(self.data["questions"]), images=Path(self.data["images"])).to_ask()
+            mine["images"] = self._images_digest()
         note = self.run / "data.json"
         if (self.run / "seconds.json").exists():
             before = _read(note) if note.exists() else {}  # before there were notes, mostly drawn
+            if "chat" in before:  # a note of the time before images were noted
+                before.setdefault("images", mine.get("images"))
             differing = [name for name in {**before, **mine} if before.get(name) != mine.get(name)]
             if differing:
                 raise ValueError(
@@ -95,6 +101,27 @@ class Demo:
                 )
         self.run.mkdir(parents=True, exist_ok=True)
         write_whole(note, json.dumps(mine, indent=1))
+
+    def _images_digest(self) -> str:
+        """Of the names and bytes of all images that the data and the questions show, wherever their folder lies.
+
+        Raises:
+            ValueError: if a question cannot be asked, or a file of data is no JSON. OSError: if a file cannot be read.
+        """
+        folder = Path(self.data["images"])
+        questions = OwnQuestions(Path(self.data["questions"]), images=folder).to_ask()
+        trees = [read_json(Path(self.data[name])) for name in ("chat", "instruct")]
+        records = [record for tree in trees if isinstance(tree, list) for record in tree]
+        shown = [question.image for question in questions]
+        shown += [record["image"] for record in records if isinstance(record, dict) and "image" in record]
+        found = hashlib.sha256()
+        for name in sorted({name for name in shown if isinstance(name, str)}):
+            path = find_file(folder, name)  # None: the build says so of those of the data
+            found.update(f"{name}\n".encode(errors="replace"))
+            if path is not None:
+                with path.open("rb") as file:
+                    found.update(hashlib.file_digest(file, "sha256").digest())
+        return found.hexdigest()
 
     def all_steps(self) -> None:
         """The main job, in the order of the flow."""

@@ -46,7 +46,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     """Every option, in the groups that `--help` shows."""
-    needed = "\n".join(f"  {name:<12} {benchmark_class(name).files}" for name in BENCHMARKS)
+    needed = "\n".join(f"  {name:<12} {_files(name)}" for name in BENCHMARKS)
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -72,6 +72,14 @@ def _parser() -> argparse.ArgumentParser:
         "--processes", type=int, default=1, metavar="N", help="N processes share the questions, e.g. one per GPU"
     )
     return parser
+
+
+def _files(name: str) -> str:
+    """The files of a benchmark; what is wrong with one that cannot be used, for the others can be."""
+    try:
+        return benchmark_class(name).files
+    except ValueError as error:
+        return f"cannot be used: {error}"
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -118,14 +118,19 @@ def test_damaged_files_of_answers_are_named(tmp_path: Path, file: str, text: str
         answers.answers()
 
 
-def test_each_file_of_answers_has_scores_of_its_own() -> None:
-    names = {name: scores_beside(Path("out") / name).name for name in ("gqa.jsonl", "a.json", "a.v1", "a.v2")}
-    assert names == {
-        "gqa.jsonl": "gqa.scores.json",
-        "a.json": "a.scores.json",
-        "a.v1": "a.v1.scores.json",
-        "a.v2": "a.v2.scores.json",
-    }
+def test_each_file_of_answers_has_scores_of_its_own(tmp_path: Path) -> None:
+    names = {"a.jsonl": "a", "a.json": "a.json", "a.v1": "a.v1", "a.v2": "a.v2"}
+    for name, scores in names.items():
+        answers = AnswerFile(tmp_path / name)
+        assert scores_beside(answers.path).name == f"{scores}.scores.json"
+        answers.claim(str(tmp_path), 8)
+        answers.path.touch()
+    with pytest.raises(
+        ValueError, match=r"the scores of .*/a would replace those of .*a\.jsonl in a\.scores\.json; name"
+    ):
+        AnswerFile(tmp_path / "a").claim(str(tmp_path), 8)
+    (tmp_path / "a.jsonl").unlink()
+    AnswerFile(tmp_path / "a").claim(str(tmp_path), 8)
 
 
 def test_predictions_are_scored_and_compared_without_torch(data: Path, tmp_path: Path) -> None:

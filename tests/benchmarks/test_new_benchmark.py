@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -117,9 +118,11 @@ def test_an_ablation_may_name_it(data: Path) -> None:
     assert len(benchmark.to_ask()) == 2
 
 
-def test_a_line_that_names_no_whole_benchmark_is_one_message(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_line_that_names_no_whole_benchmark_is_one_message_and_stops_no_other(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "said.jsonl").write_text('{"question_id": "red.png", "text": "red"}')
+    another = ["--benchmark", "colours", "--data", data, "--predictions", tmp_path / "said.jsonl", "--out", tmp_path]
     (tmp_path / "torn_benchmark.py").write_text("class Torn:\n    def")
     monkeypatch.syspath_prepend(str(tmp_path))
     for place, said in (
@@ -137,5 +140,10 @@ def test_a_line_that_names_no_whole_benchmark_is_one_message(
         with pytest.raises(ValueError, match=said):
             open_benchmark("half", data)
         with pytest.raises(SystemExit, match=f"^error: .*{said}"):
+            run(monkeypatch, "--benchmark", "half", *another[2:])
+        with pytest.raises(SystemExit) as ended:
             run(monkeypatch, "--help")
-        assert len(open_benchmark("colours", data).questions) == 3  # nothing else is stopped by it
+        assert ended.value.code == 0
+        assert re.search(f"  half         cannot be used: .*{said}", capsys.readouterr().out)
+        run(monkeypatch, *another)
+        assert re.search(f"\ncolours .*(?s:.*)\nhalf         is not looked at: .*{said}", capsys.readouterr().err)

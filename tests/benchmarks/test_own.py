@@ -101,6 +101,17 @@ def test_mistakes_in_own_questions_are_named(tmp_path: Path, lines: list[dict[st
         own_questions(tmp_path, lines)
 
 
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [('{"question_id": 2, "text": "What?", "image": "a.png", "text": "Why?"}', "text"),
+     ('{"question_id": 2, "text": "What?", "image": "a.png", "more": [{"x": 1, "x": 1}]}', "x")],
+)  # fmt: skip
+def test_a_key_given_twice_is_named_with_its_line(tmp_path: Path, line: str, key: str) -> None:
+    (tmp_path / "asked.jsonl").write_text(f"{json.dumps(OWN[0])}\n{line}\n")
+    with pytest.raises(ValueError, match=f"asked.jsonl:2: key '{key}' is there twice; keep one"):
+        OwnQuestions(tmp_path / "asked.jsonl", images=tmp_path)
+
+
 def test_a_truth_may_be_a_number_as_tables_write_it_and_null_is_not_known(tmp_path: Path) -> None:
     own = own_questions(tmp_path, [{**OWN[0], "answer": 2.0}, {**OWN[3], "answer": None, "category": None}])
     assert [q.group for q in own.questions] == ["what", "all"]

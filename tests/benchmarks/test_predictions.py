@@ -1,7 +1,9 @@
 """Files of predictions, whoever wrote them: what is wrong is counted and named, nothing is dropped silently."""
 
 import json
+import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +228,20 @@ def test_the_case_of_a_files_ending_does_not_matter(data: Path, tmp_path: Path) 
     (tmp_path / "said" / "a.CSV").write_text("question_id,text\n201,yes\n")
     (tmp_path / "said" / "b.Jsonl").write_text('{"question_id": 202, "text": "cat"}')
     assert sorted(read_predictions(tmp_path / "said", opened(data, "gqa")).answers) == ["201", "202"]
+
+
+@pytest.mark.parametrize("name", ["said.jsonl", "said.csv", "said.xlsx"])
+def test_a_file_that_may_have_no_end_is_refused_before_it_is_read(data: Path, tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name} is a device, a pipe or a socket, which may have no end"):
+        read_predictions(tmp_path / name, opened(data, "mmbench"))
+
+
+@pytest.mark.parametrize(("name", "file"), [("gqa", ".json"), ("pope", ".jsonl"), ("mmbench", ".tsv")])
+def test_official_files_that_may_have_no_end_are_refused(data: Path, tmp_path: Path, name: str, file: str) -> None:
+    shutil.copytree(data / name, tmp_path / name)
+    for path in [p for p in (tmp_path / name).rglob("*") if p.is_file() and file in (p.suffix, f"{p.suffix}l")]:
+        path.unlink()
+        path.symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="is a device, a pipe or a socket"):
+        opened(tmp_path, name)

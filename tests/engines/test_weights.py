@@ -127,19 +127,27 @@ def test_wrong_files_are_refused_before_anything_is_loaded(folders: Path, tmp_pa
         empty_llm(settings_of(folder), torch.float32)
 
 
-@pytest.mark.parametrize("check_only", [False, True])
+@pytest.mark.parametrize(
+    ("check_only", "changes", "free", "said"),
+    [
+        (False, {}, 500, r"1\.0 GB per rank.* of 0\.5 GB.* for 1 rank.*; start fewer ranks"),
+        (True, {}, 500, r"1\.0 GB per rank.* of 0\.5 GB.* for 1 rank.*; start fewer ranks"),
+        (True, {"data.prefetch": 10**4}, 1_200, r"0\.2 of 10001 batches that are read .*lower data\.prefetch"),
+    ],
+)
 def test_a_run_without_memory_on_its_host_does_not_begin(
     settings: Callable[..., Any],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     check_only: bool,
+    changes: dict[str, Any],
+    free: int,
+    said: str,
 ) -> None:
-    monkeypatch.setattr(needs, "free_host_memory", lambda: 500_000_000)
-    config = TrainConfig.model_validate(settings(tmp_path / "run", 1))
-    with pytest.raises(
-        SystemExit, match=r"host memory: 1\.0 GB per rank.* of 0\.5 GB.* for 1 rank.*; start fewer ranks"
-    ):
+    monkeypatch.setattr(needs, "free_host_memory", lambda: free * 10**6)
+    config = TrainConfig.model_validate(settings(tmp_path / "run", 1, changes))
+    with pytest.raises(SystemExit, match=f"host memory: .*{said}"):
         train(config, check_only)
     assert not (tmp_path / "run").exists()
     assert ("fail  host" in capsys.readouterr().out) == check_only

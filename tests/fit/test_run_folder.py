@@ -112,6 +112,21 @@ def test_of_all_checkpoints_as_many_are_reckoned_with_as_the_settings_tell(
     assert _checkpoints(TrainConfig.model_validate(config)) == count
 
 
+def test_a_complete_run_says_so_in_a_folder_that_cannot_be_written_and_another_says_that_it_cannot(
+    run: Path, train: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (run / LOCK).mkdir()  # as little a file as in a folder that is read-only, for root too
+    before = sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*"))
+    train(run)
+    assert re.search(r"complete  .*run holds connector/ of 2 steps, .*nothing is left to do", capsys.readouterr().out)
+    assert sorted((path, path.stat().st_mtime_ns) for path in run.rglob("*")) == before
+    (run / SUMMARY).unlink()
+    (tmp_path / "file").touch()
+    for folder in (run, tmp_path / "file" / "run"):
+        with pytest.raises(SystemExit, match=f"^error: {folder} cannot be written: .*; make it writable, or take ano"):
+            train(folder)
+
+
 def test_make_clean_leaves_runs_alone() -> None:
     said = subprocess.run(["make", "-n", "clean"], check=True, cwd=ROOT, capture_output=True, text=True).stdout
     assert ".venv" in said

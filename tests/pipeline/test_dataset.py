@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from pipeline.dataset import read_dataset
+from pipeline.images import index_zips
 
 Write = Callable[..., str]
 
@@ -185,3 +187,24 @@ def test_a_mix_of_sources_builds_one_store(run: Any, settings: Any, scenes: Path
     data, roots = f"[{tmp_path}/one.json, {tmp_path}/two.jsonl]", f"[{tmp_path}/data, {tmp_path}/gqa.zip]"
     said = run("pipeline/build_shards.py", *settings(tmp_path / "store", data=data, images=roots))
     assert "done: 13 samples, 0 failures" in said
+
+
+@pytest.mark.parametrize("kind", ["device", "pipe"])
+def test_what_may_have_no_end_is_refused_before_it_is_read(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "images.zip"
+    path.symlink_to("/dev/zero") if kind == "device" else os.mkfifo(path)
+    said = f"^{path} is a device, a pipe or a socket, which may have no end; give a file"
+    with pytest.raises(ValueError, match=said):
+        read_dataset((str(path),), seed=0, limit=None)
+    with pytest.raises(ValueError, match=said):
+        index_zips((str(path),))
+
+
+def test_a_pipe_that_the_shell_hands_over_is_read_to_its_end(write: Write) -> None:
+    data = write([record("a.jpg"), record("b.jpg")])
+    out, into = os.pipe()
+    os.write(into, Path(data).read_bytes())
+    os.close(into)
+    given = read_dataset((f"/dev/fd/{out}",), seed=0, limit=None)  # as bash writes <(command)
+    os.close(out)
+    assert given == read_dataset((data,), seed=0, limit=None)

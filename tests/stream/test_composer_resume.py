@@ -12,8 +12,10 @@ import signal
 from collections.abc import Callable
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+import torch
 
 from training.stream.batch import Batch, split
 from training.stream.order import Order
@@ -21,8 +23,57 @@ from training.stream.reader import Reading
 from training.stream.stream import Stream
 from training.text.collate import Example
 
+if TYPE_CHECKING:
+    from composer import Callback
+    from composer.loggers import LoggerDestination
+    from composer.models import ComposerModel
+
 BATCHES = 5  # per epoch
 Become = Callable[[int, int, int, Path], None]
+
+
+def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
+    """What a regression learns: how much text there is."""
+    words = [sum(len(turn.value) for turn in example.conversation.turns) for example in examples]
+    return {"labels": torch.tensor(words, dtype=torch.float32)[:, None] / 100}
+
+
+def regression() -> ComposerModel:
+    """From features to `labels`, with weights from a seed."""
+    from composer.models import ComposerModel
+
+    class Model(ComposerModel):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+
+        def forward(self, batch):
+            return self.layers(batch["columns"]["block03"].float() / 255)
+
+        def loss(self, outputs, batch):
+            return torch.nn.functional.mse_loss(outputs, batch["labels"])
+
+    return Model()
+
+
+def log_and_kill(log: Path | None, kill_at: int) -> tuple[LoggerDestination, Callback]:
+    """What writes each step's loss to `log`, if there is one, and what kills its process at step `kill_at`."""
+    from composer import Callback
+    from composer.loggers import LoggerDestination
+
+    class Log(LoggerDestination):
+        def log_metrics(self, metrics, step=None):
+            if "loss/train/total" in metrics and log is not None:
+                with log.open("a") as file:
+                    file.write(json.dumps([step, metrics["loss/train/total"]]) + "\n")
+
+    class Kill(Callback):
+        def batch_start(self, state, logger):
+            if state.timestamp.batch.value == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return Log(), Kill()
 
 
 def run_rank(
@@ -39,52 +90,22 @@ def run_rank(
     """One process of a Composer run over `store`; at step `kill_at` it is killed."""
     become_rank(rank, ranks, port, run / "output")
 
-    import torch
-    from composer import Callback, DataSpec, Trainer
-    from composer.loggers import LoggerDestination
-    from composer.models import ComposerModel
+    from composer import DataSpec, Trainer
     from composer.utils import dist
     from torch.utils.data import DataLoader
 
     torch.set_num_threads(1)
     dist.initialize_dist("cpu", timeout=patience_s)
-
-    def collate(examples: list[Example]) -> dict[str, torch.Tensor]:
-        words = [sum(len(turn.value) for turn in example.conversation.turns) for example in examples]
-        return {"labels": torch.tensor(words, dtype=torch.float32)[:, None] / 100}
-
-    class Model(ComposerModel):
-        def __init__(self):
-            super().__init__()
-            torch.manual_seed(0)
-            self.layers = torch.nn.Sequential(torch.nn.Linear(64, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
-
-        def forward(self, batch):
-            return self.layers(batch["columns"]["block03"].float() / 255)
-
-        def loss(self, outputs, batch):
-            return torch.nn.functional.mse_loss(outputs, batch["labels"])
-
-    class Log(LoggerDestination):
-        def log_metrics(self, metrics, step=None):
-            if "loss/train/total" in metrics and rank == 0:
-                with (run / "log").open("a") as file:
-                    file.write(json.dumps([step, metrics["loss/train/total"]]) + "\n")
-
-    class Kill(Callback):
-        def batch_start(self, state, logger):
-            if state.timestamp.batch.value == kill_at:
-                os.kill(os.getpid(), signal.SIGKILL)
-
     order = Order(global_batch_size=8, window_shards=2, seed=4)
     stream = Stream(str(store), ("block03",), order, Reading(rank=rank, world_size=ranks, threads=2), collate)
     loader = DataLoader(stream, batch_size=None, num_workers=0, collate_fn=lambda batch: batch)
-    model = Model()
+    model = regression()
+    log, kill = log_and_kill(run / "log" if rank == 0 else None, kill_at)
     Trainer(
         model=model, optimizers=torch.optim.Adam(model.parameters(), lr=0.01), max_duration="3ep",
         train_dataloader=DataSpec(loader, split_batch=split, microbatch_transforms=Batch,
                                   get_num_samples_in_batch=lambda batch: len(batch["keys"])),
-        device_train_microbatch_size=2, callbacks=[Kill()], loggers=[Log()], device="cpu", precision="fp32", seed=1,
+        device_train_microbatch_size=2, callbacks=[kill], loggers=[log], device="cpu", precision="fp32", seed=1,
         save_folder=str(run / "checkpoints"), save_interval=interval, save_num_checkpoints_to_keep=3, autoresume=True,
         save_overwrite=True, run_name="run", progress_bar=False,
     ).fit()  # fmt: skip

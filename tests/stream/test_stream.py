@@ -306,6 +306,15 @@ def test_memory_is_bounded_by_prefetch_not_by_the_window(store: Path) -> None:
         assert len(stream._reader._free) == 3
 
 
+def test_batches_ahead_that_no_memory_holds_are_refused_before_it_is_taken(store: Path) -> None:
+    with pytest.raises(ValueError, match=r"no memory for 1000000001 batches of .* GB \(prefetch 1000000000, "):
+        open_stream(store, prefetch=10**9)
+
+
+def test_threads_beyond_the_samples_of_a_batch_cost_nothing(store: Path) -> None:
+    assert epoch_keys(open_stream(store, threads=10**9)) == epoch_keys(open_stream(store, threads=1))
+
+
 def test_a_truncated_tar_is_named(make_store: Callable[..., Path], tmp_path: Path) -> None:
     store = make_store(tmp_path, [9, 9])
     path = store / "block03" / "00001.tar"

@@ -20,8 +20,10 @@ from pydantic import RootModel
 from pipeline.config import differences
 from training.answers.processes import AnsweringProcess
 from training.benchmarks.questions import from_json
+from training.benchmarks.scores import scores_beside
 from training.release.records import read_as, write_whole
 
+_NOTE = ".run.json"  # what the name of its note ends in
 Key = tuple[str | int, str | None]  # a question's id and the name of its image: one image may be asked several times
 
 
@@ -49,11 +51,20 @@ class AnswerFile:
         """Note whose answers the file holds.
 
         Raises:
-            ValueError: if it holds another model's, or answers of another length, or the note is damaged.
+            ValueError: if it holds another model's, or answers of another length, its scores would replace those of
+                another file, or the note is damaged.
         """
+        scores = scores_beside(self.path)
+        for taken in self.path.parent.glob(f"*{_NOTE}"):
+            other = taken.with_name(taken.name.removesuffix(_NOTE))
+            if other != self.path and other.exists() and scores_beside(other) == scores:
+                raise ValueError(
+                    f"the scores of {self.path} would replace those of {other} in {scores.name}; name another file "
+                    "with --out"
+                )
         # By weights, not by name: a model may move, and another may take its place.
         mine = {"weights": weights_digest(model) or model, "max_new_tokens": max_new_tokens}
-        note = self.path.with_name(f"{self.path.name}.run.json")
+        note = self.path.with_name(self.path.name + _NOTE)
         if note.exists() and (self.path.exists() or self._parts()):
             theirs = read_as(RootModel[dict[str, Any]], note).root
             differing = differences(theirs, mine)

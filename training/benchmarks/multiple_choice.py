@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from pipeline.regular import check_regular
 from training.benchmarks.metrics import Scored, option_letter, science_qa_choice
 from training.benchmarks.questions import Answer, Answers, Benchmark, Found, Question, identifier, read_json
 
@@ -252,6 +253,7 @@ def options_of(row: dict[str, str]) -> dict[str, str]:
 
 def _read_table(path: Path) -> list[dict[str, str]]:
     """MMBench's rows, as texts without None; ValueError if columns are missing or an index is no number."""
+    check_regular(path)
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # images are long fields
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

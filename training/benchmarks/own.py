@@ -139,7 +139,7 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
         ValueError: naming the file, the question and what is wrong with it.
     """
     if not path.is_file():
-        raise ValueError(f"questions file {path} does not exist; name a file of JSON lines")
+        raise ValueError(f"questions file {path} does not exist, or is no file; name a file of JSON lines")
     lines = read_json_lines(path)
     if not lines:
         raise ValueError(f"{path} holds no question; give it lines, objects with question_id, image and text")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.regular import check_regular
 from training.benchmarks.questions import REPLIES, SAID, Answer, Benchmark, Found, Question, Row, identifier
 from training.benchmarks.records import records_of
 from training.benchmarks.report import Problem
@@ -54,8 +55,9 @@ def read_predictions(path: Path, benchmark: Benchmark) -> Predictions:
     Raises:
         ValueError: if there is no such file, nothing in it belongs to the benchmark, or most of it to another.
     """
-    if not path.exists() or path.is_block_device() or path.is_char_device() or path.is_socket():
+    if not path.exists():
         raise ValueError(f"predictions {path}: there is no such file or folder; name a file of answers")
+    check_regular(path)
     result = Predictions()
     found = list(records_of(path, benchmark, result.malformed))
     benchmark.arrange([each.record for each in found if isinstance(each.record, Mapping) and not _odd(each.record)])

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import random
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self, cast
 
 from pipeline.images import find_file
+from pipeline.regular import check_regular
 from training.benchmarks.metrics import Scored
 from training.benchmarks.report import Report
 from training.model.markers import IMAGE
@@ -294,8 +296,9 @@ def read_text(path: Path) -> str:
     """A text file.
 
     Raises:
-        ValueError: if it is not UTF-8, naming it.
+        ValueError: if it is no regular file or not UTF-8, naming it.
     """
+    check_regular(path)
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -312,6 +315,13 @@ def from_json(text: str, object_of: Callable[[list[tuple[str, Any]]], Any] | Non
         return json.loads(text, object_pairs_hook=object_of)
     except RecursionError:
         raise ValueError(f"its brackets are nested too deep (it begins {text[:40]!r}); write it anew") from None
+
+
+def given_twice(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """Of the pairs of a JSON object: which key is there twice, so that one value would be dropped, as a message."""
+    if len(dict(pairs)) == len(pairs):
+        return None
+    return f"key {Counter(key for key, _ in pairs).most_common(1)[0][0][:40]!r} is there twice; keep one"
 
 
 def read_json(path: Path) -> Any:
@@ -331,16 +341,25 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     """A file of one JSON object a line. Only a line feed ends a line: texts may hold other separators.
 
     Raises:
-        ValueError: naming the line that is not one.
+        ValueError: naming the line that is not one, or holds a key twice.
     """
+    twice: list[str] = []  # of the line that is read
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if wrong := given_twice(pairs):
+            twice.append(wrong)
+        return dict(pairs)
+
     records = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
-            record = from_json(line)
+            record = from_json(line, once)
         except ValueError as error:
             raise ValueError(f"{path}:{number} is not JSON: {error}; mend or delete that line") from error
+        if twice:
+            raise ValueError(f"{path}:{number}: {twice[0]}")
         if not isinstance(record, dict):
             raise ValueError(
                 f"{path}:{number} holds {type(record).__name__}, an object was expected: mend or delete that line"

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from training.benchmarks.questions import REPLIES, Benchmark, Found, from_json, read_text
+from training.benchmarks.questions import REPLIES, Benchmark, Found, from_json, given_twice, read_text
 
 _TABLES = {".csv": ",", ".tsv": "\t"}
 
@@ -87,21 +87,19 @@ def _json_records(path: Path, benchmark: Benchmark, malformed: list[str]) -> Ite
 
 
 class _Twice:
-    """Stands for a JSON object with a key that is there twice, of which one would be dropped."""
+    """Stands for a JSON object with a key that is there twice, of which one would be dropped. No text: no answer."""
 
-    def __init__(self, key: str) -> None:
-        self.key = key
+    def __init__(self, wrong: str) -> None:
+        self.wrong = wrong
 
     def __str__(self) -> str:
-        return f"key {self.key[:40]!r} is there twice; keep one"
+        return self.wrong
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Twice:
     """A JSON object, if each of its keys is there once."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        return _Twice(next(key for key, times in Counter(key for key, _ in pairs).items() if times > 1))
-    return record
+    wrong = given_twice(pairs)
+    return dict(pairs) if wrong is None else _Twice(wrong)
 
 
 def _found(path: Path, place: str, record: Any, row: int, malformed: list[str]) -> Iterator[Found]:

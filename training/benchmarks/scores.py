@@ -45,8 +45,7 @@ def score_file(
 
 def scores_beside(answers: Path) -> Path:
     """Where the scores of a file of answers are: `gqa.scores.json` beside `gqa.jsonl`, each file its own."""
-    name = answers.stem if answers.suffix in (".jsonl", ".json") else answers.name
-    return answers.with_name(f"{name}.scores.json")
+    return answers.with_name(f"{answers.name.removesuffix('.jsonl')}.scores.json")
 
 
 def report_on(benchmark: Benchmark, predictions: Predictions) -> Report:
@@ -89,9 +88,14 @@ def averages(folder: Path) -> str:
         ValueError: if it holds no scores.
     """
     rows: list[str] = []
+    broken: list[str] = []  # what is said of a benchmark that cannot be used: it stops no other
     values: dict[str, float | None] = {}
     for name in BENCHMARKS:
-        kind = benchmark_class(name)
+        try:
+            kind = benchmark_class(name)
+        except ValueError as error:
+            broken.append(f"{name:<12} is not looked at: {error}")
+            continue
         path = scores_beside(kind.answers_in(folder))
         if path.exists():
             scores = read_json(path)
@@ -105,10 +109,10 @@ def averages(folder: Path) -> str:
     if not rows:
         raise ValueError(
             f"{folder} holds no <benchmark>.scores.json; let training/evaluate.py --out {folder} write them, or name "
-            "another folder"
+            "another folder" + "".join(f"\n{line}" for line in broken)
         )
     for title, without in (("average", None), ("... without VizWiz", "vizwiz")):
         mean = paper_average(values, without)
         value = ", ".join(mean.missing) + " missing" if mean.score is None else f"{mean.score:8.2f}"
         rows.append(f"{title:<25} {value}")
-    return "\n".join(rows)
+    return "\n".join(rows + broken)

@@ -41,7 +41,7 @@ def of_run(config: TrainConfig, ranks: ThisRank, every_example: bool = False) ->
     found += run_check("store", lambda: columns(config, store, model))
     if every_example:
         found += run_check("examples", lambda: examples(config, model))
-    found += needs(config, model, ranks) + run_check("host", lambda: host_memory(config, model, ranks))
+    found += needs(config, model, ranks) + run_check("host", lambda: host_memory(config, store, model, ranks))
     if ranks.rank == 0:
         found += end_needs(config, store, model)
     return found + run_check("cache", lambda: cache(config))

@@ -19,10 +19,11 @@ from composer.loggers import Logger
 from composer.loggers.logger_destination import LoggerDestination
 from composer.utils import dist
 
+from training.checkpoints.resume import together
 from training.cost.mfu import peak_flops
 from training.engines.base import Engine
 from training.fit.composer_model import token_counts
-from training.release.records import LOG, read_log, write_whole
+from training.release.records import LOG, cut_log
 from training.stream.stream import Stream
 
 
@@ -63,10 +64,11 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drop the lines of steps that a resumed run is about to repeat."""
         done = state.timestamp.batch.value
-        path = self.run / LOG
-        if dist.get_global_rank() == 0 and path.exists():
-            kept = [line for line in read_log(self.run) if line["step"] <= done]
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+
+        def cut() -> None:  # its lines stay here: the other ranks need none of them
+            cut_log(self.run, LOG, done)
+
+        together(dist.get_global_rank() == 0, cut)
         if dist.get_global_rank() == 0 and done:
             print(f"resumed   from the checkpoint of step {done}; step {done + 1} is next", flush=True)
         self._step_start = time.perf_counter()

@@ -103,28 +103,36 @@ def memory(config: TrainConfig, model: CompactVisionForConditionalGeneration, ra
 
 
 def host_memory(
-    config: TrainConfig, model: CompactVisionForConditionalGeneration, ranks: ThisRank
+    config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration, ranks: ThisRank
 ) -> Iterator[Finding]:
     """What a rank holds in its host's memory, against its share of what is free there. Asked before weights are read.
 
-    What is counted is what is sure: activations and the batches that are read ahead come to it.
+    What is counted is what is sure: activations come to it.
     """
     import torch
+
+    from pipeline.codec import payload_bytes
 
     shape, engine = shape_of(model), engine_of(config, ranks.planned)
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     held = engine.host(shape) if on_gpu else engine.memory(shape).total
     one = max(WEIGHT * p.numel() for p in model.parameters())
+    image = sum(payload_bytes(c, store.codec) for c in store.columns if c.name in model.connector.columns)
+    batches = config.data.prefetch + 1
+    ahead = batches * max(1, config.global_batch_size // ranks.planned) * image
     free = free_host_memory()
-    need, room = PROCESS + held + one, free / ranks.local_size
+    need, room = PROCESS + held + one + ahead, free / ranks.local_size
     text = (
         f"{need / 1e9:.1f} GB per rank: {PROCESS / 1e9:.1f} of programs, {held / 1e9:.1f} of the model under "
-        f"{engine.name}, {one / 1e9:.1f} of a weight on its way; of {room / 1e9:.1f} GB, a share of "
+        f"{engine.name}, {one / 1e9:.1f} of a weight on its way, {ahead / 1e9:.1f} of {batches} "
+        f"batches that are read or read ahead; of {room / 1e9:.1f} GB, a share of "
         f"{free / 1e9:.1f} GB free for {ranks.local_size} rank(s)"
     )
     if need > room:
         yield Finding(
-            "fail", "host", f"host memory: {text}; start fewer ranks on a node, shard more, or take more memory"
+            "fail",
+            "host",
+            f"host memory: {text}; start fewer ranks on a node, shard more, lower data.prefetch, or take more memory",
         )
     else:
         yield Finding("ok", "host", text)

@@ -69,7 +69,7 @@ def held(config: TrainConfig, stop: StopRequest | None) -> Iterator[None]:
     new = not run.exists()
     if dist.get_global_rank() == 0:
         try:
-            lock = None if stop is None else _lock(run, stop)
+            lock = None if stop is None else _lock_unless_complete(config, stop)
             refuse_another(config)
         except SystemExit as stopped:
             wrong = stopped.code
@@ -90,6 +90,22 @@ def held(config: TrainConfig, stop: StopRequest | None) -> Iterator[None]:
             if new:
                 with contextlib.suppress(OSError):  # something lies in it: the run has begun
                     run.rmdir()
+
+
+def _lock_unless_complete(config: TrainConfig, stop: StopRequest) -> IO[str] | None:
+    """As `_lock`; None in a folder that cannot be written, as one that is kept, if nothing is left to be written there.
+
+    Raises:
+        ValueError: if something is.
+    """
+    try:
+        return _lock(Path(config.run), stop)
+    except OSError as error:
+        if _complete(config) is None:
+            raise ValueError(
+                f"{config.run} cannot be written: {error}; make it writable, or take another run=..."
+            ) from error
+        return None
 
 
 def _lock(run: Path, stop: StopRequest) -> IO[str]:
@@ -167,26 +183,39 @@ def working(run: Path) -> str | None:
 
 
 def claim(config: TrainConfig, parts: Parts) -> None:
-    """Say whose the folder is, once everything that a run is made of is there. Rank 0 writes."""
-    if dist.get_global_rank() == 0:
-        run = Path(config.run)
+    """Say whose the folder is, once everything that a run is made of is there. A collective.
+
+    Raises:
+        ValueError, OSError: on every rank, if rank 0 cannot write it.
+    """
+    run = Path(config.run)
+
+    def write() -> None:
         write_whole(run / STORE, parts.stream.fingerprint + "\n")
         write_whole(run / SOURCES, json.dumps(sources(config), indent=1))
         write_whole(run / CONFIG, json.dumps(config.model_dump(mode="json"), indent=1))
 
+    together(dist.get_global_rank() == 0, write)
+
 
 def what_it_holds(config: TrainConfig) -> str | None:
     """Of a complete run what its folder holds, for a person; None if anything of its end is missing. A collective."""
-    run, found = Path(config.run), None
+    (found,) = together(dist.get_global_rank() == 0, lambda: _complete(config))
+    return found
+
+
+def _complete(config: TrainConfig) -> str | None:
+    """As `what_it_holds`, of one process."""
+    run = Path(config.run)
     parts = {name: files for name, files in EXPORTED.items() if name == "connector" or "llm" in config.train}
     begun = all((run / name).is_file() for name in (CONFIG, SUMMARY))
-    if dist.get_global_rank() == 0 and begun and all(is_whole(run / part, files) for part, files in parts.items()):
-        summary = read_as(Summary, run / SUMMARY)
-        found = (
-            f"complete  {run} holds {' and '.join(f'{part}/' for part in parts)} of {summary.steps} steps, "
-            f"{summary.course()}; nothing is left to do"
-        )
-    return dist.all_gather_object(found)[0]  # type: ignore[no-any-return]
+    if not begun or not all(is_whole(run / part, files) for part, files in parts.items()):
+        return None
+    summary = read_as(Summary, run / SUMMARY)
+    return (
+        f"complete  {run} holds {' and '.join(f'{part}/' for part in parts)} of {summary.steps} steps, "
+        f"{summary.course()}; nothing is left to do"
+    )
 
 
 def begin_anew(config: TrainConfig) -> None:

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from composer.core import Callback, State
 from composer.loggers import Logger
 from composer.utils import dist
 
 from training.checkpoints.checkpoint import StopRequest
-from training.release.records import SKIPPED, read_log, write_whole
+from training.checkpoints.resume import together
+from training.release.records import SKIPPED, cut_log
 from training.stream.stream import Stream
 from training.text.collate import Skip
 
@@ -43,13 +43,9 @@ class SkippedExamples(Callback):  # type: ignore[misc]
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Take up the list of a resumed run, without the steps that it is about to repeat."""
-        lines: list[dict[str, Any]] = []
-        if dist.get_global_rank() == 0 and (self.run / SKIPPED).exists():
-            lines = [line for line in read_log(self.run, SKIPPED) if line["step"] <= state.timestamp.batch.value]
-            write_whole(self.run / SKIPPED, "".join(json.dumps(line) + "\n" for line in lines))
-        listed = [{line["key"]: line["reason"] for line in lines}]
-        dist.broadcast_object_list(listed)
-        self._reasons = listed[0]
+        done = state.timestamp.batch.value
+        (lines,) = together(dist.get_global_rank() == 0, lambda: cut_log(self.run, SKIPPED, done))
+        self._reasons = {line["key"]: line["reason"] for line in lines}
 
     def batch_start(self, state: State, logger: Logger) -> None:
         """Note this rank's: where memory did not suffice for a step, Composer keeps but a microbatch of its batch."""

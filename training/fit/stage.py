@@ -60,7 +60,7 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
             print(describe(config, parts, steps, ranks), flush=True)
         last = Path(config.run) / "checkpoints" / f"ba{steps:08d}" / MARK
         here = ThisRank(rank, ranks, dist.get_local_rank(), dist.get_local_world_size(), planned=ranks)
-        ending = run_check("host", lambda: host_memory(config, parts.model, here))
+        ending = run_check("host", lambda: host_memory(config, parts.store, parts.model, here))
         if rank == 0 and (stop is None or not last.is_file()):  # else it exports now, and says it then
             ending += end_needs(config, parts.store, parts.model)
         if stop is None and rank == 0:

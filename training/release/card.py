@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from pipeline.regular import check_regular
 from training.config import flat
 from training.release.records import CONFIG, LAST, SKIPPED, final_loss, read_config, read_log
 
@@ -177,8 +178,9 @@ def _scores(files: Sequence[Path]) -> list[str]:
     rows = {}
     for path in files:
         try:
+            check_regular(path)
             scores = json.loads(path.read_text(encoding="utf-8"))
-            name = path.name.removesuffix(".scores.json").removesuffix(".json")
+            name = path.name.removesuffix(".json").removesuffix(".scores")
             rows[escaped(name)] = _score_text(scores)
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise ValueError(

@@ -120,6 +120,18 @@ def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
     return lines
 
 
+def cut_log(run: Path, name: str, step: int) -> list[dict[str, Any]]:
+    """The lines of a run's `LOG` or `SKIPPED` up to a step; those of later steps, which are done again, are dropped.
+
+    Raises:
+        ValueError: as `read_log` does. OSError: if the file cannot be read or written.
+    """
+    kept = [line for line in read_log(run, name) if line["step"] <= step]
+    if (run / name).exists():
+        write_whole(run / name, "".join(json.dumps(line) + "\n" for line in kept))
+    return kept
+
+
 def final_loss(lines: Sequence[dict[str, float]]) -> float:
     """Mean loss of the last steps, at most `LAST`.
 

@@ -7,6 +7,7 @@ Memory is (prefetch + 1) batches of the wanted columns, whatever the shuffle win
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections import deque
@@ -88,15 +89,18 @@ class Reader:
         self.collate_lock = threading.Lock()  # so that the caller's function need not be safe for threads
         self.data_wait = 0.0
         # A ring: one batch is with the consumer, the others are being filled or are full.
+        count = reading.prefetch + 1
+        need = count * rows * sum(index.payload.values())
+        said = (
+            f"no memory for {count} batches of {rows} examples, {-(-need // 10**9):,} GB (prefetch {reading.prefetch}, "
+            f"columns {', '.join(index.payload)}); take smaller batches, less prefetch, or fewer columns"
+        )
+        if need > os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"):  # which allocators promise all the same
+            raise ValueError(said)
         try:
-            self._free = [_Buffers(index.payload, rows, reading.pin_memory) for _ in range(reading.prefetch + 1)]
+            self._free = [_Buffers(index.payload, rows, reading.pin_memory) for _ in range(count)]
         except RuntimeError as error:  # of torch's allocators
-            need = (reading.prefetch + 1) * rows * sum(index.payload.values()) / 1e9
-            raise ValueError(
-                f"no memory for {reading.prefetch + 1} batches of {rows} examples, {need:,.1f} GB (prefetch "
-                f"{reading.prefetch}, columns {', '.join(index.payload)}); take smaller batches, less prefetch, or "
-                "fewer columns"
-            ) from error
+            raise ValueError(said) from error
 
     def read(self, batches: Ints) -> Generator[Batch, None, None]:
         """Yield a batch for each row of `batches`, example indices of shape (batches, rows), in order.
@@ -158,7 +162,7 @@ class _Job:
     def start(self, pool: ThreadPoolExecutor) -> None:
         """Share the samples out in order of place, so that each thread stays in few files."""
         samples = sorted(self._users)
-        parts = [part.tolist() for part in np.array_split(samples, self.reader.threads) if len(part)]
+        parts = [part.tolist() for part in np.array_split(samples, min(self.reader.threads, len(samples)))]
         self._left = len(parts)
         for part in parts:
             pool.submit(self._run, part)

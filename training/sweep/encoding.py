@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.benchmarks.questions import read_json
 from training.release.table import EncodingCost
 from training.sweep.plan import AblationConfig, Encoding, Run
 
@@ -80,8 +81,7 @@ def _image_names(encoding: Encoding) -> list[str]:
     """Every image of the data files once, in the order of its first mention."""
     names: dict[str, None] = {}
     for path in encoding.data:
-        records = json.loads(Path(path).read_text(encoding="utf-8"))
-        names |= {record["image"]: None for record in records if "image" in record}
+        names |= {record["image"]: None for record in read_json(Path(path)) if "image" in record}
     return list(names)
 
 

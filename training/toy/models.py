@@ -12,11 +12,12 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import random
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
+
+from training.benchmarks.questions import read_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,8 +91,8 @@ def make_models(out: Path, captions: Path, talk: Path, images: Path, seed: int) 
     from training.model.tokenizer import Tokenizer
 
     torch.manual_seed(seed)
-    caption_of = {r["image"]: r["conversations"][1]["value"] for r in json.loads(captions.read_text(encoding="utf-8"))}
-    conversations = [r for r in json.loads(talk.read_text(encoding="utf-8")) if "image" in r]
+    caption_of = {r["image"]: r["conversations"][1]["value"] for r in read_json(captions)}
+    conversations = [r for r in read_json(talk) if "image" in r]
     (out / "llm").mkdir(parents=True, exist_ok=True)
     (out / "llm" / "tokenizer.model").write_bytes(train_tokenizer(caption_of, conversations))
     tokenizer = Tokenizer(out / "llm" / "tokenizer.model", legacy=False)

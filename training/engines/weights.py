@@ -191,7 +191,7 @@ def _kinds(path: Path) -> dict[str, str] | None:
         raise ValueError(_unreadable(path, error)) from error
     if not isinstance(weights, Mapping):
         raise ValueError(f"{path} holds a {type(weights).__name__}, not weights by their names; fetch it again")
-    kinds = {name: getattr(weight, "dtype", type(weight).__name__) for name, weight in weights.items()}
+    kinds: dict[str, Any] = {name: getattr(weight, "dtype", type(weight).__name__) for name, weight in weights.items()}
     return {name: FLOATS.get(kind, str(kind)) for name, kind in kinds.items()}
 
 

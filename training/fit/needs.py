@@ -141,7 +141,8 @@ def free_host_memory() -> int:
         free = int(lines["MemAvailable"].split()[0]) * 1024  # Linux counts in KiB
     except FileNotFoundError:  # not Linux: all that the machine has is the only limit known
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    groups = [line.split(":", 2) for line in (PROC / "self/cgroup").read_text(encoding="utf-8").splitlines()]
+    own = PROC / "self/cgroup"
+    groups = [line.split(":", 2) for line in own.read_text("utf-8").splitlines()] if own.exists() else []
     for kind, root, limit, used, cached in CGROUPS:
         mine = next((path for _, kinds, path in groups if kind in kinds.split(",")), "/")
         group = Path(root) / mine.lstrip("/")

@@ -19,21 +19,23 @@ LORA = {"model.lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
 
 
 @pytest.mark.parametrize(
-    ("stage", "changes"),
+    ("stage", "changes", "made"),
     [
-        (1, {}),
-        (2, {}),
-        (2, {"model.activation_checkpointing": True}),
-        (2, {"model.loss_chunks": 3, "precision": "amp_bf16"}),
-        (2, {**LORA, "model.activation_checkpointing": True}),
+        (1, {}, 3),
+        (2, {}, 3),
+        (2, {"model.activation_checkpointing": True}, 3),
+        (2, {"model.loss_chunks": 3, "precision": "amp_bf16"}, 3),
+        (2, {**LORA, "model.activation_checkpointing": True}, 3),
+        (2, {**LORA, "train": ["llm"]}, 5),  # no gradient goes through the first layer's input, unlike the others'
     ],
 )
-def test_the_graphs_are_three_whatever_the_batches_hold(
+def test_the_graphs_are_as_many_whatever_the_batches_hold(
     settings: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     stage: int,
     changes: dict[str, Any],
+    made: int,
 ) -> None:
     """One of the connector; one of all layers for a row, and one for more rows: to torch.compile, 1 is a constant."""
     torch._dynamo.reset()
@@ -70,4 +72,4 @@ def test_the_graphs_are_three_whatever_the_batches_hold(
         usual = losses()
     assert not graphs
     assert losses() == pytest.approx(usual, rel=1e-5)
-    assert len(graphs) == 3
+    assert len(graphs) == made

@@ -30,7 +30,8 @@ from training.config import ModelSettings
 
 # In the order in which transformers takes them; an index names the files that it is split into.
 FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-FLOATS = {"F64", "F32", "F16", "BF16"}
+# As safetensors names them.
+FLOATS = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 MMAP_THRESHOLD = -3  # of glibc's malloc.h
 LLM, ADAPTED = "llm.", ".base_layer."  # what names begin with in our model; what peft puts before an adapted weight's
 
@@ -58,7 +59,12 @@ def empty_llm(settings: ModelSettings, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         ValueError: if a file is damaged, a weight is missing, or has another shape or dtype. OSError: if there is none.
     """
+    _files(settings)  # says which file is wrong, before transformers stumbles over it
     llm, found = _by_transformers(settings, dtype, device_map="meta", ignore_mismatched_sizes=True)
+    if llm._hf_peft_config_loaded:  # it then loads the model that the adapters were made for, and them
+        raise ValueError(
+            f"{settings.llm} holds adapters (adapter_config.json): merge them into their model, and name what comes out"
+        )
     wrong = [f"lack {name}" for name in sorted(found["missing_keys"])]
     for name, there, wanted in sorted(found["mismatched_keys"]):
         wrong.append(f"hold {name} with shape {tuple(there)} instead of {tuple(wanted)}")
@@ -105,32 +111,88 @@ def _by_transformers(settings: ModelSettings, dtype: torch.dtype, **how: Any) ->
         )
     except FileNotFoundError as error:
         raise ValueError(f"{settings.llm} lacks a file that its index names ({error}); put it there") from error
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"a file of weights of {settings.llm} cannot be opened: {first}; fetch it again if it is damaged; "
-            "one that is larger than this machine's memory has to be split"
-        ) from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(_no_weights(settings.llm)) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(_unreadable(settings.llm, error)) from error
+    except OSError as error:
+        if error.errno is None or error.filename is not None:  # it says what is wrong
+            raise
+        raise ValueError(_unreadable(settings.llm, error)) from error
     finally:
         log.setLevel(before)
     return found
 
 
+def _no_weights(where: Path | str) -> str:
+    """What to say of a pickle that would build something else than tensors: PyTorch's advice is to run it."""
+    return (
+        f"a .bin file of weights, {where}, is damaged or holds code, which is never run; fetch it again, or name a "
+        "model in safetensors"
+    )
+
+
+def _unreadable(where: Path | str, error: Exception) -> str:
+    """What to say of any other file that does not open."""
+    first = str(error).strip().partition("\n")[0] or "it ends too soon"
+    return (
+        f"a file of weights, {where}, cannot be opened: {first}; fetch it again if it is damaged; "
+        "one that is larger than this machine's memory has to be split"
+    )
+
+
 def _files(settings: ModelSettings) -> dict[str, Path]:
-    """Each weight's name in the files, and its file; nothing for files that cannot be mapped."""
+    """Each weight's name in the files, and its file; nothing for files that cannot be mapped.
+
+    Raises:
+        ValueError: if an index or a file that is here already is damaged.
+    """
     for name in FILES:
         found = cached_file(settings.llm, name, revision=settings.revision, _raise_exceptions_for_missing_entries=False)
         if found is None:
             continue
         path = Path(found)
-        if path.suffix == ".json":
-            index = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-            return {weight: path.parent / file for weight, file in index.items()}
+        files = _of_index(path) if path.suffix == ".json" else {}
+        there = {file: _kinds(file) for file in sorted(set(files.values()) or {path}) if file.exists()}
+        if None in there.values():
+            return {}
+        return files or dict.fromkeys(there[path] or (), path)
+    return {}
+
+
+def _of_index(path: Path) -> dict[str, Path]:
+    """Each weight's name, and the file beside the index in which it says that the weight is."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}; fetch it again") from error
+    files = index.get("weight_map") if isinstance(index, dict) and "metadata" in index else None
+    if not isinstance(files, dict) or not files:
+        raise ValueError(f'{path} has no "metadata" and "weight_map", names of weights and their files; fetch it again')
+    for name, file in files.items():
+        if not isinstance(file, str) or Path(file).is_absolute() or ".." in Path(file).parts:
+            raise ValueError(f"{path} says that {name} is in {file!r}, which is no file beside it; fetch it again")
+    return {name: path.parent / file for name, file in files.items()}
+
+
+def _kinds(path: Path) -> dict[str, str] | None:
+    """The name and the dtype of each weight of a file, by its header; None for a file that cannot be mapped."""
+    try:
+        path.open("rb").close()  # safetensors would say of a file that may not be read that there is none
         if path.suffix == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                return dict.fromkeys(file.keys(), path)
-        return dict.fromkeys(_mapped(path), path) if zipfile.is_zipfile(path) else {}
-    return {}
+                return {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118 - no mapping
+        if not zipfile.is_zipfile(path):  # of PyTorch before 1.6, or damaged
+            return None
+        weights = _mapped(path)
+    except pickle.UnpicklingError as error:
+        raise ValueError(_no_weights(path)) from error
+    except (SafetensorError, RuntimeError, OSError) as error:
+        raise ValueError(_unreadable(path, error)) from error
+    if not isinstance(weights, Mapping):
+        raise ValueError(f"{path} holds a {type(weights).__name__}, not weights by their names; fetch it again")
+    kinds: dict[str, Any] = {name: getattr(weight, "dtype", type(weight).__name__) for name, weight in weights.items()}
+    return {name: FLOATS.get(kind, str(kind)) for name, kind in kinds.items()}
 
 
 def _mapped(path: Path) -> Mapping[str, Tensor]:
@@ -166,20 +228,21 @@ class LlmWeights:
         return {name: files[name] for name in names} if names <= files.keys() else None
 
     def check(self) -> None:
-        """Refuse weights that are no plain floating-point numbers.
+        """Refuse weights that are no plain floating-point numbers, or not in the file that an index names.
 
         Raises:
             ValueError: with the weight, its dtype and its file.
         """
-        for name, path in sorted((self.files or {}).items()):
-            if path.suffix != ".safetensors":
-                continue
-            with safe_open(path, framework="pt") as file:
-                kind = file.get_slice(name).get_dtype()
-            if kind not in FLOATS:
+        files = self.files or {}
+        kinds = {path: _kinds(path) or {} for path in set(files.values())}
+        for name, path in sorted(files.items()):
+            kind = kinds[path].get(name)
+            if kind is None:
+                raise ValueError(f"{path} lacks {name}, which the index beside it says is there; fetch both again")
+            if kind not in FLOATS.values():
                 raise ValueError(
-                    f"{path} holds {name} as {kind}, not as one of {', '.join(sorted(FLOATS))}: a quantized model "
-                    "cannot be trained here; name the one that it was made from"
+                    f"{path} holds {name} as {kind}, not as one of {', '.join(sorted(FLOATS.values()))}: a quantized "
+                    "model cannot be trained here; name the one that it was made from"
                 )
 
     def same(self, one: str, other: str) -> bool:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from jinja2 import TemplateError
 from transformers import AutoConfig
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -63,7 +64,13 @@ def empty_model(config: TrainConfig, store: StoreSpec, files: bool = True) -> Co
     text = _text_config(config)
     connector = _connector(config, store, text.hidden_size)
     dtype = torch.float32 if _learns_whole(config) else frozen
-    llm = empty_llm(config.model, dtype) if files else shape_only(text, dtype)
+    try:
+        llm = empty_llm(config.model, dtype) if files else shape_only(text, dtype)
+    except (KeyError, TypeError) as error:  # transformers', of an activation say that it does not know
+        raise ValueError(
+            f"{config.model.llm} cannot be loaded ({error!r}): its config.json or a file of weights is wrong; fetch "
+            "both again"
+        ) from error
     if config.model.connector_from is not None:
         load_connector(connector, Path(config.model.connector_from))
     if "connector" not in config.train:
@@ -125,11 +132,21 @@ def merged_llm(
 
 def _text_config(config: TrainConfig) -> Any:
     """The language model's configuration, checked: a family that is known, and positions for the longest example."""
-    text = AutoConfig.from_pretrained(config.model.llm, revision=config.model.revision)
+    try:
+        text = AutoConfig.from_pretrained(config.model.llm, revision=config.model.revision)
+    except StrictDataclassError as error:
+        said = " ".join(str(error).split())
+        raise ValueError(f"the config.json of {config.model.llm}: {said}; fetch it again") from error
     try:
         _check_decoder(decoder_of(text.model_type))
     except ValueError as error:
         raise ValueError(f"model.llm {config.model.llm}, of type {text.model_type}: {error}") from error
+    quantized = getattr(text, "quantization_config", None)
+    if quantized is not None:
+        raise ValueError(
+            f"model.llm {config.model.llm} is quantized ({quantized.get('quant_method', 'its config.json says how')}), "
+            "and cannot be trained here; name the one that it was made from"
+        )
     if config.data.max_length > text.max_position_embeddings:
         raise ValueError(
             f"data.max_length {config.data.max_length} is more than the {text.max_position_embeddings} positions "

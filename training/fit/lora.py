@@ -54,9 +54,11 @@ def _weights_at_hand(llm: PreTrainedModel) -> Iterator[None]:
     for layer, weight in zip(layers, weights, strict=True):
         one = torch.zeros((), dtype=weight.dtype, device="cpu")
         layer.weight = torch.nn.Parameter(one.expand(weight.shape), weight.requires_grad)
-    yield
-    for layer, weight in zip(layers, weights, strict=True):
-        layer.weight = weight
+    try:
+        yield
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight = weight
 
 
 def merge_lora(llm: PreTrainedModel) -> None:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import uuid
@@ -19,10 +20,13 @@ from training.engines import engine_of
 from training.fit.finding import Finding, Level, ThisRank, run_check
 
 PROCESS = 10**9  # bytes of a rank's programs, before it has a model: measured 0.7 to 0.9 GB
-# How Linux says what a container may have: folder, limit, what is in use, and what of it is only cached files.
+PROC = Path("/proc")
+# How Linux says what a group of processes may have: its name for these limits in /proc/self/cgroup, the folder of all
+# groups, and in a group's folder the limit, what is in use, and what of it is only cached files.
 CGROUPS = (
-    ("/sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
+    ("", "/sys/fs/cgroup", "memory.max", "memory.current", ("inactive_file", "active_file")),
     (
+        "memory",
         "/sys/fs/cgroup/memory",
         "memory.limit_in_bytes",
         "memory.usage_in_bytes",
@@ -139,20 +143,33 @@ def host_memory(
 
 
 def free_host_memory() -> int:
-    """Bytes that new processes can have: of the machine, or of what the container was given of it."""
-    lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
-    free = int(lines["MemAvailable"].split()[0]) * 1024  # Linux counts in KiB
-    for folder, limit, used, cached in CGROUPS:
-        try:
-            most, now = ((Path(folder) / name).read_text(encoding="utf-8").strip() for name in (limit, used))
-            stat = dict(
-                line.split() for line in (Path(folder) / "memory.stat").read_text(encoding="utf-8").splitlines()
-            )
-        except FileNotFoundError:  # another version of cgroups, or none
-            continue
-        if most.isdecimal():  # "max" is no limit
-            free = min(free, int(most) - int(now) + sum(int(stat.get(name, 0)) for name in cached))
+    """Bytes that new processes can have: of the machine, or of what a container or a batch system gave of it."""
+    try:
+        lines = dict(line.split(":") for line in (PROC / "meminfo").read_text(encoding="utf-8").splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024  # Linux counts in KiB
+    except FileNotFoundError:  # not Linux: all that the machine has is the only limit known
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    own = PROC / "self/cgroup"
+    groups = [line.split(":", 2) for line in own.read_text("utf-8").splitlines()] if own.exists() else []
+    for kind, root, limit, used, cached in CGROUPS:
+        mine = next((path for _, kinds, path in groups if kind in kinds.split(",")), "/")
+        group = Path(root) / mine.lstrip("/")
+        for folder in (group, *group.parents):  # what is around a group limits it too
+            if folder.is_relative_to(root):
+                free = min([free, *_free_in(folder, limit, used, cached)])
     return max(free, 0)
+
+
+def _free_in(group: Path, limit: str, used: str, cached: tuple[str, ...]) -> list[int]:
+    """Bytes that a group of processes has left; none if nothing limits it, or the system does not say so in numbers."""
+    try:
+        most, now = ((group / name).read_text(encoding="utf-8").strip() for name in (limit, used))
+        stat = dict(line.partition(" ")[::2] for line in (group / "memory.stat").read_text("utf-8").splitlines())
+    except OSError:  # another version of cgroups, or a group that the container does not see
+        return []
+    if not (most.isdecimal() and now.isdecimal()):  # "max" is no limit
+        return []
+    return [int(most) - int(now) + sum(int(stat[name]) for name in cached if stat.get(name, "").isdecimal())]
 
 
 def disk(

@@ -87,6 +87,26 @@ def test_a_second_ctrl_c_ends_the_process_at_once(fork: ForkServerContext) -> No
     assert process.exitcode == -signal.SIGINT
 
 
+@pytest.mark.parametrize(
+    ("got", "remembered"),
+    [
+        ([signal.SIGINT, signal.SIGTERM], signal.SIGINT),
+        ([signal.SIGTERM, signal.SIGINT], signal.SIGINT),  # as when one handler runs within the other
+        ([signal.SIGTERM, signal.SIGUSR1], signal.SIGTERM),
+        ([signal.SIGUSR1, signal.SIGTERM], signal.SIGUSR1),
+    ],
+)
+def test_ctrl_c_is_remembered_before_what_a_launcher_sends_upon_it(
+    got: list[signal.Signals], remembered: signal.Signals
+) -> None:
+    from training.checkpoints.checkpoint import StopRequest
+
+    with StopRequest() as stop:
+        for number in got:
+            os.kill(os.getpid(), number)
+    assert stop.signal == remembered
+
+
 def test_signals_do_what_they_did_before_once_training_has_ended() -> None:
     from training.checkpoints.checkpoint import SIGNALS, StopRequest
 

@@ -54,13 +54,14 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)  # schedulers' before 
 class StopRequest:
     """Remembers the first of `SIGNALS` that this process got within the context, instead of dying of it.
 
-    A second Ctrl-C ends the process at once.
+    Ctrl-C counts before others: Composer's launcher hears it too and sends SIGTERM, whose handler may run within that
+    of Ctrl-C, and end first. A second Ctrl-C ends the process at once.
 
     A signal may come at any moment, also within a collective. So its handler only takes a note; `agree` looks at the
     notes of all ranks after each step, when all are at the same place and the weights are whole.
 
     Attributes:
-        signal: the first one that this process got, 0 if none.
+        signal: Ctrl-C, or else the first one that this process got, 0 if none.
         agreed: one that a rank had got when they agreed last, 0 if none.
     """
 
@@ -88,6 +89,7 @@ class StopRequest:
         if number == signal.SIGINT:
             signal.signal(number, signal.SIG_DFL)  # the next one ends the process, also within a call that hangs
             os.write(2, b"\nstopping  after the step under way, with a checkpoint; Ctrl-C again ends it at once\n")
+            self.signal = number
         self.signal = self.signal or number  # the first one stays
 
 

@@ -132,6 +132,17 @@ def cut_log(run: Path, name: str, step: int) -> list[dict[str, Any]]:
     return kept
 
 
+def amend_log(run: Path, step: int, values: dict[str, float]) -> None:
+    """Put `values` into the line of a step, if the log has it: on a new disk it may not.
+
+    Raises:
+        ValueError: as `read_log` does. OSError: if the file cannot be read or written.
+    """
+    lines = [line | (values if line["step"] == step else {}) for line in read_log(run)]
+    if lines:
+        write_whole(run / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+
+
 def final_loss(lines: Sequence[dict[str, float]]) -> float:
     """Mean loss of the last steps, at most `LAST`.
 

@@ -164,8 +164,34 @@ class ReadSettings(Settings):
         return round(self.cache_gb * 1e9)
 
 
+class ValidationSettings(Settings):
+    """Which examples are never learned from, and when the model's loss on them is measured."""
+
+    share: float | None = Field(default=None, gt=0, lt=1, description="of the images (and of the text-only records)")
+    names: str | None = Field(default=None, description="a file, local or s3://: a name of an image (or an id) a line")
+    store: str | None = Field(default=None, description="a feature store of its own; nothing is held out of the others")
+    seed: int = Field(default=0, description="with the names it decides which share is held out, and the limit")
+    limit: int | None = Field(default=None, gt=0, description="measure on at most N of these examples, always the same")
+    interval: str = Field(default="500ba", pattern=r"^0*[1-9]\d*(ba|ep)$", description="e.g. 500ba (steps) or 1ep")
+    patience: int | None = Field(default=None, gt=0, description="stop after N evaluations without a lower loss")
+    questions: str | None = Field(default=None, description="own questions, answered after each epoch, and their")
+    images: str | None = Field(default=None, description="images: a folder")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Self:
+        given = [name for name in ("share", "names", "store") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of share, names and store; {' and '.join(given) or 'none of them'} is there")
+        if (self.questions is None) != (self.images is None):
+            there, lacks = ("images", "questions") if self.questions is None else ("questions", "images")
+            raise ValueError(f"{there} is given and {lacks} is not; give both, or neither")
+        return self
+
+
 class DataSettings(ReadSettings, OrderSettings, ExampleSettings):
     """The feature store, and how it is read; a run's file says all of it under `data`."""
+
+    validation: ValidationSettings | None = Field(default=None, description="examples to measure on, never learned")
 
 
 class OptimizerSettings(Settings):
@@ -308,7 +334,13 @@ class TrainConfig(Settings):
         # Where the loss is a mean of microbatch means, their size is part of what is computed.
         kept = {"microbatch_size"} if self.loss == "microbatch" else set()
         may_change = MAY_CHANGE - kept
-        return {name: value for name, value in flat(self.model_dump(mode="json")).items() if name not in may_change}
+        settings = flat(self.model_dump(mode="json", exclude={"data": {"validation"}}))
+        # Of the validation, what takes examples away from those that are learned. What a list of names holds is part of
+        # the position in a checkpoint (stream.split): the list itself may lie elsewhere.
+        held_out = self.data.validation
+        if held_out is not None and held_out.share is not None:
+            settings |= {"data.validation.share": held_out.share, "data.validation.seed": held_out.seed}
+        return {name: value for name, value in settings.items() if name not in may_change}
 
     def plain_identity(self) -> dict[str, Any]:
         """Those of `identity` that say all by themselves, without paths."""

@@ -90,6 +90,7 @@ def _open(arguments: argparse.Namespace) -> Stream:
     from pipeline.storage import Storage
     from training.stream.order import Order
     from training.stream.reader import Reading
+    from training.stream.source import Source
     from training.stream.stream import Stream
 
     columns = arguments.columns
@@ -109,7 +110,7 @@ def _open(arguments: argparse.Namespace) -> Stream:
         cache_gb=arguments.cache_gb,
         pin_memory=torch.cuda.is_available(),
     )
-    return Stream(arguments.store, tuple(columns), order, reading, no_text)
+    return Stream(Source(arguments.store), tuple(columns), order, reading, no_text)
 
 
 def _describe(stream: Stream, url: str) -> str:

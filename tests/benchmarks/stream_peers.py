@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset  # noqa: E402
 from pipeline.schema import SAMPLES, Column, EncoderSpec, StoreSpec, tar_path  # noqa: E402
 from training.stream.order import Order  # noqa: E402
 from training.stream.reader import Reading  # noqa: E402
+from training.stream.source import Source  # noqa: E402
 from training.stream.stream import Stream  # noqa: E402
 from training.stream_bench import no_text  # noqa: E402
 
@@ -52,7 +53,7 @@ def readinto(folder: Path, columns: tuple[str, ...]) -> Read:
 def stream(folder: Path, columns: tuple[str, ...], shuffle: bool, threads: int, window: int = 4) -> Read:
     """Ours: batches of 32 in staging buffers."""
     order = Order(global_batch_size=BATCH, shuffle=shuffle, window_shards=window, last_batch="pad")
-    opened = Stream(str(folder), columns, order, Reading(threads=threads, prefetch=2), no_text)
+    opened = Stream(Source(str(folder)), columns, order, Reading(threads=threads, prefetch=2), no_text)
 
     def read() -> Iterator[int]:
         for batch in opened:

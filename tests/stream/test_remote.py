@@ -10,6 +10,7 @@ import pytest
 from training.stream.ahead import most_bytes_in_use
 from training.stream.order import Order
 from training.stream.reader import Reading
+from training.stream.source import Source
 from training.stream.stream import Stream
 
 COLUMNS = ("block03", "cls23")
@@ -27,7 +28,7 @@ def remote(store: Path, s3: dict[str, str]) -> str:
 
 def open_stream(store: Path | str, **settings: object) -> Stream:
     order = Order(global_batch_size=8, window_shards=settings.pop("window_shards", 3))
-    return Stream(str(store), COLUMNS, order, Reading(**settings), lambda examples: {})
+    return Stream(Source(str(store)), COLUMNS, order, Reading(**settings), lambda examples: {})
 
 
 def contents(stream: Stream) -> list[tuple[list[str], list[bytes]]]:

@@ -18,6 +18,7 @@ from pipeline.storage import Storage
 from training.stream.batch import Batch, split
 from training.stream.order import Order
 from training.stream.reader import Collate, Reading
+from training.stream.source import Source
 from training.stream.stream import Stream
 from training.text.collate import Example
 
@@ -39,7 +40,7 @@ def open_stream(
     order = {name: value for name, value in order.items() if name in Order.model_fields}
     reading = {name: value for name, value in settings.items() if name in Reading.model_fields}
     assert order.keys() | reading.keys() >= settings.keys()
-    return Stream(str(store), columns, Order(**order), Reading(**reading), collate)
+    return Stream(Source(str(store)), columns, Order(**order), Reading(**reading), collate)
 
 
 def epoch_keys(stream: Stream) -> list[list[str]]:
@@ -372,7 +373,7 @@ def test_a_run_keeps_the_shards_that_it_began_with(
     known = shards_of(Storage(after), first.fingerprint)
     assert known == 5
     order = Order(global_batch_size=8, window_shards=3)
-    resumed = Stream(str(after), COLUMNS, order, Reading(), lengths, known)
+    resumed = Stream(Source(str(after), known), COLUMNS, order, Reading(), lengths)
     assert resumed.fingerprint == first.fingerprint
     assert epoch_keys(resumed) == epoch_keys(first)
     resumed.load_state_dict(first.state_dict(8, True))

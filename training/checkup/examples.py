@@ -24,6 +24,7 @@ def examples(config: TrainConfig, model: CompactVisionForConditionalGeneration) 
     from training.fit.skipped import by_kind, too_many
     from training.stream.order import Order
     from training.stream.reader import Reading
+    from training.stream.source import Source
     from training.stream.stream import Stream
 
     collate = text_collate(config, load_tokenizer(config), model)
@@ -37,7 +38,7 @@ def examples(config: TrainConfig, model: CompactVisionForConditionalGeneration) 
             progress.update(min(len(batch), progress.total - progress.n))
             return {}
 
-        stream = Stream(config.data.store, (), order, Reading.of(config.data), look)
+        stream = Stream(Source(config.data.store), (), order, Reading.of(config.data), look)
         total = progress.total = len(stream.examples)
         for _ in stream:
             pass

@@ -18,6 +18,8 @@ from training.model.tokenizer import Tokenizer
 from training.release.records import CONFIG
 from training.stream.order import Order
 from training.stream.reader import Collate, Reading
+from training.stream.source import Source, refuse_unlike
+from training.stream.split import Split
 from training.stream.stream import Stream
 from training.text.collate import Collator
 
@@ -77,13 +79,41 @@ def open_stream(
     """
     order = Order.of(config.data, config.global_batch_size)
     reading = Reading.of(config.data, rank, ranks, pin_memory=torch.cuda.is_available())
-    stream = Stream(config.data.store, columns, order, reading, collate, shards)
+    source = Source(config.data.store, shards, Split.of(config.data.validation))
+    stream = Stream(source, columns, order, reading, collate)
     if len(stream) == 0:
         raise ValueError(
             f"{config.data.store} gives {len(stream.examples)} examples, fewer than one global batch of "
             f"{config.global_batch_size}; lower global_batch_size or set data.last_batch=pad"
         )
     return stream
+
+
+def held_out_stream(
+    config: TrainConfig, columns: tuple[str, ...], rank: int, ranks: int, collate: Collate, shards: int | None = None
+) -> Stream | None:
+    """The batches of one rank of the examples that are never learned from; None if `config` asks for no validation.
+
+    They come in the store's own order. The last batch is filled up with those before it, so that all ranks have equally
+    many batches: `Stream.filling` says which of its rows do not count. The buffers are a second set.
+
+    Args:
+        shards: as of `open_stream`; of a store of its own all are read.
+
+    Raises:
+        ValueError: if there are none, or the store of its own has other features than the one that is learned from.
+    """
+    validation = config.data.validation
+    if validation is None:
+        return None
+    if validation.store is None:
+        source = Source(config.data.store, shards, Split.of(validation), True, validation.limit)
+    else:
+        refuse_unlike(config.data.store, validation.store, columns)
+        source = Source(validation.store, None, Split.whole(validation.seed), True, validation.limit)
+    order = Order(global_batch_size=config.global_batch_size, shuffle=False, last_batch="pad")
+    reading = Reading.of(config.data, rank, ranks, pin_memory=torch.cuda.is_available())
+    return Stream(source, columns, order, reading.model_copy(update={"prefetch": 1}), collate)
 
 
 def text_collate(config: TrainConfig, tokenizer: Tokenizer, model: CompactVisionForConditionalGeneration) -> Collator:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.codec import payload_bytes
@@ -22,6 +23,7 @@ class Index:
     """Where the members of a store lie: arrays over its M samples (rows of the manifest), dicts over opened columns."""
 
     keys: Sequence[str]
+    images: pa.Array  # (M,), texts: their names, null for text-only samples
     shard: Ints  # (M,)
     offsets: dict[str, Ints]  # of `samples` and every wanted column, (M,); -1 for a sample without such a member
     sizes: dict[str, Ints]  # the same, (M,); 0 for a sample without such a member
@@ -50,6 +52,7 @@ def read_index(
     names = (SAMPLES, *columns)
     index = Index(
         keys=table.column("key").to_pylist(),
+        images=table.column("image").combine_chunks(),
         shard=_numbers(table, "shard"),
         offsets={name: _numbers(table, f"{name}.offset") for name in names},
         sizes={name: _numbers(table, f"{name}.size") for name in names},

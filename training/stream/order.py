@@ -45,7 +45,11 @@ class Examples:
 
     def first(self, count: int | None) -> Examples:
         """The first `count` examples (all of them for None)."""
-        return Examples(*(getattr(self, name)[:count] for name in self.__dataclass_fields__))
+        return self[slice(count)]
+
+    def __getitem__(self, chosen: slice | Ints | npt.NDArray[np.bool_]) -> Examples:
+        """The examples of a slice, of indices, or where a mask (N,) is true."""
+        return Examples(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
 
 
 class Order(OrderSettings):

@@ -12,17 +12,18 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from torch.utils.data import IterableDataset
 
 from pipeline.config import differences
-from pipeline.manifest import fingerprint, read_store
 from pipeline.storage import Storage
 from training.stream.ahead import Ahead, Use, most_bytes_in_use, tar_uses
 from training.stream.batch import Batch
 from training.stream.cache import ShardCache
-from training.stream.index import read_index
 from training.stream.order import Ints, Order, epoch_batches
 from training.stream.reader import Collate, Reader, Reading
+from training.stream.source import Source, opened
 from training.stream.tars import FileTars, RangeTars, Tars, local_tars
 
 DOWNLOADS = 4  # tars of a remote store that each rank fetches ahead at a time
@@ -37,16 +38,15 @@ class Stream(IterableDataset[Batch]):
     Features lie in reused buffers: a batch is valid until the next one is asked for.
 
     Args:
-        store_url: folder or s3:// prefix of a feature store.
+        source: what is read.
         columns: which features to read; no other tar is opened.
         order: what the global batches are.
         reading: which part of them is ours, and how it is read.
         collate: makes the text tensors of a batch; called by one thread at a time.
-        shards: read only so many of the store's first shards: a run keeps those that it began with.
 
     Attributes:
         store: what `store.json` says. fingerprint: of the store (of these shards), whatever its place.
-        examples: those of an epoch, in the store's own order.
+        examples: those of an epoch, in the store's own order; without those of the other side of a split.
         data_wait: seconds that the consumer waited for the last batch.
 
     Raises:
@@ -54,13 +54,7 @@ class Stream(IterableDataset[Batch]):
     """
 
     def __init__(
-        self,
-        store_url: str,
-        columns: tuple[str, ...],
-        order: Order,
-        reading: Reading,
-        collate: Collate,
-        shards: int | None = None,
+        self, source: Source, columns: tuple[str, ...], order: Order, reading: Reading, collate: Collate
     ) -> None:
         if order.global_batch_size % reading.world_size or reading.rank >= reading.world_size:
             raise ValueError(
@@ -70,13 +64,10 @@ class Stream(IterableDataset[Batch]):
         self.order = order
         self._reading = reading
         self._share = order.share(reading.rank, reading.world_size)
-        storage = Storage(store_url)
-        self.store = read_store(storage)
-        self.fingerprint = fingerprint(storage, shards)
-        self._index, examples = read_index(storage, self.store, columns, shards)
-        self.examples = examples.first(order.limit)
-        if not len(self.examples):
-            raise ValueError(f"{store_url} holds no examples; build it again with pipeline/build_shards.py")
+        found = opened(source, columns)
+        storage, self.store, self.fingerprint, self._index = found.storage, found.store, found.fingerprint, found.index
+        self._split = source.split
+        self.examples = found.examples.first(order.limit)
         self._cache = _cache(storage, reading, self.fingerprint)
         if self._cache is not None:
             self._check_room(self._cache)
@@ -93,6 +84,10 @@ class Stream(IterableDataset[Batch]):
         """Seconds that the consumer waited for the last batch."""
         return self._reader.data_wait
 
+    def images(self) -> set[str]:
+        """The names of the images of `examples`."""
+        return set(self._index.images.take(np.unique(self.examples.sample[self.examples.has_image])).to_pylist())
+
     @property
     def global_batch_size(self) -> int:
         """Examples of all ranks together per batch."""
@@ -101,6 +96,13 @@ class Stream(IterableDataset[Batch]):
     def __len__(self) -> int:
         """Global batches per epoch."""
         return self.order.batches(len(self.examples))
+
+    def filling(self) -> npt.NDArray[np.bool_]:
+        """Which rows of this rank's last batch of an epoch hold examples that an earlier row holds too, (B / R,)."""
+        first = np.zeros(self.global_batch_size, dtype=bool)  # of the last global batch: whether its examples are new
+        last, before = self.epoch_batches(0)[-1], self.epoch_batches(0)[:-1]
+        first[np.unique(last, return_index=True)[1]] = True
+        return ~(first & ~np.isin(last, before))[self._share]
 
     def epoch_batches(self, epoch: int) -> Ints:
         """The order of an epoch: indices into `examples` of shape (batches, global_batch_size)."""
@@ -166,7 +168,8 @@ class Stream(IterableDataset[Batch]):
             samples = samples or batches * self.global_batch_size
         elif samples == 0 and self._epoch >= 0 and self._handed_out == len(self):
             epoch += 1  # asked between two epochs
-        return {"epoch": epoch, "samples": samples, "fingerprint": self.fingerprint, **self.order.model_dump()}
+        split = {} if self._split is None else {"held_out": self._split.identity}
+        return {"epoch": epoch, "samples": samples, "fingerprint": self.fingerprint, **self.order.model_dump(), **split}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state` at the next `iter()`; the number of ranks may differ from that of the saved run.
@@ -175,7 +178,9 @@ class Stream(IterableDataset[Batch]):
             ValueError: if the state belongs to another store or to another order, naming the differences.
         """
         place = ("epoch", "samples")
-        mine = {name: value for name, value in self.state_dict(0, True).items() if name not in place}
+        # A key that only runs of another kind have is compared too: theirs against None.
+        mine: dict[str, Any] = {"held_out": None, **self.state_dict(0, True)}
+        mine = {name: value for name, value in mine.items() if name not in place}
         differing = differences(state, mine, "in the checkpoint")
         if differing:
             raise ValueError(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,32 +26,39 @@ class History:
     """The evaluations of a run, in the order of their steps.
 
     Args:
-        measured: those of before.
+        examples: which they are measured on, as any text, as losses on others cannot be compared; by default those of
+            a checkpoint that is taken up.
     """
 
-    def __init__(self, measured: Iterable[Measured] = ()) -> None:
-        self.measured = list(measured)
+    def __init__(self, examples: str = "") -> None:
+        self.examples = examples
+        self.measured: list[Measured] = []
 
-    @classmethod
-    def read(cls, checkpoint: Path) -> History:
-        """What a checkpoint's folder holds; none in older ones.
+    def take_up(self, checkpoint: Path) -> bool:
+        """Go on from what a checkpoint's folder holds. False if that was measured on other examples, and left there.
 
         Raises:
             ValueError: if it is damaged.
         """
         path = checkpoint / HISTORY
-        if not path.is_file():
-            return cls()
+        if not path.is_file():  # of a run that measured nothing up to here
+            return True
         try:
-            return cls(
-                Measured(int(step), float(loss), float(right)) for step, loss, right in json.loads(path.read_text())
-            )
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}); remove {checkpoint} to go on from an older one") from error
+            found = json.loads(path.read_text(encoding="utf-8"))
+            measured = [Measured(int(step), float(loss), float(right)) for step, loss, right in found["measured"]]
+            same = self.examples in ("", found["examples"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path} is damaged ({error!r}); remove {checkpoint} to go on from an older one"
+            ) from error
+        if same:
+            self.measured = measured
+        return same
 
     def write(self, checkpoint: Path) -> None:
         """Write it into a checkpoint's folder, before that is marked as whole."""
-        (checkpoint / HISTORY).write_text(json.dumps(self.measured), encoding="utf-8")
+        text = json.dumps({"examples": self.examples, "measured": self.measured})
+        (checkpoint / HISTORY).write_text(text, encoding="utf-8")
 
     @property
     def bests(self) -> list[Measured]:

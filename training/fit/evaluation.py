@@ -13,6 +13,7 @@ What is measured is a sum over all supervised tokens of all examples, each count
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import random
 import sys
 import time
@@ -21,7 +22,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from composer.core import Callback, State
 from composer.core.precision import get_precision_context
@@ -32,7 +32,7 @@ from composer.utils.misc import model_eval_mode
 from training.checkpoints.checkpoint import StopRequest
 from training.checkpoints.history import History, Measured
 from training.checkpoints.resume import together
-from training.config import ValidationSettings
+from training.config import TrainConfig
 from training.engines.base import Engine
 from training.fit.callbacks import StepLog
 from training.fit.composer_model import microbatches, token_counts
@@ -53,10 +53,13 @@ class Plan:
     patience: int | None = None  # end after so many evaluations without a lower loss
 
     @classmethod
-    def of(cls, settings: ValidationSettings, epoch: int, steps: int) -> Plan:
-        """As `settings` say, for a run of `steps` steps, `epoch` of them in an epoch."""
+    def of(cls, config: TrainConfig, parts: Parts, steps: int) -> Plan | None:
+        """That of a run of so many steps; None if it holds nothing out."""
+        settings = config.data.validation
+        if settings is None:
+            return None
         number, unit = int(settings.interval[:-2]), settings.interval[-2:]
-        return cls(number * (epoch if unit == "ep" else 1), steps, settings.patience)
+        return cls(number * (len(parts.stream) if unit == "ep" else 1), steps, settings.patience)
 
     def due(self, step: int) -> bool:
         """Whether it is measured after this step."""
@@ -93,9 +96,9 @@ class Evaluation(Callback):  # type: ignore[misc]
         self.stop = stop
         self.watch = watch
         self.log = log
-        self.history = History()
+        self.history = History(identity(self.stream))
         self._image_token_id = parts.model.config.image_token_id
-        self._repeated = repeated(self.stream)
+        self._filling = self.stream.filling()
 
     @property
     def over(self) -> bool:
@@ -162,7 +165,8 @@ class Evaluation(Callback):  # type: ignore[misc]
                 self.stop.agree(0)
                 if self.stop.agreed:
                     return None
-                batch["labels"][self._repeated[number]] = IGNORE
+                if number == len(self.stream) - 1:  # the rows that fill it up were counted before
+                    batch["labels"][self._filling] = IGNORE
                 # In parts of training's size and without unsupervised logits: training needs more memory.
                 for part in microbatches(batch, size, self._image_token_id, torch.cuda.is_available()):
                     with get_precision_context(state.precision, state.precision_config):
@@ -176,12 +180,12 @@ class Evaluation(Callback):  # type: ignore[misc]
         return found
 
 
-def repeated(stream: Stream) -> npt.NDArray[np.bool_]:
-    """Which rows of this rank's batches are of examples that came before, on any rank: (batches, rows)."""
-    batches = stream.epoch_batches(0)  # (G, B), the same in each epoch: held-out examples are not shuffled
-    again = np.ones(batches.size, dtype=bool)
-    again[np.unique(batches, return_index=True)[1]] = False
-    return again.reshape(batches.shape)[:, stream.order.share(dist.get_global_rank(), dist.get_world_size())]
+def identity(stream: Stream) -> str:
+    """What two streams have in common that read the same examples, whatever the place of their store."""
+    found = hashlib.sha256(stream.fingerprint.encode())
+    for numbers in (stream.examples.sample, stream.examples.conversation):
+        found.update(numbers.tobytes())
+    return found.hexdigest()
 
 
 @contextmanager

@@ -33,6 +33,7 @@ class Parts(NamedTuple):
     tokenizer: Tokenizer
     model: CompactVisionForConditionalGeneration
     stream: Stream
+    held_out: Stream | None  # examples that are never learned from
 
 
 def open_parts(config: TrainConfig, rank: int, ranks: int) -> Parts:
@@ -48,7 +49,8 @@ def open_parts(config: TrainConfig, rank: int, ranks: int) -> Parts:
     (shards,) = together(rank == 0, lambda: shards_at_start(config))  # rank 0 speaks for all
     collate = text_collate(config, tokenizer, model)
     stream = open_stream(config, model.connector.columns, rank, ranks, collate, shards)
-    return Parts(store, tokenizer, model, stream)
+    held_out = held_out_stream(config, model.connector.columns, rank, ranks, collate, shards)
+    return Parts(store, tokenizer, model, stream, held_out)
 
 
 def shards_at_start(config: TrainConfig) -> int | None:

@@ -23,6 +23,7 @@ from training.stream.split import Split
 from training.stream.stream import Stream
 from training.text.collate import Collator
 
+HELD_OUT_AHEAD = 1  # batches of held-out examples that are read ahead; memory is one more
 STORE = "store.sha256"  # in a run's folder: the fingerprint of the store that it learns from
 
 
@@ -115,7 +116,7 @@ def held_out_stream(
         source = Source(validation.store, None, Split.whole(validation.seed), True, validation.limit)
     order = Order(global_batch_size=config.global_batch_size, shuffle=False, last_batch="pad")
     reading = Reading.of(config.data, rank, ranks, pin_memory=torch.cuda.is_available())
-    return Stream(source, columns, order, reading.model_copy(update={"prefetch": 1}), collate)
+    return Stream(source, columns, order, reading.model_copy(update={"prefetch": HELD_OUT_AHEAD}), collate)
 
 
 def text_collate(config: TrainConfig, tokenizer: Tokenizer, model: CompactVisionForConditionalGeneration) -> Collator:

@@ -8,13 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
+
+from pipeline.codec import from_payload
+from training.checkpoints.history import History, Measured
+from training.checkpoints.mark import checkpoint_folders
+from training.checkpoints.safe import only_data
+from training.config import TrainConfig
+from training.engines import engine_class
+from training.fit.evaluation import Plan, refuse_unlearnable
+from training.fit.parts import open_parts
+from training.fit.trained import best_checkpoint, export_run
+from training.model.exported import exported_model
+from training.model.markers import IGNORE
+from training.release.records import HeldOut, Summary, read_as
 
 pytestmark = pytest.mark.minutes(2)
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 HELD = {"data.validation": {"share": 0.2, "interval": "3ba"}, "steps": 8, "checkpoint.interval": "2ba"}
 DROPOUT = {"model.lora": {"rank": 4, "alpha": 8, "dropout": 0.3}, "train": ["connector", "llm"]}
 SELDOM = {"data.validation": {"share": 0.2, "interval": "999ba"}}
+# Sixteen examples, over and over, at a high rate: what is not among them is soon told worse than before.
+HEART = {
+    "data.limit": 16, "data.validation": {"share": 0.2, "interval": "2ba"}, "steps": 40, "optimizer.lr": 0.02,
+    "checkpoint.interval": "10ba", "checkpoint.keep": 1, "checkpoint.keep_best": True,
+}  # fmt: skip
+PATIENT = {"share": 0.2, "interval": "2ba", "patience": 3}
 MEASURED = ("heldout_loss", "heldout_accuracy", "heldout_s")
 PLACES = {"step_s", "samples_per_s", "tokens_per_s", "data_wait", "eta_s", "memory_gb"}  # what no two runs share
 
@@ -26,6 +47,11 @@ RUNS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
         f"{engine}-killed": (2, 2, {**DROPOUT, "parallelism": engine}, {"in_evaluation": [5, signal.SIGKILL]})
         for engine in ENGINES
     },
+    **{f"{ranks}-ranks": (2, ranks, {"steps": 1, "optimizer.lr": 1e-9}, {}) for ranks in (1, 2, 4)},
+    "learned-by-heart": (1, 1, HEART, {}),
+    "patient": (1, 1, {**HEART, "data.validation": PATIENT}, {}),
+    "patient-killed": (1, 1, {**HEART, "data.validation": PATIENT}, {"killed_writing": "connector.json"}),
+    "patient-stopped": (1, 1, {**HEART, "data.validation": PATIENT}, {"in_evaluation": [12, signal.SIGTERM]}),
     **{
         f"{engine}-stopped": (2, 2, {**DROPOUT, "parallelism": engine}, {"in_evaluation": [5, signal.SIGTERM]})
         for engine in ENGINES
@@ -50,9 +76,9 @@ def runs(
     codes = run_jobs(folder, jobs)
     for job, code in zip(jobs, codes, strict=True):
         said = Path(job["config"]["run"], "output").read_text()[-4000:]
-        if "in_evaluation" not in job:
+        if not {"in_evaluation", "killed_writing"} & job.keys():
             assert code == [0] * job["ranks"], said
-        elif job["in_evaluation"][1] == signal.SIGTERM:
+        elif job.get("in_evaluation", [0, 0])[1] == signal.SIGTERM:
             assert code == [128 + signal.SIGTERM] * job["ranks"], said
         else:
             assert -signal.SIGKILL in code, said
@@ -91,3 +117,122 @@ def test_a_run_that_ends_within_an_evaluation_goes_on_as_if_it_had_not(
     whole, run = (read_log(runs / f"{engine}-{name}") for name in ("often", end))
     assert comparable(run, "heldout_s") == comparable(whole, "heldout_s")
     assert [("heldout_s" in line) for line in run] == [("heldout_s" in line) for line in whole]
+
+
+def heldout(log: list[dict[str, float]]) -> dict[int, float]:
+    return {int(line["step"]): line["heldout_loss"] for line in log if "heldout_loss" in line}
+
+
+def history(losses: dict[int, float], until: int) -> History:
+    found = History()
+    found.measured = [Measured(step, loss, 0.0) for step, loss in losses.items() if step <= until]
+    return found
+
+
+@pytest.mark.needs("1-ranks")
+def test_the_loss_is_the_mean_over_all_tokens_of_all_examples(
+    runs: Path, settings: Callable[..., Any], read_log: Callable[..., Any]
+) -> None:
+    """Computed with transformers' own loss of one example at a time, from the model that the run exported."""
+    config = TrainConfig.model_validate(settings(runs / "1-ranks", 2, HELD))
+    parts = open_parts(config, 0, 1)
+    assert parts.held_out is not None
+    assert len(parts.held_out.examples) % 8  # the last batch is filled up
+    model, seen, entropy, right, tokens = exported_model(runs / "1-ranks" / "model"), set(), 0.0, 0, 0
+    for batch in parts.held_out:
+        columns = {
+            c.name: from_payload(batch["columns"][c.name], c, parts.store.codec, torch.float32)
+            for c in parts.store.columns
+            if c.name in batch["columns"]
+        }
+        for row, key in enumerate(batch["keys"]):
+            if key in seen:
+                continue
+            seen.add(key)
+            images = batch["image_rows"] == row
+            length = int(batch["attention_mask"][row].sum())
+            labels = batch["labels"][row, 1:length]
+            with torch.no_grad():
+                logits = model(
+                    input_ids=batch["input_ids"][row : row + 1, :length],
+                    columns={name: values[images] for name, values in columns.items()} if images.any() else None,
+                ).logits[0, :-1]
+            entropy += float(torch.nn.functional.cross_entropy(logits.double(), labels, reduction="sum"))
+            right += int(((logits.argmax(-1) == labels) & (labels != IGNORE)).sum())
+            tokens += int((labels != IGNORE).sum())
+    assert len(seen) == len(parts.held_out.examples)
+    (line,) = read_log(runs / "1-ranks")
+    assert line["heldout_loss"] == pytest.approx(entropy / tokens, rel=1e-6)
+    assert line["heldout_accuracy"] == right / tokens
+
+
+@pytest.mark.needs("1-ranks", "2-ranks", "4-ranks")
+def test_the_loss_is_the_same_on_any_number_of_ranks(runs: Path, read_log: Callable[..., Any]) -> None:
+    lines = [read_log(runs / f"{ranks}-ranks")[-1] for ranks in (1, 2, 4)]
+    for name in ("heldout_loss", "heldout_accuracy"):
+        assert [line[name] for line in lines] == pytest.approx([lines[0][name]] * 3, rel=1e-6)
+
+
+@pytest.mark.needs("learned-by-heart")
+def test_where_it_learns_by_heart_the_best_is_kept_and_exported(runs: Path, read_log: Callable[..., Any]) -> None:
+    run, losses = runs / "learned-by-heart", heldout(read_log(runs / "learned-by-heart"))
+    best = min(losses, key=losses.__getitem__)
+    assert 2 < best < 40
+    assert losses[best] < losses[2] and losses[best] < losses[40]
+    assert [path.name for path in checkpoint_folders(run / "checkpoints")] == [f"ba{best:08d}", "ba00000040"]
+    summary = read_as(Summary, run / "summary.json")
+    assert summary.heldout == HeldOut(
+        first=losses[2], best=losses[best], best_step=best, last=losses[40],
+        accuracy_last=read_log(run)[-1]["heldout_accuracy"],
+    )  # fmt: skip
+    said = (run / "output").read_text()
+    assert f"best      step {best}: python training/export.py {run} --best" in said
+    assert best_checkpoint(run).name == f"ba{best:08d}"
+    export_run(run, run / "best", best_checkpoint(run))
+    found, last = load_file(run / "best" / "model.safetensors"), load_file(run / "connector" / "connector.safetensors")
+    with only_data("ddp"):
+        saved = engine_class("ddp").saved_weights(run / "checkpoints" / f"ba{best:08d}", "composer.pt")
+    assert all(found[name].equal(weight) for name, weight in saved.items())
+    assert not all(found[f"connector.{name}"].equal(weight) for name, weight in last.items())
+    assert f"after step {best}." in (run / "best" / "README.md").read_text()
+
+
+@pytest.mark.needs("learned-by-heart", "patient", "patient-killed", "patient-stopped")
+def test_a_run_whose_held_out_loss_does_not_fall_ends_early_and_whole(runs: Path, read_log: Callable[..., Any]) -> None:
+    log, whole = read_log(runs / "learned-by-heart"), read_log(runs / "patient")
+    losses = heldout(log)
+    last = next(step for step in losses if history(losses, step).over(3))
+    assert last < 40
+    assert comparable(whole, "heldout_s") == comparable(log[:last], "heldout_s")  # the rates are of the full length
+    for name in ("patient", "patient-killed", "patient-stopped"):
+        run = runs / name
+        assert comparable(read_log(run), "heldout_s") == comparable(whole, "heldout_s"), name
+        summary = read_as(Summary, run / "summary.json")
+        assert summary.steps == last
+        assert checkpoint_folders(run / "checkpoints")[-1].name == f"ba{last:08d}"
+        assert load_file(run / "connector" / "connector.safetensors").keys()
+    ended = (runs / "patient-killed" / "output").read_text().split("it ended early, after step")[1]
+    assert "step " not in ended.split("export")[0].replace(f" {last};", "")
+
+
+@pytest.mark.parametrize(("held_out", "reason"), [({"share": 0.2}, "teaches anything")])
+def test_held_out_examples_that_teach_nothing_are_refused_at_the_start(
+    settings: Callable[..., Any], tmp_path: Path, held_out: dict[str, Any], reason: str
+) -> None:
+    changes = {"data.validation": held_out, "data.max_length": 9}
+    parts = open_parts(TrainConfig.model_validate(settings(tmp_path / "run", 2, changes)), 0, 1)
+    assert parts.held_out is not None
+    with pytest.raises(ValueError, match=reason):
+        refuse_unlearnable(parts.held_out)
+
+
+def test_the_best_checkpoint_wants_held_out_examples(settings: Callable[..., Any], tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"set data\.validation\.share"):
+        TrainConfig.model_validate(settings(tmp_path, 1, {"checkpoint.keep_best": True}))
+
+
+@pytest.mark.parametrize(("every", "steps", "due"), [(3, 8, [3, 6, 8]), (4, 8, [4, 8]), (9, 8, [8]), (1, 2, [1, 2])])
+def test_it_is_measured_every_so_many_steps_and_once_at_the_end(every: int, steps: int, due: list[int]) -> None:
+    plan = Plan(every, steps)
+    assert [step for step in range(steps + 1) if plan.due(step)] == due
+    assert [plan.left(step) for step in range(steps + 1)] == [sum(d > step for d in due) for step in range(steps + 1)]

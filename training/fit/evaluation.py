@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import random
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from composer.loggers import Logger
 from composer.utils import dist
 from composer.utils.misc import model_eval_mode
 
-from training.checkpoints.checkpoint import StopRequest
+from training.checkpoints.checkpoint import StopRequest, most
 from training.checkpoints.history import History, Measured
 from training.checkpoints.resume import together
 from training.config import TrainConfig
@@ -137,11 +136,6 @@ class Evaluation(Callback):  # type: ignore[misc]
         if sums is None:
             return None
         entropy, right, tokens = sums
-        if not tokens:
-            sys.exit(
-                f"error: none of the {len(self.stream.examples)} held-out examples teaches anything, so there is "
-                "nothing to measure on; hold out others (data.validation), or leave it out"
-            )
         measured = Measured(state.timestamp.batch.value, entropy / tokens, right / tokens)
         self.history.measured.append(measured)
         if self.over and measured.step < self.plan.steps:
@@ -178,6 +172,22 @@ class Evaluation(Callback):  # type: ignore[misc]
         dist.all_reduce(sums, reduce_operation="SUM")
         found: list[float] = sums.tolist()
         return found
+
+
+def refuse_unlearnable(stream: Stream) -> None:
+    """Read held-out examples until one has something to measure on: mostly the first batch does. A collective.
+
+    Raises:
+        ValueError: if none has. OSError: if they cannot be read.
+    """
+    with contextlib.closing(iter(stream)) as batches:
+        for batch in batches:
+            if most(int(any(skip is None for skip in batch["skipped"])))[0]:
+                return
+    raise ValueError(
+        f"none of the {len(stream.examples)} held-out examples teaches anything, so there is nothing to measure on: "
+        f"{batch['skipped'][0].reason}; hold out others (data.validation), or leave it out"
+    )
 
 
 def identity(stream: Stream) -> str:

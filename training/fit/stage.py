@@ -18,7 +18,7 @@ from training.config import TrainConfig
 from training.engines import engine_of
 from training.engines.base import Engine
 from training.engines.weights import memory_returned
-from training.fit.evaluation import Evaluation, Plan
+from training.fit.evaluation import Evaluation, Plan, refuse_unlearnable
 from training.fit.finding import ThisRank, run_check
 from training.fit.needs import end_needs, host_memory, needs, refuse_unready
 from training.fit.optimizer import build_optimizer
@@ -57,6 +57,8 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
                 print(complete, flush=True)
             return
         parts = open_parts(config, rank, ranks)
+        if parts.held_out is not None:
+            refuse_unlearnable(parts.held_out)
         steps = config.steps or config.epochs * len(parts.stream)
         if rank == 0:
             print(describe(config, parts, steps, ranks), flush=True)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
 import torch
+from moto.server import ThreadedMotoServer
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
+from fixtures.s3 import KEYS
 from pipeline.codec import from_payload
+from pipeline.manifest import read_store
+from pipeline.storage import Storage
 from training.checkpoints.history import History, Measured
 from training.checkpoints.mark import checkpoint_folders
 from training.checkpoints.safe import only_data
@@ -236,3 +243,90 @@ def test_it_is_measured_every_so_many_steps_and_once_at_the_end(every: int, step
     plan = Plan(every, steps)
     assert [step for step in range(steps + 1) if plan.due(step)] == due
     assert [plan.left(step) for step in range(steps + 1)] == [sum(d > step for d in due) for step in range(steps + 1)]
+
+
+@contextmanager
+def bucket_from(event: Path, port: int) -> Iterator[dict[str, str]]:
+    """The environment that leads to a server, which begins to answer when that file is there."""
+    server, ended = ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False), threading.Event()
+
+    def open_it() -> None:
+        while not event.exists() and not ended.wait(0.01):
+            pass
+        server.start()
+        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket="heldout")
+
+    waiting = threading.Thread(target=open_it)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in KEYS.items():
+            patch.setenv(name, value)
+        waiting.start()
+        try:
+            yield {**KEYS, "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}"}
+        finally:
+            ended.set()
+            waiting.join()
+            server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.needs("learned-by-heart")
+def test_a_bucket_gets_the_best_though_newer_ones_overtook_it_and_an_empty_disk_knows_which_it_is(
+    settings: Callable[..., Any], run_jobs: Callable[..., Any], free_port: Callable[[], int], runs: Path, tmp_path: Path
+) -> None:
+    usual = read_as(Summary, runs / "learned-by-heart" / "summary.json").heldout
+    assert usual is not None and usual.best_step is not None and usual.best_step < 20
+    best = f"ba{usual.best_step:08d}"
+    run = tmp_path / "run"
+    remote = {**HEART, "checkpoint.remote": "s3://heldout/run"}
+    first = {"config": settings(run, 1, {**remote, "checkpoint.autoresume": False}), "ranks": 1}
+    with bucket_from(run / "checkpoints" / "ba00000020" / "complete.json", free_port()) as environment:
+        client = boto3.client("s3", endpoint_url=environment["AWS_ENDPOINT_URL"])
+
+        def there() -> set[str]:
+            return {entry["Key"].split("/")[1] for entry in client.list_objects_v2(Bucket="heldout")["Contents"]}
+
+        codes = run_jobs(tmp_path / "first", [{**first, "signal": signal.SIGTERM, "at": 25}], environment)
+        assert codes == [[128 + signal.SIGTERM]], (run / "output").read_text()[-3000:]
+        assert best in there() and len(there()) == 2
+        run.rename(tmp_path / "lost")
+        codes = run_jobs(tmp_path / "again", [{"config": settings(run, 1, remote), "ranks": 1}], environment)
+        assert codes == [[0]], (run / "output").read_text()[-3000:]
+        assert there() == {best, "ba00000040"}
+    assert read_as(Summary, run / "summary.json").heldout == usual
+    with pytest.raises(ValueError, match=f"the best of .* is step {usual.best_step}, .* fetch it from s3://heldout"):
+        best_checkpoint(run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
+def test_a_run_that_held_nothing_out_goes_on_with_a_store_to_measure_on_and_without(
+    settings: Callable[..., Any],
+    run_jobs: Callable[..., Any],
+    read_log: Callable[..., Any],
+    new_store: Callable[..., Path],
+    run_store: Path,
+    tmp_path: Path,
+    engine: str,
+) -> None:
+    spec = read_store(Storage(str(run_store)))
+    other = new_store(tmp_path / "other", spec.encoder, (1, 2, 4), 32)
+    without = {"parallelism": engine, "steps": 12, "checkpoint.interval": "3ba"}
+    held_out = {**without, "data.validation": {"store": str(other), "interval": "3ba"}}
+    stop = {"signal": signal.SIGTERM, "at": 4}
+    jobs = [
+        {"config": settings(tmp_path / name, 1, changes), "ranks": 2, **more}
+        for name, changes, more in [
+            ("whole", without, {}),
+            ("run", without, stop),
+            ("run", held_out, {**stop, "at": 8}),
+            ("run", without, {}),
+        ]
+    ]
+    codes = run_jobs(tmp_path, jobs)
+    said = (tmp_path / "run" / "output").read_text()
+    assert codes == [[0, 0], [143, 143], [143, 143], [0, 0]], said[-3000:]
+    whole, run = read_log(tmp_path / "whole"), read_log(tmp_path / "run")
+    assert [line["loss"] for line in run] == [line["loss"] for line in whole]
+    assert next(line["step"] for line in run if "heldout_loss" in line) == 6
+    assert "of these images are learned from too: '0.jpg'" in said

@@ -58,7 +58,8 @@ RUNS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
     "learned-by-heart": (1, 1, HEART, {}),
     "patient": (1, 1, {**HEART, "data.validation": PATIENT}, {}),
     "patient-killed": (1, 1, {**HEART, "data.validation": PATIENT}, {"killed_writing": "connector.json"}),
-    "patient-stopped": (1, 1, {**HEART, "data.validation": PATIENT}, {"in_evaluation": [12, signal.SIGTERM]}),
+    "patient-stopped": (1, 1, {**HEART, "data.validation": PATIENT}, {"in_evaluation": [35, signal.SIGTERM]}),
+    "ddp-stopped-at-the-end": (2, 2, {**DROPOUT}, {"in_evaluation": [8, signal.SIGTERM]}),
     **{
         f"{engine}-stopped": (2, 2, {**DROPOUT, "parallelism": engine}, {"in_evaluation": [5, signal.SIGTERM]})
         for engine in ENGINES
@@ -115,7 +116,7 @@ def test_training_has_the_same_numbers_however_often_it_is_measured(
     [
         pytest.param(e, end, marks=pytest.mark.needs(f"{e}-often", f"{e}-{end}"))
         for e in ENGINES
-        for end in ("killed", "stopped")
+        for end in ("killed", "stopped", *(["stopped-at-the-end"] if e == "ddp" else []))
     ],
 )
 def test_a_run_that_ends_within_an_evaluation_goes_on_as_if_it_had_not(
@@ -124,6 +125,8 @@ def test_a_run_that_ends_within_an_evaluation_goes_on_as_if_it_had_not(
     whole, run = (read_log(runs / f"{engine}-{name}") for name in ("often", end))
     assert comparable(run, "heldout_s") == comparable(whole, "heldout_s")
     assert [("heldout_s" in line) for line in run] == [("heldout_s" in line) for line in whole]
+    heldout = [read_as(Summary, runs / f"{engine}-{name}" / "summary.json").heldout for name in ("often", end)]
+    assert heldout[0] == heldout[1] is not None
 
 
 def heldout(log: list[dict[str, float]]) -> dict[int, float]:

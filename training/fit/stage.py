@@ -24,6 +24,7 @@ from training.fit.needs import end_needs, host_memory, needs, refuse_unready
 from training.fit.optimizer import build_optimizer
 from training.fit.parts import Parts, open_parts
 from training.fit.preview import preview
+from training.fit.quiz import open_quiz
 from training.fit.run_folder import begin_anew, claim, finish, held, what_it_holds
 from training.fit.trainer import build_trainer, wait_s
 from training.fit.watch import Watch
@@ -59,6 +60,8 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         parts = open_parts(config, rank, ranks)
         if parts.held_out is not None:
             refuse_unlearnable(parts.held_out)
+        engine = engine_of(config, ranks)
+        open_quiz(config, parts, engine)  # what is wrong with it is said before anything is loaded
         steps = config.steps or config.epochs * len(parts.stream)
         if rank == 0:
             print(describe(config, parts, steps, ranks), flush=True)
@@ -72,7 +75,6 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         refuse_unready(ending)
         if stop is None:
             return
-        engine = engine_of(config, ranks)
         with memory_returned():
             trainer, checkpoints, evaluation = build_trainer(config, parts, engine, steps, stop, watch)
         if not trainer.state.timestamp.batch.value:

@@ -191,7 +191,7 @@ def claim(config: TrainConfig, parts: Parts) -> None:
     run = Path(config.run)
 
     def write() -> None:
-        write_whole(run / STORE, parts.stream.fingerprint + "\n")
+        write_whole(run / STORE, "".join(f"{one}\n" for one in parts.stream.fingerprints))
         write_whole(run / SOURCES, json.dumps(sources(config), indent=1))
         write_whole(run / CONFIG, json.dumps(config.model_dump(mode="json"), indent=1))
 
@@ -263,7 +263,7 @@ def _export(config: TrainConfig, parts: Parts, connector: dict[str, Tensor], llm
     export_connector(whole.connector, run / "connector")
     if "llm" in config.train:
         whole = with_encoder(whole, parts.store)
-        card = model_card(whole, store_facts(parts.store), CardFiles(run))
+        card = model_card(whole, store_facts(parts.stream.stores), CardFiles(run))
         write_model(whole, parts.tokenizer, run / "model", card, contents=merged_llm(config, whole, llm))
 
 

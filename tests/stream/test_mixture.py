@@ -13,7 +13,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from training.config import DataSettings, ValidationSettings
+from pipeline.config import ConfigError, load_config
+from training.config import DataSettings, TrainConfig, ValidationSettings
 from training.stream.order import Order
 from training.stream.reader import Collate, Reading
 from training.stream.source import EVERY, Side, Source
@@ -231,6 +232,9 @@ def test_a_text_only_store_is_a_source_like_others(
         ({"stores": [{"store": "a"}, {"store": "b"}, {"store": "a/"}]}, "a is given twice"),
         ({"stores": [{"store": "a", "template": "v2"}]}, r"stores.0.template\n.*no such template; known here"),
         ({"stores": [{"store": "a", "wieght": 1}]}, r"stores.0.wieght\n.*not permitted"),
+        ({"stores": "a"}, r"expected a list such as \[\{store: first"),
+        ({"stores": ["a", "b"]}, r"expected a list such as \[\{store: first"),
+        ({"store": "a", "validation": {"shere": 0.1}}, r"validation.shere\n.*not permitted"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict, words: str) -> None:
@@ -284,3 +288,17 @@ def test_a_node_whose_ranks_hold_whole_groups_fetches_only_their_shards(
         fetched.append({str(path.relative_to(tmp_path / str(rank))) for path in (tmp_path / str(rank)).rglob("*.tar")})
     assert len(fetched[0] | fetched[1]) == 6 + 5
     assert len(fetched[0] & fetched[1]) <= 2  # those at the cut of each store
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("data.stores=[{store: a, wieght: 1}]", "data.stores.0.wieght: .* did you mean 'weight'"),
+        ("data.validation.shere=0.1", "data.validation.shere: .* did you mean 'share'"),
+        ("data.stores=[{store: a}]", "data.store: data.stores names 1 already; add data.store=null"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named_with_what_was_meant(argument: str, words: str) -> None:
+    stage = Path(__file__).resolve().parents[2] / "training" / "pretrain.yaml"
+    with pytest.raises(ConfigError, match=words):
+        load_config(TrainConfig, stage, [argument])

@@ -41,6 +41,13 @@ class ExampleSettings(Settings):
     def _known_template(cls, name: str) -> str:
         return known_template(name)
 
+    @field_validator("stores", mode="before")
+    @classmethod
+    def _groups_of_settings(cls, stores: object) -> object:
+        if not isinstance(stores, list | tuple) or not all(isinstance(entry, dict | StoreSettings) for entry in stores):
+            raise ValueError("expected a list such as [{store: first, weight: 2}, {store: second, weight: 1}]")
+        return stores
+
     @field_validator("stores")
     @classmethod
     def _like_each_other(cls, stores: tuple[StoreSettings, ...]) -> tuple[StoreSettings, ...]:
@@ -61,7 +68,7 @@ class ExampleSettings(Settings):
         if store is None and stores == ():
             raise ValueError("required, but not given; add data.store=... (several: data.stores=[{store: ...}, ...])")
         if store is not None and stores:
-            raise ValueError(f"data.stores names {len(stores)} already; leave one of the two settings out")
+            raise ValueError(f"data.stores names {len(stores)} already; add data.store=null, or leave data.stores out")
         return store
 
     @property

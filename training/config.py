@@ -201,6 +201,7 @@ class CheckpointSettings(Settings):
 
     interval: str = Field(default="500ba", pattern=r"^\d+(ba|ep)$", description="e.g. 500ba (steps) or 1ep (epochs)")
     keep: int = Field(default=2, description="newest checkpoints to keep, here and in the bucket; -1 keeps all")
+    keep_best: bool = Field(default=False, description="beside them, the one with the lowest loss on held-out examples")
     autoresume: bool = True
     verify: bool = Field(
         default=True,
@@ -314,6 +315,11 @@ class TrainConfig(Settings):
         for part in ("connector", "llm"):
             if getattr(self.optimizer, f"{part}_lr") is not None and part not in self.train:
                 raise ValueError(f"optimizer.{part}_lr has no effect: train is {list(self.train)}; leave it out")
+        if self.checkpoint.keep_best and self.data.validation is None:
+            raise ValueError(
+                "checkpoint.keep_best keeps the checkpoint with the lowest loss on held-out examples, and there are "
+                "none: set data.validation.share, or leave it out"
+            )
         if self.model.lora is not None and "llm" not in self.train:
             raise ValueError(f"model.lora adapts the llm, but train is {list(self.train)}; add llm, or leave lora out")
         _engine(self.parallelism).check(self)

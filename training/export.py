@@ -20,8 +20,12 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a training run: the setting `run` of training/train.py")
-    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/model)")
-    parser.add_argument("--checkpoint", type=Path, help="one of RUN/checkpoints, instead of the end or the newest")
+    parser.add_argument("--out", type=Path, help="folder to write (default: RUN/model, with --best RUN/best)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--checkpoint", type=Path, help="one of RUN/checkpoints, instead of the end or the newest")
+    which.add_argument(
+        "--best", action="store_true", help="the checkpoint with the lowest held-out loss (checkpoint.keep_best)"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights (default: as trained)")
     parser.add_argument("--scores", type=Path, nargs="*", default=[], help="for the card, beside RUN/*.scores.json")
     parser.add_argument(
@@ -31,12 +35,13 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.private and not arguments.push:
         parser.error("--private goes with --push")
-    out = arguments.out or arguments.run / "model"
-    from training.fit.trained import export_run
+    out = arguments.out or arguments.run / ("best" if arguments.best else "model")
+    from training.fit.trained import best_checkpoint, export_run
     from training.release.folder import push
 
     try:
-        export_run(arguments.run, out, arguments.checkpoint, arguments.dtype, arguments.scores)
+        checkpoint = best_checkpoint(arguments.run) if arguments.best else arguments.checkpoint
+        export_run(arguments.run, out, checkpoint, arguments.dtype, arguments.scores)
         print(out)
         if arguments.push:
             print(push(out, arguments.push, arguments.private))

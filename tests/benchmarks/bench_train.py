@@ -111,7 +111,7 @@ def bare_loop(config: dict[str, Any], steps: int, live: bool = False, masked: bo
         masked: give the decoder the padding's mask, and attention as transformers chooses it.
     """
     parsed = TrainConfig.model_validate(config)
-    store, _, model, stream = open_parts(parsed, 0, 1)
+    store, _, model, stream, _ = open_parts(parsed, 0, 1)
     engine_of(parsed, 1).place(model)
     columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
     optimizer = build_optimizer(model, parsed.optimizer)
@@ -144,7 +144,7 @@ def bare_loop(config: dict[str, Any], steps: int, live: bool = False, masked: bo
 def kept(config: dict[str, Any], everywhere: bool, parts: int) -> dict[str, float]:
     """MB that a forward pass keeps for its backward pass, with logits at all positions or at supervised ones alone."""
     parsed = TrainConfig.model_validate(config)
-    store, _, model, stream = open_parts(parsed, 0, 1)
+    store, _, model, stream, _ = open_parts(parsed, 0, 1)
     engine_of(parsed, 1).place(model)
     model.loss_chunks = parts
     columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)

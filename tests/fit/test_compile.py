@@ -48,7 +48,7 @@ def test_the_graphs_are_as_many_whatever_the_batches_hold(
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=count))
     changes = {"global_batch_size": 16, "model.compile": ["connector", "llm"], **changes}
     config = TrainConfig.model_validate(settings(tmp_path / "run", stage, changes))
-    store, _, model, stream = open_parts(config, 0, 1)
+    store, _, model, stream, _ = open_parts(config, 0, 1)
     engine_of(config, 1).place(model)
     columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
     trained = TrainableModel(model, columns, store.codec, torch.float32)

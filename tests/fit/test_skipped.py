@@ -130,7 +130,7 @@ def test_a_step_that_begins_again_for_lack_of_memory_tells_of_its_whole_batch(
         (tmp_path / name).mkdir()
         with StopRequest() as stop:
             watch = Watch(config.hang_s, WAIT_S)
-            trainer, _ = build_trainer(config, open_parts(config, 0, 1), engine_of(config, 1), 16, stop, watch)
+            trainer, *_ = build_trainer(config, open_parts(config, 0, 1), engine_of(config, 1), 16, stop, watch)
             trainer.state.callbacks += more
             with pytest.raises(FloatingPointError, match="at step 11 is more than") as stopped:
                 trainer.fit()

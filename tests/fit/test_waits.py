@@ -107,7 +107,7 @@ def parted(settings: Callable[..., Any], tmp_path: Path) -> Callable[[str], tupl
 
     def make(device: str) -> tuple[TrainableModel, list[Batch]]:
         config = TrainConfig.model_validate(settings(tmp_path / "run", 2))
-        store, _, model, stream = open_parts(config, 0, 1)
+        store, _, model, stream, _ = open_parts(config, 0, 1)
         engine_of(config, 1).place(model)
         columns = tuple(next(c for c in store.columns if c.name == name) for name in model.connector.columns)
         parts = microbatches(next(iter(stream)), 3, model.config.image_token_id, pin=device == "cuda")

@@ -2,6 +2,7 @@
 
     <run>/checkpoints/ba00000500/               one checkpoint, for any engine
         composer.pt  zero/...  ep0-ba500/...    what Composer and the engine wrote
+        heldout.json                            the evaluations so far, if there were any
         complete.json                           written last: step, engine, ranks, size and SHA-256 of every file
 
 A folder without `complete.json` is not a checkpoint: that of a process which was killed while it wrote is passed over,
@@ -17,6 +18,7 @@ import logging
 import os
 import shutil
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 
@@ -28,6 +30,7 @@ from composer.utils import create_interval_scheduler, dist
 from torch.distributed.checkpoint.api import CheckpointException
 
 from pipeline.storage import sync
+from training.checkpoints.history import History
 from training.checkpoints.mark import (
     FOLDER,
     MARK,
@@ -96,12 +99,15 @@ class StopRequest:
 class Checkpoints(Callback):  # type: ignore[misc]
     """Saves every `settings.interval`, at the end of training, and after the step in which a stop was asked for.
 
+    With `settings.keep_best` also after an evaluation whose loss is the lowest so far.
+
     Args:
         folder: of all checkpoints of the run.
         settings: interval, how many to keep, the bucket.
         engine: of the run; a resumed run must have the same.
         stop: says whether a scheduler wants this process to end; one rank's wish is all ranks', once they have agreed.
         left_out: keys of Composer's state that are not saved (`Engine.left_out`).
+        history: the run's evaluations, of whoever makes them; it is saved too.
 
     Attributes:
         stopped: the signal that training stopped for, 0 if for none.
@@ -114,23 +120,33 @@ class Checkpoints(Callback):  # type: ignore[misc]
         engine: Engine,
         stop: StopRequest,
         left_out: list[str],
+        history: History,
     ) -> None:
         self.folder = folder
         self.settings = settings
         self.engine = engine
         self.stop = stop
         self.left_out = left_out
+        self.history = history
         self.stopped = 0
         self._due = create_interval_scheduler(settings.interval)
         self._saved = -1
         self._remote = None if settings.remote is None else Remote(settings.remote)
         self._unmarked: list[Path] = []  # uploads whose mark waits for those of other nodes
+        self._overtaken: Path | None = None  # the best, where a newer one came before its upload was done
+
+    def fit_start(self, state: State, logger: Logger) -> None:
+        """End at once, if a stop was asked for while an evaluation was caught up with: nothing is new."""
+        self.stopped = self.stop.agreed
+        if self.stopped:
+            state.stop_training()
+        self._owe_best()
 
     def batch_checkpoint(self, state: State, logger: Logger) -> None:
         """Save if it is time, or if any rank was told to stop; then training ends."""
         self.stopped = self.stop.agreed
         due = self._due(state, Event.BATCH_CHECKPOINT)
-        if due or self.stopped:
+        if due or self.stopped or self._best() == self._place(state):
             self.save(state)
         self._mark_remote()
         if self.stopped:
@@ -148,11 +164,13 @@ class Checkpoints(Callback):  # type: ignore[misc]
             OSError: if it failed for longer than `remote_patience_s`; everything is on the local disk.
         """
         if self._remote is not None:
-            # Files of every node first, then the mark, then the mark's own upload.
-            self._remote.wait(self.settings.remote_patience_s)
-            dist.barrier()
-            self._mark_remote()
-            self._remote.wait(self.settings.remote_patience_s)
+            # Files of every node first, then the mark, then the mark's own upload; then the best, if it was overtaken.
+            while True:
+                self._remote.wait(self.settings.remote_patience_s)
+                dist.barrier()
+                if not self._unmarked and self._overtaken is None:
+                    return
+                self._mark_remote()
 
     def upload_again(self, state: State, logger: Logger) -> None:
         """Bring the last checkpoint of a run that was cut off after it to the bucket, if that lacks it. A collective.
@@ -160,10 +178,10 @@ class Checkpoints(Callback):  # type: ignore[misc]
         Raises:
             OSError: if the bucket cannot be read, or as `fit_end`.
         """
-        target = self.folder / f"ba{state.timestamp.batch.value:08d}"
-        if self._remote is not None and not in_bucket(self._remote, target.name):
-            seen = dist.all_gather_object(file_sizes(target) if _is_local_leader() else {})
-            self._upload(target, _holders(seen))
+        if self._remote is not None:
+            self._owe_best()
+            if not in_bucket(self._remote, self._place(state).name):
+                self._upload_again(self._place(state))
             self.fit_end(state, logger)
 
     def save(self, state: State) -> None:
@@ -176,7 +194,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
         if step == self._saved:
             return
         self._saved = step
-        target = self.folder / f"ba{step:08d}"
+        target = self._place(state)
         if _is_local_leader():
             self._sweep(step)
         if self._too_little_room(state):
@@ -187,6 +205,8 @@ class Checkpoints(Callback):  # type: ignore[misc]
                 state, filename=str(target / "composer.pt"), ignore_keys=self.left_out
             )
             self.engine.save(state, target)
+            if self.history.measured and dist.get_global_rank() == 0:
+                self.history.write(target)
         except (RuntimeError, CheckpointException) as error:  # PyTorch's words for a disk that is full or fails
             if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
@@ -241,14 +261,46 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
         An older one without a mark was overtaken by it and may lack files: it stays without.
         """
-        if self._remote is None or not self._unmarked:
+        if self._remote is None or not (self._unmarked or self._overtaken):
             return
         (waiting,) = most(int(not self._remote.idle))
-        if not waiting:
-            newest = self._unmarked[-1]
+        if waiting:
+            return
+        if self._unmarked:
+            *older, newest = self._unmarked
             self._unmarked.clear()
+            if self._best() in older:
+                self._overtaken = self._best()
             if dist.get_global_rank() == 0 and (newest / MARK).is_file():
                 self._remote.upload(newest, [MARK], then=self._rotate_remote)
+            return
+        folder, self._overtaken = self._overtaken, None
+        if folder is not None and folder == self._best():
+            self._upload_again(folder)
+
+    def _upload_again(self, folder: Path) -> None:
+        """Send a checkpoint to the bucket, if any node still has it. A collective."""
+        seen = dist.all_gather_object(file_sizes(folder) if _is_local_leader() else {})
+        if any(seen):
+            self._upload(folder, _holders(seen))
+
+    def _best(self) -> Path | None:
+        """The checkpoint that is kept for its held-out loss, if there is one."""
+        best = self.history.best if self.settings.keep_best else None
+        return None if best is None else self.folder / f"ba{best.step:08d}"
+
+    def _owe_best(self) -> None:
+        """Send the best of a run that was cut off to the bucket, if that lacks it. A collective."""
+        best = self._best()
+        try:
+            if self._remote is not None and best is not None and not in_bucket(self._remote, best.name):
+                self._overtaken = best
+        except OSError as error:
+            log.warning("whether the bucket has the best checkpoint, %s, is not known: %s", best, error)
+
+    def _place(self, state: State) -> Path:
+        """The folder of a checkpoint of the present step."""
+        return self.folder / f"ba{state.timestamp.batch.value:08d}"
 
     def _sweep(self, step: int) -> None:
         """Remove what is no whole checkpoint, and what a run that went back to an older one had written beyond it."""
@@ -257,17 +309,22 @@ class Checkpoints(Callback):  # type: ignore[misc]
                 remove_checkpoint(folder)
 
     def _rotate(self) -> None:
-        """Remove the oldest whole checkpoints beyond `settings.keep`, but for one that is being uploaded."""
+        """Remove the oldest whole checkpoints beyond `settings.keep`, but for the best, and one that is uploaded."""
         if self.settings.keep < 0:
             return
         whole = [folder for folder in checkpoint_folders(self.folder) if read_mark(folder) is not None]
+        best = self._kept_best([folder.name for folder in whole])
         for folder in whole[: max(0, len(whole) - max(1, self.settings.keep))]:
-            if self._remote is None or not self._remote.needs(folder):
+            if folder.name not in best and (self._remote is None or not self._remote.needs(folder)):
                 remove_checkpoint(folder)
+
+    def _kept_best(self, whole: Sequence[str]) -> set[str]:
+        """Of the checkpoints of these names, which are kept for their held-out loss."""
+        return self.history.kept(whole) if self.settings.keep_best else set()
 
     def _rotate_remote(self) -> None:
         if self._remote is not None:
-            self._remote.drop_old(FOLDER, MARK, self.settings.keep)
+            self._remote.drop_old(FOLDER, MARK, self.settings.keep, self._kept_best)
 
     def _too_little_room(self, state: State) -> bool:
         """Whether a node's disk cannot hold another checkpoint; says so."""

@@ -10,7 +10,7 @@ import logging
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,6 +20,7 @@ from pipeline.storage import Storage
 
 log = logging.getLogger(__name__)
 
+Chosen = Callable[[Sequence[str]], set[str]]  # names of folders -> some of them
 LONGEST_PAUSE_S = 60.0  # between two attempts while the bucket fails
 
 
@@ -105,8 +106,10 @@ class Remote:
                 pause = min(2 * pause, LONGEST_PAUSE_S)
         return True
 
-    def drop_old(self, folders: re.Pattern[str], mark: str, keep: int) -> None:
+    def drop_old(self, folders: re.Pattern[str], mark: str, keep: int, also: Chosen = lambda _: set()) -> None:
         """Remove every folder of such a name but for the `keep` newest with the file `mark`, and newer ones than those.
+
+        `also` says which others stay, of those with a mark.
 
         Names sort by age. A folder without a mark that is older than one with it was overtaken, and never gets one: it
         goes whatever `keep` is, which -1 lets all others stay. Marks go first: a folder that is half removed must not
@@ -115,7 +118,7 @@ class Remote:
         try:
             names = [name for name in self._files.list() if folders.fullmatch(PurePosixPath(name).parts[0])]
             whole = sorted(PurePosixPath(name).parts[0] for name in names if PurePosixPath(name).name == mark)
-            kept = whole if keep < 0 else whole[-max(1, keep) :]
+            kept = {*(whole if keep < 0 else whole[-max(1, keep) :]), *also(whole)}
             old = [
                 name
                 for name in names

@@ -33,7 +33,9 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
     Keys: step, loss (mean over supervised tokens of the global batch), lr (of the first parameter group; lr_llm of the
     second), grad_norm (L2, before any clipping), samples_per_s, tokens_per_s (all ranks), data_wait (share of the step
     this rank waited for data), step_s, eta_s, memory_gb (peak; of the process where there is no GPU), mfu (of this
-    rank; on a known GPU), padding (share of the positions of this rank's microbatches that hold no token).
+    rank; on a known GPU), padding (share of the positions of this rank's microbatches that hold no token). After an
+    evaluation also heldout_loss and heldout_accuracy (over all supervised tokens of the held-out examples), and
+    heldout_s, which is no part of the step's seconds.
 
     Args:
         run: folder of the run.
@@ -60,6 +62,16 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
         self._tokens = 0
         self._work = 0.0
         self._positions, self._used = 0, 0
+        self._more: dict[str, float] = {}
+        self._aside_s = self._aside_ahead_s = 0.0
+
+    def add(self, values: dict[str, float], seconds: float, ahead_s: float) -> None:
+        """Put more into the line of the step that ends: what was measured aside from it.
+
+        Args:
+            values: of the line. seconds: that it took. ahead_s: what the same is about to take until the run's end.
+        """
+        self._more, self._aside_s, self._aside_ahead_s = values, seconds, ahead_s
 
     def fit_start(self, state: State, logger: Logger) -> None:
         """Drop the lines of steps that a resumed run is about to repeat."""
@@ -93,7 +105,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
 
     def batch_end(self, state: State, logger: Logger) -> None:
         """Write the line of this step."""
-        seconds = time.perf_counter() - self._step_start
+        seconds = time.perf_counter() - self._step_start - self._aside_s
         self._step_start = time.perf_counter()
         step = state.timestamp.batch.value
         line: dict[str, float] = {
@@ -105,12 +117,14 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
             "tokens_per_s": (state.timestamp.token.value - self._tokens) / seconds,
             "data_wait": min(1.0, self.stream.data_wait / seconds),
             "step_s": seconds,
-            "eta_s": (self.total_steps - step) * seconds,
+            "eta_s": (self.total_steps - step) * seconds + self._aside_ahead_s,
             "memory_gb": _peak_memory() / 1e9,
             "padding": 1 - self._used / self._positions,
         }
         if self.peak is not None:
             line["mfu"] = self._work / seconds / self.peak
+        line |= self._more
+        self._more, self._aside_s = {}, 0.0
         logger.log_metrics({f"step/{name}": value for name, value in line.items() if name != "step"})
         if dist.get_global_rank() == 0:
             with (self.run / LOG).open("a", encoding="utf-8") as file:
@@ -133,6 +147,8 @@ def _one_line(line: dict[str, float], total: int) -> str:
         f"data wait {line['data_wait']:.1%}  padding {line['padding']:.1%}  {line['memory_gb']:.1f} GB"
     )
     text += f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
+    if "heldout_loss" in line:
+        text += f"  held-out loss {line['heldout_loss']:.4f} ({line['heldout_accuracy']:.1%} of its tokens right)"
     return f"{text}  ETA {line['eta_s']:.0f} s"
 
 

@@ -116,13 +116,15 @@ def host_memory(
     import torch
 
     from pipeline.codec import payload_bytes
+    from training.fit.parts import HELD_OUT_AHEAD
 
     shape, engine = shape_of(model), engine_of(config, ranks.planned)
     on_gpu = torch.cuda.is_available() and config.device != "cpu"
     held = engine.host(shape) if on_gpu else engine.memory(shape).total
     one = max(WEIGHT * p.numel() for p in model.parameters())
     image = sum(payload_bytes(c, store.codec) for c in store.columns if c.name in model.connector.columns)
-    batches = config.data.prefetch + 1
+    # Held-out examples have a second set of buffers.
+    batches = config.data.prefetch + 1 + (HELD_OUT_AHEAD + 1 if config.data.validation is not None else 0)
     ahead = batches * max(1, config.global_batch_size // ranks.planned) * image
     free = free_host_memory()
     need, room = PROCESS + held + one + ahead, free / ranks.local_size
@@ -209,7 +211,7 @@ def _checkpoints(config: TrainConfig) -> int:
     total = config.steps if unit == "ba" else None if config.steps else config.epochs
     if keep < 0 and total is not None and every:  # 0: none but the one at a stop
         return total // every + 1  # all, and the one at the end
-    return max(1, keep) + 1  # a new one is written before the oldest goes
+    return max(1, keep) + 1 + config.checkpoint.keep_best  # a new one is written before the oldest goes
 
 
 def _export_bytes(config: TrainConfig, store: StoreSpec | None, model: CompactVisionForConditionalGeneration) -> int:

@@ -24,6 +24,7 @@ from training.stream.split import Split
 from training.stream.stream import Stream
 from training.text.collate import Collator
 
+HELD_OUT_AHEAD = 1  # batches of held-out examples that are read ahead; memory is one more
 STORE = "store.sha256"  # in a run's folder: a line with the fingerprint of each store that it learns from
 Shards = tuple[int | None, ...]  # of each store, how many of its first shards count; None for all
 
@@ -35,6 +36,7 @@ class Parts(NamedTuple):
     tokenizer: Tokenizer
     model: CompactVisionForConditionalGeneration
     stream: Stream
+    held_out: Stream | None  # examples that are never learned from
 
 
 def open_parts(config: TrainConfig, rank: int, ranks: int) -> Parts:
@@ -50,7 +52,8 @@ def open_parts(config: TrainConfig, rank: int, ranks: int) -> Parts:
     (shards,) = together(rank == 0, lambda: shards_at_start(config))  # rank 0 speaks for all
     collate = text_collate(config, tokenizer, model)
     stream = open_stream(config, model.connector.columns, rank, ranks, collate, shards)
-    return Parts(store, tokenizer, model, stream)
+    held_out = held_out_stream(config, model.connector.columns, rank, ranks, collate, shards)
+    return Parts(store, tokenizer, model, stream, held_out)
 
 
 def shards_at_start(config: TrainConfig) -> Shards:
@@ -124,7 +127,7 @@ def held_out_stream(
             collate = replace(collate, by_store=())  # it has data.template
     order = Order(global_batch_size=config.global_batch_size, shuffle=False, last_batch="pad")
     reading = Reading.of(config.data, rank, ranks, pin_memory=torch.cuda.is_available())
-    reading = reading.model_copy(update={"prefetch": 1})
+    reading = reading.model_copy(update={"prefetch": HELD_OUT_AHEAD})
     return Stream(read, columns, order, reading, collate, Side(split, True, validation.limit))
 
 

@@ -20,6 +20,7 @@ from composer.utils import dist
 from torch import Tensor
 
 from training.checkpoints.checkpoint import StopRequest
+from training.checkpoints.history import History
 from training.checkpoints.resume import together
 from training.config import TrainConfig
 from training.engines.base import Engine
@@ -34,6 +35,7 @@ from training.release.records import (
     LOG,
     SKIPPED,
     SUMMARY,
+    HeldOut,
     Summary,
     final_loss,
     read_as,
@@ -240,7 +242,7 @@ def begin_anew(config: TrainConfig) -> None:
     together(dist.get_global_rank() == 0, look)
 
 
-def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: int) -> None:
+def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, history: History) -> None:
     """Write what the next stage needs, then `summary.json`: its presence says that the stage is complete.
 
     A collective, as the ranks may hold parts of the weights: every rank takes part in each, rank 0 writes it.
@@ -253,7 +255,7 @@ def finish(config: TrainConfig, parts: Parts, engine: Engine, state: State, step
     finally:
         deque(llm, maxlen=0)  # also where writing failed, the others wait for what was not fetched
     if dist.get_global_rank() == 0:
-        _summarize(config, parts, steps)
+        _summarize(config, parts, state.timestamp.batch.value, history)
 
 
 def _export(config: TrainConfig, parts: Parts, connector: dict[str, Tensor], llm: Iterator[tuple[str, Tensor]]) -> None:
@@ -267,7 +269,7 @@ def _export(config: TrainConfig, parts: Parts, connector: dict[str, Tensor], llm
         write_model(whole, parts.tokenizer, run / "model", card, contents=merged_llm(config, whole, llm))
 
 
-def _summarize(config: TrainConfig, parts: Parts, steps: int) -> None:
+def _summarize(config: TrainConfig, parts: Parts, steps: int, history: History) -> None:
     """Write `summary.json`."""
     run = Path(config.run)
     lines = read_log(run)
@@ -281,6 +283,9 @@ def _summarize(config: TrainConfig, parts: Parts, steps: int) -> None:
         vision_tokens_in=parts.store.encoder.grid**2,
         vision_tokens_out=parts.model.connector.tokens,
         skipped=len(read_log(run, SKIPPED)),
+        heldout=HeldOut.of(history),
     )
     write_whole(run / SUMMARY, summary.model_dump_json(indent=1))
     print(f"done      {summary.course()}; weights in {run}", flush=True)
+    if config.checkpoint.keep_best and summary.heldout is not None and summary.heldout.best_step is not None:
+        print(f"best      step {summary.heldout.best_step}: python training/export.py {run} --best", flush=True)

@@ -12,11 +12,13 @@ from composer.core import State
 from composer.utils import dist, get_device
 
 from training.checkpoints.checkpoint import Checkpoints, StopRequest
-from training.checkpoints.mark import MARK
+from training.checkpoints.history import History
+from training.checkpoints.mark import MARK, checkpoint_folders
 from training.config import TrainConfig
 from training.engines import engine_of
 from training.engines.base import Engine
 from training.engines.weights import memory_returned
+from training.fit.evaluation import Evaluation, Plan, refuse_unlearnable
 from training.fit.finding import ThisRank, run_check
 from training.fit.mixture import mixture_lines
 from training.fit.needs import end_needs, host_memory, needs, refuse_unready
@@ -56,13 +58,14 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
                 print(complete, flush=True)
             return
         parts = open_parts(config, rank, ranks)
+        if parts.held_out is not None:
+            refuse_unlearnable(parts.held_out)
         steps = config.steps or config.epochs * len(parts.stream)
         if rank == 0:
             print(describe(config, parts, steps, ranks), flush=True)
-        last = Path(config.run) / "checkpoints" / f"ba{steps:08d}" / MARK
         here = ThisRank(rank, ranks, dist.get_local_rank(), dist.get_local_world_size(), planned=ranks)
         ending = run_check("host", lambda: host_memory(config, parts.store, parts.model, here))
-        if rank == 0 and (stop is None or not last.is_file()):  # else it exports now, and says it then
+        if rank == 0 and (stop is None or not all_done(config, steps)):  # else it exports now, and says it then
             ending += end_needs(config, parts.store, parts.model)
         if stop is None and rank == 0:
             found = needs(config, parts.model, here) + ending
@@ -72,15 +75,15 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
             return
         engine = engine_of(config, ranks)
         with memory_returned():
-            trainer, checkpoints = build_trainer(config, parts, engine, steps, stop, watch)
+            trainer, checkpoints, evaluation = build_trainer(config, parts, engine, steps, stop, watch)
         if not trainer.state.timestamp.batch.value:
             begin_anew(config)
         claim(config, parts)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    fit(trainer, checkpoints, steps)
+    fit(trainer, checkpoints, evaluation, steps)
     if not checkpoints.stopped:
-        end(config, parts, engine, trainer.state, steps)
+        end(config, parts, engine, trainer.state, checkpoints.history)
     dist.barrier()
     trainer.close()
     if checkpoints.stopped:
@@ -88,18 +91,34 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         sys.exit(128 + checkpoints.stopped)
 
 
-def fit(trainer: Trainer, checkpoints: Checkpoints, steps: int) -> None:
+def all_done(config: TrainConfig, steps: int) -> bool:
+    """Whether a checkpoint on this disk is of the last step: of all, or of those up to an early end."""
+    marked = [path for path in checkpoint_folders(Path(config.run) / "checkpoints") if (path / MARK).is_file()]
+    if not marked:
+        return False
+    history, validation = History(), config.data.validation
+    history.take_up(marked[-1])
+    early = validation is not None and history.over(validation.patience)
+    return early or marked[-1].name == f"ba{steps:08d}"
+
+
+def fit(trainer: Trainer, checkpoints: Checkpoints, evaluation: Evaluation | None, steps: int) -> None:
     """Do the steps that are left. A collective.
 
     Raises:
         SystemExit: with a message if the disk or the bucket fails.
     """
     try:
-        if trainer.state.timestamp.batch.value < steps:
+        done, early = trainer.state.timestamp.batch.value, evaluation is not None and evaluation.over
+        if done < steps and not early:
             trainer.fit()
             return
         if dist.get_global_rank() == 0:  # it ended after its last step, and before its end was done
-            print(f"trained   all {steps} steps are done; what is left is to export their weights", flush=True)
+            said = f"it ended early, after step {done}" if early else f"all {steps} steps are done"
+            print(f"trained   {said}; what is left is to export their weights", flush=True)
+        if evaluation is not None:
+            evaluation.catch_up(trainer.state, trainer.logger)
+        checkpoints.stopped = checkpoints.stop.agreed
         checkpoints.upload_again(trainer.state, trainer.logger)
     except OSError as error:
         wrong = _told(error, checkpoints.folder.parent)
@@ -112,7 +131,7 @@ def _told(error: Exception, run: Path) -> str:
     return f"{run}: {error}" if nameless else str(error)
 
 
-def end(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: int) -> None:
+def end(config: TrainConfig, parts: Parts, engine: Engine, state: State, history: History) -> None:
     """Do what is left after the last step. A collective.
 
     Raises:
@@ -121,7 +140,7 @@ def end(config: TrainConfig, parts: Parts, engine: Engine, state: State, steps: 
     wrong = ""
     try:
         with memory_returned():
-            finish(config, parts, engine, state, steps)
+            finish(config, parts, engine, state, history)
     except (ValueError, OSError) as error:
         wrong = _told(error, Path(config.run))
     wrong = dist.all_gather_object(wrong)[0]  # the others wait here for what rank 0 writes
@@ -141,5 +160,22 @@ def describe(config: TrainConfig, parts: Parts, steps: int, ranks: int) -> str:
         f"connector {config.model.connector.arm}: {patches} patch tokens -> {model.connector.tokens} vision tokens\n"
         f"learning  {', '.join(config.train)}: {learning:,} parameters; frozen: {frozen:,}\n"
         f"batches   {config.global_batch_size} examples over {ranks} rank(s); "
-        f"{len(parts.stream)} per epoch, {steps} steps in all"
+        f"{len(parts.stream)} per epoch, {steps} steps in all" + _held_out(config, parts, steps)
     )
+
+
+def _held_out(config: TrainConfig, parts: Parts, steps: int) -> str:
+    """What is measured on, when and what that costs; and the images that are learned from all the same."""
+    plan = Plan.of(config, parts, steps)
+    if plan is None or parts.held_out is None:
+        return ""
+    times, batches = plan.left(0), plan.left(0) * len(parts.held_out)
+    images = parts.held_out.images()
+    both = sorted(images & parts.stream.images())
+    text = (
+        f"\nheld out  {len(parts.held_out.examples)} examples, {len(images)} images; measured {times} times, "
+        f"{len(parts.held_out)} batches each, {batches / (steps + batches):.1%} of all batches that are read"
+    )
+    if both:
+        text += f"\nheld out  {len(both)} of these images are learned from too: {', '.join(map(repr, both[:3]))}"
+    return text

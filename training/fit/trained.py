@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 from training.release.card import CardFiles
 from training.release.connector import load_connector
 from training.release.folder import export_model
-from training.release.records import read_config
+from training.release.records import SUMMARY, HeldOut, Summary, read_as, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -31,14 +32,49 @@ def export_run(
 
     from pipeline.manifest import read_store
     from pipeline.storage import Storage
+    from training.checkpoints.mark import FOLDER
     from training.fit.build import load_tokenizer
 
     config = read_config(run)
     stores = [read_store(Storage(entry.store)) for entry in config.data.mixture]
     model = trained_model(config, stores[0], run, checkpoint)
     target = None if dtype is None else getattr(torch, dtype)
-    files = CardFiles(run, [*sorted(run.glob("*.scores.json")), *scores])
+    # Scores beside the run are of the model at its end.
+    beside, at = ([], FOLDER.fullmatch(checkpoint.name)) if checkpoint else (sorted(run.glob("*.scores.json")), None)
+    files = CardFiles(run, [*beside, *scores], int(at[1]) if at else None)
     export_model(model, load_tokenizer(config), stores, out, target, files)
+
+
+def best_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run with the lowest loss on held-out examples; says which that is.
+
+    Raises:
+        ValueError: if nothing was measured, or that checkpoint was not kept. OSError: if none is sound.
+    """
+    from training.checkpoints.history import History
+    from training.checkpoints.mark import read_mark
+    from training.checkpoints.resume import newest_on_disk
+
+    config, folder, history = read_config(run), run / "checkpoints", History()
+    summary = read_as(Summary, run / SUMMARY).heldout if (run / SUMMARY).is_file() else None
+    newest = newest_on_disk(folder) if summary is None else None
+    if newest is not None:
+        history.take_up(newest[0])
+    best = summary or HeldOut.of(history)
+    if best is None or best.best_step is None:
+        raise ValueError(
+            f"{run} has no evaluation on held-out examples in {folder}, so no checkpoint is the best; train with "
+            "data.validation and checkpoint.keep_best=true, or name one with --checkpoint"
+        )
+    found = folder / f"ba{best.best_step:08d}"
+    if read_mark(found) is None:
+        there = config.checkpoint.remote or "the disk that it was saved on"
+        raise ValueError(
+            f"the best of {run} is step {best.best_step}, with a held-out loss of {best.best:.4f}, and {found} is not "
+            f"here: fetch it from {there}; without checkpoint.keep_best it was not kept"
+        )
+    print(f"best      step {best.best_step}, held-out loss {best.best:.4f}", file=sys.stderr)
+    return found
 
 
 def trained_model(

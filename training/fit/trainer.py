@@ -7,9 +7,11 @@ from pathlib import Path
 import torch
 from composer import Trainer
 from composer.core import DataSpec
+from composer.utils import dist
 from torch.utils.data import DataLoader
 
 from training.checkpoints.checkpoint import Checkpoints, StopRequest
+from training.checkpoints.history import History
 from training.checkpoints.resume import RandomStates, find
 from training.checkpoints.safe import evaluated_names, only_data
 from training.config import TrainConfig
@@ -17,6 +19,7 @@ from training.cost.mfu import StepFlops
 from training.engines.base import Engine
 from training.fit.callbacks import StepLog, StopOnBadLoss, boards
 from training.fit.composer_model import TrainableModel, microbatches, token_counts
+from training.fit.evaluation import Evaluation, Plan
 from training.fit.optimizer import build_optimizer, build_schedule
 from training.fit.pace import SlowRanks
 from training.fit.parts import Parts
@@ -34,17 +37,23 @@ def wait_s(config: TrainConfig) -> float:
 
 def build_trainer(
     config: TrainConfig, parts: Parts, engine: Engine, steps: int, stop: StopRequest, watch: Watch
-) -> tuple[Trainer, Checkpoints]:
-    """The trainer, gone back to the newest checkpoint of the run if there is one, and what saves the next ones.
+) -> tuple[Trainer, Checkpoints, Evaluation | None]:
+    """The trainer, gone back to the newest checkpoint of the run if there is one; what saves the next ones; and what
+    measures on held-out examples, if there are any.
 
     Raises:
         ValueError: if the engine refuses the settings or the checkpoint. OSError: if a checkpoint cannot be read.
     """
     run, model = Path(config.run), parts.model
     left_out = engine.left_out(model)
-    checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, engine, stop, left_out)
     latest = find(run / "checkpoints", config.checkpoint, engine)
     log = StepLog(run, parts.stream, steps, engine, StepFlops(model, config.train))
+    plan = Plan.of(config, parts, steps)
+    evaluation = None if plan is None else Evaluation(parts, plan, engine, stop, watch, log)
+    history = History() if evaluation is None else evaluation.history
+    if latest is not None and not history.take_up(latest.parent) and dist.get_global_rank() == 0:
+        print("held out  other examples than before: which checkpoint is the best begins anew", flush=True)
+    checkpoints = Checkpoints(run / "checkpoints", config.checkpoint, engine, stop, left_out, history)
     engine.place(model)
     optimizer = build_optimizer(model, config.optimizer)
     settings = {
@@ -59,6 +68,7 @@ def build_trainer(
         "callbacks": [
             SkippedExamples(run, parts.stream, steps, config.data.max_skipped, stop),  # before `checkpoints`: it agrees
             StopOnBadLoss(config.stop_on_spike, engine),
+            *([] if evaluation is None else [evaluation]),  # before `checkpoints`: what is best is saved
             SlowRanks(parts.stream),
             watch,
             checkpoints,
@@ -76,7 +86,7 @@ def build_trainer(
     with only_data(engine.name):
         trainer = engine.trainer(left_out, settings)
     trainer.state.callbacks.append(RandomStates(trainer))
-    return trainer, checkpoints
+    return trainer, checkpoints, evaluation
 
 
 def _trainable(config: TrainConfig, parts: Parts) -> TrainableModel:

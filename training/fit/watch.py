@@ -42,6 +42,7 @@ class Watch(Callback):  # type: ignore[misc]
     def __init__(self, hang_s: float, wait_s: float) -> None:
         self.hang_s = hang_s
         self.step = 0
+        self.evaluated = 0  # batches of held-out examples, since the process began
         self._wait_s = max(hang_s, wait_s)
         self._still_s = self._wait_s  # how long the job may stand still now
         self._rank, self._ranks = dist.get_global_rank(), dist.get_world_size()
@@ -87,7 +88,7 @@ class Watch(Callback):  # type: ignore[misc]
     def _say(self, beat: int) -> None:
         """Publish where this rank is."""
         place, moves = _where({thread.ident for thread in self._threads})
-        said = {"beat": beat, "step": self.step, "place": place, "moves": moves}
+        said = {"beat": beat, "step": self.step, "evaluated": self.evaluated, "place": place, "moves": moves}
         said |= {"host": os.uname().nodename, "pid": os.getpid()}
         if self._store is None:
             self._hear(0, json.dumps(said))
@@ -107,7 +108,7 @@ class Watch(Callback):  # type: ignore[misc]
         before = self._said.get(rank, ("{}", now))[0]
         if text != before:
             self._said[rank] = (text, now)
-        if any(json.loads(text).get(key) != json.loads(before).get(key) for key in ("step", "moves")):
+        if any(json.loads(text).get(key) != json.loads(before).get(key) for key in ("step", "evaluated", "moves")):
             self._moved = now
 
     def _tell(self) -> None:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
+
+from .markers import IGNORE
 
 
 class Places(NamedTuple):
@@ -24,6 +27,25 @@ class Places(NamedTuple):
     rows: Tensor
     vision: Tensor
     learned: Tensor
+
+
+def learned_in(labels: Tensor) -> Tensor:
+    """Labels (B, L) -> `Places.learned`; the first label of a row has nothing before it, from which to predict it."""
+    return F.pad(labels[:, 1:], (1, 0), value=IGNORE).flatten().ne(IGNORE).nonzero().squeeze(1)
+
+
+def check_count(found: int, vision: Tensor | None, config: Any) -> None:
+    """Refuse prompts whose placeholders are not as many as the vision tokens (n, tokens, width) of their images.
+
+    Raises:
+        ValueError: with both numbers.
+    """
+    images, expected = (0, 0) if vision is None else (vision.shape[0], vision.shape[0] * vision.shape[1])
+    if found != expected:
+        raise ValueError(
+            f"input_ids hold {found} image placeholders (id {config.image_token_id}), but {images} image(s) "
+            f"of {config.image_tokens} vision tokens were given, {expected} in all: let the processor write both"
+        )
 
 
 def within_vocabulary(input_ids: Tensor, image_token_id: int) -> Tensor:

@@ -34,6 +34,7 @@ class LossChart(NamedTuple):
     """Losses over steps."""
 
     lines: list[Line]
+    held_out: str  # a curve as it was measured, "" if there is none
     ticks: list[Tick]
     first_step: int
     last_step: int
@@ -42,14 +43,17 @@ class LossChart(NamedTuple):
     left: float = LEFT
 
 
-def loss_chart(series: Mapping[str, Series]) -> LossChart:
-    """A curve for each of `series`; the scale fits what is shown: several curves are shown smoothed only."""
+def loss_chart(series: Mapping[str, Series], held_out: Series = ((), ())) -> LossChart:
+    """A curve for each of `series`; the scale fits what is shown: several curves are shown smoothed only.
+
+    `held_out` is shown as it was measured: each of its points is a mean over many examples.
+    """
     steps = [step for each, _ in series.values() for step in each]
     first, last = min(steps), max(steps)
     # A run that diverged has losses that are no numbers: they have no place on a page.
-    series = {name: _finite(*each) for name, each in series.items()}
+    series, held_out = {name: _finite(*each) for name, each in series.items()}, _finite(*held_out)
     smoothed = {name: _smoothed(losses) for name, (_, losses) in series.items()}
-    heights = smoothed.values() if len(series) > 1 else [losses for _, losses in series.values()]
+    heights = [*(smoothed.values() if len(series) > 1 else [losses for _, losses in series.values()]), held_out[1]]
     top = max((max(losses, default=0.0) for losses in heights), default=0.0) * 1.05 or 1.0
     # SVG's y grows downwards: loss 0 lies at `floor`, `top` at 0.
     across, floor = (WIDTH - LEFT - 8) / max(1, last - first), HEIGHT - BELOW
@@ -62,6 +66,7 @@ def loss_chart(series: Mapping[str, Series]) -> LossChart:
 
     return LossChart(
         [Line(name, points(each, losses), points(each, smoothed[name])) for name, (each, losses) in series.items()],
+        points(*held_out),
         [Tick(floor * (1 - i / 4), f"{top * i / 4:.2f}") for i in range(5)],
         int(first),
         int(last),

@@ -68,6 +68,8 @@ def _stage(run: Path, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
     """A stage's figures and its curve, from its log."""
     lines = stage_log(run / stage)
     losses = [line["loss"] for line in lines]
+    measured = [line for line in lines if "heldout_loss" in line]
+    held_out = [line["step"] for line in measured], [line["heldout_loss"] for line in measured]
     return {
         "title": TITLES[stage],
         "first": losses[0],
@@ -75,7 +77,8 @@ def _stage(run: Path, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
         "steps": len(lines),
         "samples_per_s": median_high(line["samples_per_s"] for line in lines),
         "data_wait": summary["data_wait"][stage],
-        "chart": loss_chart({TITLES[stage]: ([line["step"] for line in lines], losses)}),
+        "held_out": measured,
+        "chart": loss_chart({TITLES[stage]: ([line["step"] for line in lines], losses)}, held_out),
     }
 
 

@@ -49,10 +49,12 @@ class CardFiles(NamedTuple):
     Attributes:
         run: folder of the training run: its settings, its losses, and those of the stage that it started from.
         scores: files that training/evaluate.py wrote beside its answers.
+        step: of the run, that the weights are of; None for its last.
     """
 
     run: Path | None = None
     scores: Sequence[Path] = ()
+    step: int | None = None
 
 
 NO_FILES = CardFiles()
@@ -76,7 +78,7 @@ def model_card(
         f"# An image in {model.connector.tokens} vision tokens",
         _table({**_facts(model), **origin}),
         USE,
-        *trained(files.run),
+        *trained(files.run, files.step),
         *_scores(files.scores),
     ]
     return "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n" + "\n\n".join(parts) + "\n"
@@ -142,8 +144,8 @@ def _count(module: torch.nn.Module | None) -> int:
     return 0 if module is None else sum(p.numel() for p in module.parameters())
 
 
-def trained(run: Path | None) -> list[str]:
-    """A section for each stage that led to `run`, the first stage first: its settings and losses.
+def trained(run: Path | None, step: int | None = None) -> list[str]:
+    """A section for each stage that led to `run`, the first stage first: its settings, and its losses up to `step`.
 
     Raises:
         ValueError: if a file in which one speaks of itself is damaged. OSError: if it cannot be read.
@@ -156,7 +158,7 @@ def trained(run: Path | None) -> list[str]:
     earlier = trained(Path(before).parent) if before else []
     named = flat(settings.model_dump(mode="json"))
     rows = {escaped(key): _code(value) for key, value in named.items() if key not in ("run", "data.cache_dir")}
-    lines = read_log(run)
+    lines = [line for line in read_log(run) if step is None or line["step"] <= step]
     text = f"## Trained: {', '.join(settings.train)}\n\n"
     if lines:
         at = (
@@ -167,6 +169,11 @@ def trained(run: Path | None) -> list[str]:
             f"{lines[-1]['step']:,.0f} steps in {sum(line['step_s'] for line in lines):,.0f} s; loss "
             f"{lines[0]['loss']:.4f} at {at}, {final_loss(lines):.4f} over the last {min(LAST, len(lines))}"
             f"{f'; {skipped:,} examples that teach nothing were skipped' if skipped else ''}.\n\n"
+        )
+    if measured := [line for line in lines if "heldout_loss" in line]:
+        text += (
+            f"On held-out examples: loss {measured[-1]['heldout_loss']:.4f}, {measured[-1]['heldout_accuracy']:.1%} of "
+            f"the tokens right, after step {measured[-1]['step']:,.0f}.\n\n"
         )
     return [*earlier, text + "<details><summary>Settings</summary>\n\n" + _table(rows) + "\n\n</details>"]
 

@@ -6,6 +6,7 @@ They are written whole or not at all. One that is damaged all the same is named,
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from pipeline.storage import Storage
+from training.checkpoints.history import History
 from training.config import TrainConfig
 
 M = TypeVar("M", bound=BaseModel)
@@ -32,6 +34,36 @@ _LOSS = {  # of a line
 }
 
 
+class HeldOut(BaseModel):
+    """What a run came to on held-out examples: losses, and the share of their tokens that it got right."""
+
+    first: float | None  # None for a loss that is no number
+    best: float | None
+    best_step: int | None
+    last: float | None
+    accuracy_last: float
+
+    @classmethod
+    def of(cls, history: History) -> HeldOut | None:
+        """That of a run's evaluations; None if there were none."""
+        if not history.measured:
+            return None
+        first, last, best = history.measured[0], history.measured[-1], history.best
+        return cls(
+            first=first.loss if math.isfinite(first.loss) else None,
+            best=None if best is None else best.loss,
+            best_step=None if best is None else best.step,
+            last=last.loss if math.isfinite(last.loss) else None,
+            accuracy_last=last.accuracy,
+        )
+
+    def course(self) -> str:
+        """How the loss went, for a person."""
+        first, last = ("no number" if loss is None else f"{loss:.4f}" for loss in (self.first, self.last))
+        best = "" if self.best is None else f", best {self.best:.4f} after step {self.best_step}"
+        return f"held-out loss {first} -> {last}{best}"
+
+
 class Summary(BaseModel):
     """`summary.json`: what a stage has come to."""
 
@@ -43,13 +75,16 @@ class Summary(BaseModel):
     vision_tokens_in: int
     vision_tokens_out: int
     skipped: int | None = None  # examples that taught nothing; None in summaries of the time before they were counted
+    heldout: HeldOut | None = None  # None without data.validation
 
     def course(self) -> str:
         """How the loss went, for a person."""
         if self.loss_last is None:
             return f"loss not known, there is no {LOG}"
         first = "not known" if self.loss_first is None else f"{self.loss_first:.4f}"
-        return f"loss {first} -> {self.loss_last:.4f}" + (f", {self.skipped} examples skipped" if self.skipped else "")
+        text = f"loss {first} -> {self.loss_last:.4f}"
+        text += "" if self.heldout is None else f", {self.heldout.course()}"
+        return text + (f", {self.skipped} examples skipped" if self.skipped else "")
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -130,6 +165,17 @@ def cut_log(run: Path, name: str, step: int) -> list[dict[str, Any]]:
     if (run / name).exists():
         write_whole(run / name, "".join(json.dumps(line) + "\n" for line in kept))
     return kept
+
+
+def amend_log(run: Path, step: int, values: dict[str, float]) -> None:
+    """Put `values` into the line of a step, if the log has it: on a new disk it may not.
+
+    Raises:
+        ValueError: as `read_log` does. OSError: if the file cannot be read or written.
+    """
+    lines = [line | (values if line["step"] == step else {}) for line in read_log(run)]
+    if lines:
+        write_whole(run / LOG, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def final_loss(lines: Sequence[dict[str, float]]) -> float:

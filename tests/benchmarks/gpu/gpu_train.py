@@ -212,7 +212,7 @@ class Bench:
 
     def _assembled(self, stage: int, steps: int, **changes: Any) -> tuple[Any, ...]:
         config = TrainConfig.model_validate(self.settings(stage, steps, **changes))
-        store, _, model, stream = training.fit.parts.open_parts(config, 0, 1)
+        store, _, model, stream, _ = training.fit.parts.open_parts(config, 0, 1)
         training.engines.engine_of(config, 1).place(model)
         return config, model.to(self.job.device), store, stream
 

@@ -9,7 +9,7 @@ import copy
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -199,11 +199,15 @@ def meant(name: str, known: Iterable[str]) -> str:
 def _fields_at(kind: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """The setting names that are known below `location`."""
     for part in location:
+        if isinstance(part, int):  # of a list, whose groups are all of one kind
+            continue
         field = kind.model_fields.get(str(part))
         inner = None if field is None else field.annotation
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        # A group itself, or the one in `Group | None` and `tuple[Group, ...]`.
+        groups = [k for k in (inner, *get_args(inner)) if isinstance(k, type) and issubclass(k, BaseModel)]
+        if len(groups) != 1:
             return []
-        kind = inner
+        kind = groups[0]
     return list(kind.model_fields)
 
 

@@ -15,6 +15,7 @@ from pydantic import BeforeValidator, Field, SerializeAsAny, create_model, field
 from pipeline.config import Settings, meant
 from pipeline.typed import Typed
 from training.model.reducers import DEFAULT, FAMILIES, SHAPE, config_class
+from training.text.settings import ExampleSettings
 from training.text.templates import TEMPLATES
 
 log = logging.getLogger(__name__)
@@ -109,23 +110,8 @@ class ModelSettings(Settings):
     lora: LoraSettings | None = Field(default=None, description="{} for LLaVA-1.5's; merged into the exported model")
 
 
-class ExampleSettings(Settings):
-    """Which store the examples come from, and how a conversation becomes tokens."""
-
-    store: str = Field(description="feature store of pipeline/build_shards.py, local or s3://")
-    template: str = Field(description="plain for captions (stage 1), v1 for conversations (stage 2)")
-    max_length: int = Field(default=2048, gt=8, description="tokens per example, image tokens included")
-
-    @field_validator("template")
-    @classmethod
-    def _known_template(cls, name: str) -> str:
-        if name not in TEMPLATES:
-            raise ValueError(f"no such template; {meant(name, TEMPLATES)}")
-        return name
-
-
 class OrderSettings(Settings):
-    """In which order examples come: with the store and the global batch size, all that decides it."""
+    """In which order examples come: with the stores and the global batch size, all that decides it."""
 
     seed: int = 0
     shuffle: bool = Field(default=True, description="false gives the store's own order")
@@ -135,7 +121,10 @@ class OrderSettings(Settings):
     last_batch: Literal["drop", "pad"] = Field(
         default="drop", description="an epoch's last, partial batch is left out, or filled up with examples before it"
     )
-    limit: int | None = Field(default=None, gt=0, description="only the first N examples of the store's own order")
+    limit: int | None = Field(default=None, gt=0, description="only the first N examples of each store's own order")
+    groups: int = Field(
+        default=1, gt=0, description="each store's shards are dealt to N groups; a batch has as many examples of each"
+    )
 
     @model_validator(mode="after")
     def _together_or_grouped(self) -> Self:
@@ -189,7 +178,7 @@ class ValidationSettings(Settings):
 
 
 class DataSettings(ReadSettings, OrderSettings, ExampleSettings):
-    """The feature store, and how it is read; a run's file says all of it under `data`."""
+    """The feature stores, and how they are read; a run's file says all of it under `data`."""
 
     validation: ValidationSettings | None = Field(default=None, description="examples to measure on, never learned")
 
@@ -311,10 +300,17 @@ class TrainConfig(Settings):
     @model_validator(mode="after")
     def _consistent(self) -> TrainConfig:
         """What a single setting cannot tell: whether the parts that learn, their rates and the engine go together."""
-        if TEMPLATES[self.data.template].captions_only and "llm" in self.train:
+        for number, entry in enumerate(self.data.mixture):
+            if TEMPLATES[entry.template or ""].captions_only and "llm" in self.train:
+                where = f"stores.{number}." if self.data.stores and self.data.stores[number].template else ""
+                raise ValueError(
+                    f"data.{where}template: {entry.template} is for stage 1, where train is [connector]; use v1 to "
+                    "train the llm"
+                )
+        if self.global_batch_size % self.data.groups:
             raise ValueError(
-                f"data.template: {self.data.template} is for stage 1, where train is [connector]; use v1 to train the "
-                "llm"
+                f"data.groups: {self.data.groups} groups have no equal part of {self.global_batch_size} examples; "
+                "choose a number that divides global_batch_size"
             )
         for part in ("connector", "llm"):
             if getattr(self.optimizer, f"{part}_lr") is not None and part not in self.train:
@@ -334,7 +330,11 @@ class TrainConfig(Settings):
         # Where the loss is a mean of microbatch means, their size is part of what is computed.
         kept = {"microbatch_size"} if self.loss == "microbatch" else set()
         may_change = MAY_CHANGE - kept
-        settings = flat(self.model_dump(mode="json", exclude={"data": {"validation"}}))
+        settings = flat(self.model_dump(mode="json", exclude={"data": {"validation", "stores"}}))
+        if self.data.stores:
+            del settings["data.store"]
+        for number, entry in enumerate(self.data.stores):
+            settings |= {f"data.stores.{number}.{name}": value for name, value in entry.model_dump().items()}
         # Of the validation, what takes examples away from those that are learned. What a list of names holds is part of
         # the position in a checkpoint (stream.split): the list itself may lie elsewhere.
         held_out = self.data.validation
@@ -344,7 +344,12 @@ class TrainConfig(Settings):
 
     def plain_identity(self) -> dict[str, Any]:
         """Those of `identity` that say all by themselves, without paths."""
-        return {name: value for name, value in self.identity().items() if name not in ("data.store", *FOLDERS)}
+        paths = {*FOLDERS, *self.store_paths()}
+        return {name: value for name, value in self.identity().items() if name not in paths}
+
+    def store_paths(self) -> list[str]:
+        """The names in `identity` of the places of the stores, which may lie elsewhere when a run goes on."""
+        return [f"data.stores.{number}.store" for number in range(len(self.data.stores))] or ["data.store"]
 
     def per_rank(self, world_size: int) -> int:
         """Examples per rank and step.

@@ -110,19 +110,20 @@ def _open(arguments: argparse.Namespace) -> Stream:
         cache_gb=arguments.cache_gb,
         pin_memory=torch.cuda.is_available(),
     )
-    return Stream(Source(arguments.store), tuple(columns), order, reading, no_text)
+    return Stream([Source(arguments.store)], tuple(columns), order, reading, no_text)
 
 
 def _describe(stream: Stream, url: str) -> str:
     """The store, how well its order mixes, and what grouping by length would save."""
-    from training.stream.order import epoch_batches, padding_share, same_shard_pairs, shards_in_use
+    from training.stream.measures import padding_share, same_shard_pairs, shards_in_use
+    from training.stream.order import epoch_batches
 
-    batches, examples = stream.epoch_batches(0), stream.examples
+    batches, examples, store = stream.epoch_batches(0), stream.examples, stream.stores[0]
     size = stream.global_batch_size
     orders = [stream.order.model_copy(update={"together": False, "group_by_length": g}) for g in (False, True)]
     waste = [padding_share(epoch_batches(examples, o, 0), examples.words, o, rows=MICROBATCH) for o in orders]
     return (
-        f"store     {url}: {stream.store.samples} samples in {stream.store.shards} shards, codec {stream.store.codec}\n"
+        f"store     {url}: {store.samples} samples in {store.shards} shards, codec {store.codec}\n"
         f"examples  {len(examples)}: {len(stream)} batches of {size} per epoch\n"
         f"mixing    window of {stream.order.window_shards} shards: two examples of a batch share a shard "
         f"{same_shard_pairs(batches, examples):.2f} times as often as in a full shuffle; "

@@ -32,7 +32,8 @@ import numpy as np
 import stream_peers as peers
 from stream_peers import COLUMNS, PAYLOAD, PER_SHARD, ROOT, Read
 
-from training.stream.order import Examples, Order, epoch_batches, padding_share
+from training.stream.measures import padding_share
+from training.stream.order import Examples, Order, epoch_batches
 
 SLOW = 8.0  # seconds after which a reader gets no further pass
 PEERS = {"mosaicml-streaming": "streaming", "litdata": "litdata", "megatron-energon": "megatron.energon"}
@@ -161,7 +162,7 @@ def padding(ranks: int = 8, microbatch: int = 4) -> dict[str, dict[str, float]]:
         text = 40 + words * 1.32 * draw.normal(1, 0.06, len(words))
         tokens = np.minimum(text + IMAGE_TOKENS * image, 2048).astype(np.int64)
         number = np.arange(len(words))
-        examples = Examples(number, np.zeros_like(number), number // 480, words.astype(np.int64), image)
+        examples = Examples(number, np.zeros_like(number), number // 480, words.astype(np.int64), image, 0 * number)
         plain = Order(global_batch_size=128)
         shares[name] = {
             label: round(padding_share(epoch_batches(examples, order, 0), tokens, order, ranks, microbatch), 4)

@@ -53,7 +53,7 @@ def readinto(folder: Path, columns: tuple[str, ...]) -> Read:
 def stream(folder: Path, columns: tuple[str, ...], shuffle: bool, threads: int, window: int = 4) -> Read:
     """Ours: batches of 32 in staging buffers."""
     order = Order(global_batch_size=BATCH, shuffle=shuffle, window_shards=window, last_batch="pad")
-    opened = Stream(Source(str(folder)), columns, order, Reading(threads=threads, prefetch=2), no_text)
+    opened = Stream([Source(str(folder))], columns, order, Reading(threads=threads, prefetch=2), no_text)
 
     def read() -> Iterator[int]:
         for batch in opened:

@@ -171,10 +171,10 @@ def test_a_run_goes_on_with_the_shards_that_it_began_with(
     (run / STORE).write_text(fingerprint(Storage(before)) + "\n")
     refuse_another(config)
     shards = json.loads((after / "store.json").read_text())["shards"]
-    assert shards_at_start(config) == shards
+    assert shards_at_start(config) == (shards,)
     (run / STORE).unlink()  # of the time before fingerprints, when no shard could come
-    assert shards_at_start(config) == shards
-    assert shards_at_start(config.model_copy(update={"run": str(tmp_path / "new")})) is None
+    assert shards_at_start(config) == (shards,)
+    assert shards_at_start(config.model_copy(update={"run": str(tmp_path / "new")})) == (None,)
 
 
 def test_a_complete_run_without_its_settings_gets_them_back(

@@ -153,7 +153,7 @@ def test_another_connector_is_refused_with_every_difference(config, store: Store
 def test_who_may_read_one_file_of_an_export_may_read_all(config, store: StoreSpec, tmp_path: Path) -> None:
     model = build_model(config(), store)
     export_connector(model.connector, tmp_path / "connector")
-    export_model(model, load_tokenizer(config()), store, tmp_path / "model")
+    export_model(model, load_tokenizer(config()), [store], tmp_path / "model")
     (tmp_path / "usual").touch()
     for path in tmp_path.glob("*/*"):
         assert path.stat().st_mode == (tmp_path / "usual").stat().st_mode
@@ -191,7 +191,7 @@ def test_the_exported_model_sees_what_it_was_trained_on(
 ) -> None:
     """The same image through a bf16 store and through the live CLIP: equal columns, and so equal logits."""
     trained = build_model(config(), store).eval()
-    export_model(trained, load_tokenizer(config()), store, tmp_path / "model", dtype=torch.bfloat16)
+    export_model(trained, load_tokenizer(config()), [store], tmp_path / "model", dtype=torch.bfloat16)
     live = CompactVisionForConditionalGeneration.from_pretrained(tmp_path / "model")
     assert {p.dtype for p in live.parameters()} == {torch.bfloat16}
     pixels = torch.randn(2, 3, 32, 32)
@@ -213,7 +213,7 @@ def test_exporting_keeps_every_weight_and_leaves_the_trained_model_alone(
 ) -> None:
     trained = build_model(config(), store)
     before = {name: weight.clone() for name, weight in trained.state_dict().items()}
-    export_model(trained, load_tokenizer(config()), store, tmp_path / "model")
+    export_model(trained, load_tokenizer(config()), [store], tmp_path / "model")
     assert trained.vision_tower is None
     assert trained.training
     saved = load_file(tmp_path / "model" / "model.safetensors")
@@ -234,7 +234,7 @@ def test_the_encoder_may_be_the_vision_half_of_a_whole_clip(
     whole.vision_model.load_state_dict(tower.state_dict())
     whole.save_pretrained(tmp_path / "clip")
     other = store.model_copy(update={"encoder": describe_encoder(str(tmp_path / "clip"), None)})
-    export_model(build_model(config(), other), load_tokenizer(config()), other, tmp_path / "model")
+    export_model(build_model(config(), other), load_tokenizer(config()), [other], tmp_path / "model")
     saved = load_file(tmp_path / "model" / "model.safetensors")
     for name, weight in tower.state_dict().items():
         assert torch.equal(saved[f"vision_tower.{name}"], weight)
@@ -284,7 +284,7 @@ print(json.dumps({
 
 
 def test_the_exported_folder_runs_where_this_project_is_not(config, store: StoreSpec, tmp_path: Path) -> None:
-    export_model(build_model(config(), store), load_tokenizer(config()), store, tmp_path / "model")
+    export_model(build_model(config(), store), load_tokenizer(config()), [store], tmp_path / "model")
     environment = {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -318,7 +318,7 @@ def test_the_exported_folder_runs_where_this_project_is_not(config, store: Store
 
 def test_several_tokens_per_window_have_as_many_placeholders(config, store: StoreSpec, tmp_path: Path) -> None:
     trained = build_model(config(connector={"blocks": [1, 2, 4], "fused_tokens": 2}), store)
-    export_model(trained, load_tokenizer(config()), store, tmp_path / "model")
+    export_model(trained, load_tokenizer(config()), [store], tmp_path / "model")
     processor = CompactVisionProcessor.from_pretrained(tmp_path / "model")
     model = CompactVisionForConditionalGeneration.from_pretrained(tmp_path / "model")
     picture = Image.new("RGB", (50, 40), (200, 30, 10))
@@ -328,7 +328,7 @@ def test_several_tokens_per_window_have_as_many_placeholders(config, store: Stor
 
 
 def test_the_folder_says_what_it_is(config, store: StoreSpec, tmp_path: Path) -> None:
-    export_model(build_model(config(), store), load_tokenizer(config()), store, tmp_path / "model")
+    export_model(build_model(config(), store), load_tokenizer(config()), [store], tmp_path / "model")
     card = (tmp_path / "model" / "README.md").read_text()
     for fact in ("4 of 16 patch tokens", store.dataset, store.encoder.revision, "aspect square", "block01, block02"):
         assert fact in card

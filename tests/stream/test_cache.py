@@ -287,7 +287,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 def test_fetching_ahead_stops_where_it_would_push_out_what_is_in_use(bucket: str, tmp_path: Path) -> None:
     cache = open_cache(bucket, tmp_path, 6 * SIZE)
-    ahead = Ahead(cache, uses(), start=0, threads=3)
+    ahead = Ahead([cache], uses(), start=0, threads=3)
     wait_until(lambda: len(ahead._changed._waiters) == 3)  # every thread: none is fetching any more
     assert {str(path.relative_to(cache.root)) for path in files(tmp_path)} == set(NAMES[:6])
     ahead.at(2)  # the first shard is done: its two tars may go
@@ -296,7 +296,7 @@ def test_fetching_ahead_stops_where_it_would_push_out_what_is_in_use(bucket: str
 
 
 def test_fetching_ahead_starts_at_the_resumed_batch(bucket: str, requests: Requests, tmp_path: Path) -> None:
-    ahead = Ahead(open_cache(bucket, tmp_path), uses(), start=6, threads=2)
+    ahead = Ahead([open_cache(bucket, tmp_path)], uses(), start=6, threads=2)
     wait_until(lambda: not any(thread.is_alive() for thread in ahead._threads))  # all is fetched
     ahead.close()
     assert set(requests.downloads()) == set(NAMES[-6:])
@@ -307,7 +307,7 @@ def test_an_object_that_cannot_be_fetched_ahead_is_left_to_its_reader(
 ) -> None:
     boto3.client("s3").delete_object(Bucket=bucket, Key=NAMES[0])
     cache = open_cache(bucket, tmp_path)
-    ahead = Ahead(cache, uses(), start=0, threads=1)
+    ahead = Ahead([cache], uses(), start=0, threads=1)
     wait_until(lambda: not any(thread.is_alive() for thread in ahead._threads))
     ahead.close()
     assert len(files(tmp_path)) == len(NAMES) - 1

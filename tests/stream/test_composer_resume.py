@@ -98,7 +98,7 @@ def run_rank(
     torch.set_num_threads(1)
     dist.initialize_dist("cpu", timeout=patience_s)
     order = Order(global_batch_size=8, window_shards=2, seed=4)
-    stream = Stream(Source(str(store)), ("block03",), order, Reading(rank=rank, world_size=ranks, threads=2), collate)
+    stream = Stream([Source(str(store))], ("block03",), order, Reading(rank=rank, world_size=ranks, threads=2), collate)
     loader = DataLoader(stream, batch_size=None, num_workers=0, collate_fn=lambda batch: batch)
     model = regression()
     log, kill = log_and_kill(run / "log" if rank == 0 else None, kill_at)

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+from itertools import product
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from training.config import DataSettings
+from training.stream.measures import padding_share, same_shard_pairs, shards_in_use, use_of_shards
 from training.stream.order import (
     Examples,
     Order,
+    assigned,
+    batches_per_epoch,
+    due_of,
     epoch_batches,
-    padding_share,
-    same_shard_pairs,
-    shards_in_use,
-    use_of_shards,
+    epoch_of,
+    filtered,
+    grouped,
+    shuffled,
+    weighed,
 )
 
 
@@ -31,6 +38,22 @@ def make_examples(shards: list[int], conversations: int = 2, text_share: float =
         shard=np.repeat(np.arange(len(shards)), shards)[sample],
         words=random.integers(3, 400, len(sample)),
         has_image=(random.random(samples) >= text_share)[sample],
+        store=np.zeros_like(sample),
+    )
+
+
+def mixed(*stores: list[int]) -> Examples:
+    """The examples of several stores, each with these shards."""
+    parts = [make_examples(shards) for shards in stores]
+    samples = np.cumsum([0, *(sum(shards) for shards in stores)])
+    first = np.cumsum([0, *(len(shards) for shards in stores)])
+    return Examples(
+        sample=np.concatenate([part.sample + samples[i] for i, part in enumerate(parts)]),
+        conversation=np.concatenate([part.conversation for part in parts]),
+        shard=np.concatenate([part.shard + first[i] for i, part in enumerate(parts)]),
+        words=np.concatenate([part.words for part in parts]),
+        has_image=np.concatenate([part.has_image for part in parts]),
+        store=np.concatenate([part.store + i for i, part in enumerate(parts)]),
     )
 
 
@@ -55,7 +78,7 @@ shard_lists = st.lists(st.integers(1, 20), min_size=1, max_size=8)
 def test_an_epoch_holds_every_example_once_but_for_its_last_batch(shards, order, epoch):
     examples = make_examples(shards)
     batches = epoch_batches(examples, order, epoch)
-    assert batches.shape == (order.batches(len(examples)), order.global_batch_size)
+    assert batches.shape == (batches_per_epoch(examples, order), order.global_batch_size)
     seen = np.bincount(batches.ravel(), minlength=len(examples))
     if order.last_batch == "drop":
         assert seen.max(initial=0) <= 1
@@ -75,13 +98,27 @@ def test_equal_settings_give_equal_orders(shards, order):
 def test_the_order_stays_what_it_was_when_this_test_was_written():
     """A checkpoint names a position in the order: a change of this digest would break every run under way."""
     number = np.arange(150)
-    examples = Examples(number // 2, number % 2, number // 40, number * 37 % 101, number // 2 % 5 > 0)
+    examples = Examples(number // 2, number % 2, number // 40, number * 37 % 101, number // 2 % 5 > 0, 0 * number)
     order = Order(global_batch_size=8, seed=5, window_shards=3)
     digests = [
         hashlib.sha256(epoch_batches(examples, o, 2).astype("<i8").tobytes()).hexdigest()[:12]
         for o in (order, changed(order, group_by_length=True), changed(order, together=True))
     ]
     assert digests == ["8526010b5ca0", "a51b3f2724fd", "fe7856740c30"]
+
+
+def test_all_orders_without_mixture_and_groups_stay_what_they_were():
+    number = np.arange(150)
+    examples = Examples(number // 2, number % 2, number // 40, number * 37 % 101, number // 2 % 5 > 0, 0 * number)
+    digest = hashlib.sha256()
+    kinds = ({}, {"group_by_length": True}, {"together": True})
+    for seed, window, size, kind, last, shuffle, epoch in product(
+        (0, 7, 2**40), (1, 3, 16), (1, 8, 200), kinds, ("drop", "pad"), (True, False), (0, 3)
+    ):
+        settings = {"seed": seed, "window_shards": window, "last_batch": last, "shuffle": shuffle, **kind}
+        order = Order(global_batch_size=size, **settings)
+        digest.update(epoch_batches(examples, order, epoch).astype("<i8").tobytes())
+    assert digest.hexdigest()[:16] == "0f619ac51ccd4ee8"
 
 
 def test_epochs_and_seeds_give_other_orders():
@@ -192,3 +229,158 @@ def test_fewer_examples_than_a_batch_are_dropped_or_repeated():
     assert epoch_batches(examples, Order(global_batch_size=8), 0).shape == (0, 8)
     padded = epoch_batches(examples, Order(global_batch_size=8, last_batch="pad"), 0)
     assert sorted(np.bincount(padded[0]).tolist()) == [2, 3, 3]
+
+
+# Filter, assign, weigh, shuffle, group: each step by itself, and together in a mixture.
+
+mixtures = st.builds(
+    lambda order, shares, kind: changed(order, **{kind: tuple(shares)}),
+    st.builds(
+        lambda order, groups, parts: changed(order, groups=groups, global_batch_size=groups * parts),
+        orders,
+        st.integers(1, 3),
+        st.integers(1, 4),
+    ),
+    st.lists(st.floats(0.05, 3), min_size=2, max_size=2),
+    st.sampled_from(["weights", "epochs"]),
+)
+
+
+def test_a_limit_keeps_the_first_examples_of_each_store():
+    examples = mixed([5, 6], [7])
+    found = filtered(examples, 9)
+    assert np.bincount(found.store).tolist() == [9, 9]
+    for store in (0, 1):
+        assert found.sample[found.store == store].tolist() == examples.sample[examples.store == store][:9].tolist()
+    assert filtered(examples, None) is examples
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 4, 8])
+def test_groups_are_equal_parts_of_each_store_and_share_only_the_shards_at_a_cut(groups):
+    examples = mixed([9, 20, 3, 14, 8, 8, 9, 20], [30] * 8)
+    order = Order(global_batch_size=24, groups=groups, seed=3)
+    parts = assigned(examples, order)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(len(examples)))
+    for store in (0, 1):
+        counts = [int((examples.store[part] == store).sum()) for part in parts]
+        assert max(counts) - min(counts) <= 1
+    shards = [set(examples.shard[part].tolist()) for part in parts]
+    assert sum(map(len, shards)) <= 16 + 2 * (groups - 1)
+    for part, again in zip(parts, assigned(examples, order), strict=True):
+        assert part.tolist() == again.tolist()
+    if groups > 1:
+        assert any(
+            part.tolist() != other.tolist()
+            for part, other in zip(parts, assigned(examples, changed(order, seed=4)), strict=True)
+        )
+
+
+@given(st.lists(shard_lists, min_size=2, max_size=2), mixtures)
+@settings(max_examples=60)
+def test_each_example_has_come_as_often_as_it_is_due_after_every_epoch(stores, order):
+    examples = mixed(*stores)
+    seen = np.zeros(len(examples), dtype=int)
+    members = np.arange(len(examples))
+    for epoch in range(5):
+        seen += np.bincount(weighed(examples, members, order, epoch)[0], minlength=len(examples))
+        for store, (there, due) in enumerate(due_of(examples, order)):
+            of_it = seen[examples.store == store]
+            assert of_it.sum() == (epoch + 1) * due
+            assert of_it.min() == (epoch + 1) * due // there
+            assert of_it.max() == -(-(epoch + 1) * due // there)
+
+
+@given(st.lists(shard_lists, min_size=2, max_size=2), mixtures, st.integers(0, 50))
+@settings(max_examples=60)
+def test_an_epoch_of_a_mixture_holds_what_is_due_but_for_its_last_batch(stores, order, epoch):
+    examples = mixed(*stores)
+    found = epoch_of(examples, order, epoch)
+    assert found.batches.shape == (batches_per_epoch(examples, order), order.global_batch_size)
+    seen = np.bincount(found.rows.ravel(), minlength=len(found.examples))
+    # Each group may have one example more or less of each store, and fills, or drops, a part of a batch by itself.
+    slack = order.global_batch_size + order.groups * order.part + 2 * order.groups
+    if order.last_batch == "drop" or not len(found.rows):
+        assert seen.max(initial=0) <= 1
+        assert len(found.rows) == 0 or len(seen) - seen.sum() <= slack
+    else:
+        assert seen.min() >= 1
+        assert seen.sum() - len(seen) <= slack
+
+
+@given(st.lists(shard_lists, min_size=2, max_size=2), mixtures)
+@settings(max_examples=40)
+def test_each_part_of_a_batch_comes_from_its_own_group_in_every_epoch(stores, order):
+    examples = mixed(*stores)
+    group = np.empty(len(examples), dtype=int)
+    for number, members in enumerate(assigned(examples, order)):
+        group[members] = number
+    for epoch in range(3):
+        batches = epoch_batches(examples, order, epoch)
+        assert (group[batches] == np.repeat(np.arange(order.groups), order.part)).all()
+
+
+def test_weights_are_shares_of_an_epoch_and_epochs_are_repetitions():
+    examples = mixed([30] * 4, [30] * 12)
+    n = len(examples)
+    order = Order(global_batch_size=8)
+    (_, first), (_, second) = due_of(examples, changed(order, weights=(3.0, 1.0)))
+    assert (first, second) == (round(n * 0.75), round(n * 0.25))
+    assert changed(order, weights=(0.75, 0.25)).weights != (3.0, 1.0)
+    assert (
+        epoch_batches(examples, changed(order, weights=(0.75, 0.25)), 2).tolist()
+        == epoch_batches(examples, changed(order, weights=(3.0, 1.0)), 2).tolist()
+    )
+    found = epoch_of(examples, changed(order, epochs=(2.0, 0.5), last_batch="pad"), 1)
+    counts = np.bincount(found.index, minlength=n)
+    assert (counts[examples.store == 0] == 2).all()
+    assert set(counts[examples.store == 1].tolist()) == {0, 1}
+
+
+def test_a_small_weight_touches_few_shards_and_a_shard_that_comes_twice_is_two():
+    examples = mixed([30] * 20, [30] * 20)
+    order = Order(global_batch_size=8, epochs=(0.1, 2.0))
+    index, shard = weighed(examples, np.arange(len(examples)), order, 3)
+    assert len(set(examples.shard[index][examples.store[index] == 0].tolist())) <= 3
+    assert len(set(shard[examples.store[index] == 1].tolist())) == 40
+    found = epoch_of(examples, changed(order, window_shards=4), 3)
+    assert shards_in_use(found.rows, found.examples) <= 1.5 * 4 + 1
+
+
+def test_each_store_once_is_the_order_of_all_their_examples():
+    examples = mixed([9, 7], [12])
+    once = {"stores": [{"store": "a"}, {"store": "b"}], "template": "v1"}
+    plain = Order.of(DataSettings.model_validate(once), 8)
+    assert plain == Order(global_batch_size=8)
+    assert plain.identity() == Order(global_batch_size=8).model_dump(exclude={"groups", "weights", "epochs"})
+    forced = changed(plain, epochs=(1.0, 1.0))
+    assert epoch_batches(examples, forced, 4).tolist() == epoch_batches(examples, plain, 4).tolist()
+
+
+def test_shuffling_and_grouping_put_what_is_due_in_order_and_change_nothing_else():
+    examples = mixed([9, 7], [12])
+    order = Order(global_batch_size=4, group_by_length=True)
+
+    def draw(purpose: int, count: int) -> np.ndarray:
+        return np.random.default_rng(purpose).random(count)
+
+    sequence = shuffled(examples, order, draw)
+    assert sorted(sequence.tolist()) == list(range(len(examples)))
+    assert sorted(grouped(sequence, examples, 4, draw).tolist()) == list(range(len(examples)))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("groups", [2, 3, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8, 12])
+def test_ranks_that_hold_whole_groups_need_no_other(ranks, groups, grouped):
+    order = Order(global_batch_size=24, groups=groups, group_by_length=grouped)
+    parts = [np.arange(24)[order.share(rank, ranks)] for rank in range(ranks)]
+    assert sorted(np.concatenate(parts).tolist()) == list(range(24))
+    assert {len(part) for part in parts} == {24 // ranks}
+    if ranks % groups == 0 or groups % ranks == 0:
+        touched = [set((part // order.part).tolist()) for part in parts]
+        assert {len(some) for some in touched} == {max(1, groups // ranks)}
+
+
+def test_groups_that_do_not_divide_a_batch_are_refused():
+    with pytest.raises(ValueError, match="3 groups have no equal part of 8 examples"):
+        Order(global_batch_size=8, groups=3)

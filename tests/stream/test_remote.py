@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from training.stream.ahead import most_bytes_in_use
-from training.stream.order import Order
+from training.stream.order import Order, epoch_of
 from training.stream.reader import Reading
 from training.stream.source import Source
 from training.stream.stream import Stream
@@ -28,7 +28,7 @@ def remote(store: Path, s3: dict[str, str]) -> str:
 
 def open_stream(store: Path | str, **settings: object) -> Stream:
     order = Order(global_batch_size=8, window_shards=settings.pop("window_shards", 3))
-    return Stream(Source(str(store)), COLUMNS, order, Reading(**settings), lambda examples: {})
+    return Stream([Source(str(store))], COLUMNS, order, Reading(**settings), lambda examples: {})
 
 
 def contents(stream: Stream) -> list[tuple[list[str], list[bytes]]]:
@@ -52,18 +52,20 @@ def test_a_remote_store_gives_the_same_batches_whatever_the_cache_holds(
 
 
 def tars_in_use(stream: Stream) -> int:
-    return max(most_bytes_in_use(stream._uses(stream.epoch_batches(epoch))) for epoch in range(2))
+    epochs = (epoch_of(stream.examples, stream.order, epoch) for epoch in range(2))
+    return max(most_bytes_in_use(stream._uses(epoch)) for epoch in epochs)
 
 
 def test_each_tar_of_a_remote_store_is_fetched_once_per_epoch(store: Path, remote: str, tmp_path: Path) -> None:
     stream = open_stream(remote, cache_dir=str(tmp_path), window_shards=1)
-    assert stream._cache is not None
-    stream._cache.max_bytes = tars_in_use(stream)
+    (cache,) = stream._caches
+    assert cache is not None
+    cache.max_bytes = tars_in_use(stream)
     names: list[str] = []
-    download = stream._cache.storage.download
-    stream._cache.storage.download = lambda name, target: (names.append(name), download(name, target))[1]
+    download = cache.storage.download
+    cache.storage.download = lambda name, target: (names.append(name), download(name, target))[1]
     contents(stream)
-    assert sorted(names) == sorted(use.name for use in stream._uses(stream.epoch_batches(0)))
+    assert sorted(names) == sorted(use.name for use in stream._uses(epoch_of(stream.examples, stream.order, 0)))
 
 
 def test_a_cache_smaller_than_the_window_is_refused(remote: str, tmp_path: Path) -> None:

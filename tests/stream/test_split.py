@@ -14,7 +14,7 @@ from pipeline.shard import members
 from training.config import ValidationSettings
 from training.stream.order import Order
 from training.stream.reader import Reading
-from training.stream.source import Source, refuse_unlike
+from training.stream.source import Side, Source, refuse_unlike
 from training.stream.split import Split, draws
 from training.stream.stream import Stream
 
@@ -40,7 +40,8 @@ def names(tmp_path: Path) -> Names:
 
 def open_side(store: Path, chosen: Split | None, held_out: bool = False, limit: int | None = None) -> Stream:
     order = Order(global_batch_size=4, shuffle=False, last_batch="pad")
-    return Stream(Source(str(store), None, chosen, held_out, limit), ("block03",), order, Reading(), lambda _: {})
+    side = Side(chosen, held_out, limit)
+    return Stream([Source(str(store))], ("block03",), order, Reading(), lambda _: {}, side)
 
 
 def seen(stream: Stream) -> set[str]:
@@ -106,10 +107,10 @@ def test_a_limit_takes_always_the_same_examples_whole_images_first(store: Path) 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_rows_that_only_fill_the_last_batch_are_told(store: Path, limit: int, ranks: int) -> None:
     order = Order(global_batch_size=4, shuffle=False, last_batch="pad")
-    source = Source(str(store), None, split(share=0.5), True, limit)
+    side = Side(split(share=0.5), True, limit)
     counted: list[str] = []
     for rank in range(ranks):
-        stream = Stream(source, (), order, Reading(rank=rank, world_size=ranks), lambda _: {})
+        stream = Stream([Source(str(store))], (), order, Reading(rank=rank, world_size=ranks), lambda _: {}, side)
         batches = [batch["keys"] for batch in stream]
         batches[-1] = [key for key, fill in zip(batches[-1], stream.filling(), strict=True) if not fill]
         counted += [key for batch in batches for key in batch]
@@ -133,7 +134,7 @@ def test_a_position_belongs_to_its_split(store: Path, names: Names, tmp_path: Pa
 
 
 def test_what_cannot_be_split_is_said(store: Path, names: Names, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"share=1e-09 of .* leaves nothing held out: 0 of \d+ examples \(0 of 39 ima"):
+    with pytest.raises(ValueError, match=r"share=1e-09 leaves nothing held out: 0 of \d+ examples \(0 of 39 ima"):
         open_side(store, split(share=1e-9))
     with pytest.raises(ValueError, match=r"leaves nothing left to learn from: (\d+) of \1 examples"):
         open_side(store, split(share=1 - 1e-9))

@@ -40,7 +40,7 @@ def open_stream(
     order = {name: value for name, value in order.items() if name in Order.model_fields}
     reading = {name: value for name, value in settings.items() if name in Reading.model_fields}
     assert order.keys() | reading.keys() >= settings.keys()
-    return Stream(Source(str(store)), columns, Order(**order), Reading(**reading), collate)
+    return Stream([Source(str(store))], columns, Order(**order), Reading(**reading), collate)
 
 
 def epoch_keys(stream: Stream) -> list[list[str]]:
@@ -167,8 +167,9 @@ def test_a_resumed_run_reads_nothing_that_was_consumed(store: Path, monkeypatch:
     stream = open_stream(store)
     stream.load_state_dict(stream.state_dict(3 * 8, True))
     read: list[int] = []
-    reader = stream._reader.tars.read_into
-    monkeypatch.setattr(stream._reader.tars, "read_into", lambda *a: (read.append(a[1]), reader(*a))[1])
+    (tars,) = stream._reader.tars
+    reader = tars.read_into
+    monkeypatch.setattr(tars, "read_into", lambda *a: (read.append(a[1]), reader(*a))[1])
     list(stream)
     rest = stream.examples.sample[stream.epoch_batches(0)[3:]]
     records = sum(len(set(row)) for row in rest.tolist())
@@ -373,7 +374,7 @@ def test_a_run_keeps_the_shards_that_it_began_with(
     known = shards_of(Storage(after), first.fingerprint)
     assert known == 5
     order = Order(global_batch_size=8, window_shards=3)
-    resumed = Stream(Source(str(after), known), COLUMNS, order, Reading(), lengths)
+    resumed = Stream([Source(str(after), known)], COLUMNS, order, Reading(), lengths)
     assert resumed.fingerprint == first.fingerprint
     assert epoch_keys(resumed) == epoch_keys(first)
     resumed.load_state_dict(first.state_dict(8, True))

@@ -20,11 +20,10 @@ def examples(config: TrainConfig, model: CompactVisionForConditionalGeneration) 
     from tqdm import tqdm
 
     from training.fit.build import load_tokenizer
-    from training.fit.parts import text_collate
+    from training.fit.parts import sources, text_collate
     from training.fit.skipped import by_kind, too_many
     from training.stream.order import Order
     from training.stream.reader import Reading
-    from training.stream.source import Source
     from training.stream.stream import Stream
 
     collate = text_collate(config, load_tokenizer(config), model)
@@ -38,7 +37,7 @@ def examples(config: TrainConfig, model: CompactVisionForConditionalGeneration) 
             progress.update(min(len(batch), progress.total - progress.n))
             return {}
 
-        stream = Stream(Source(config.data.store), (), order, Reading.of(config.data), look)
+        stream = Stream(sources(config), (), order, Reading.of(config.data), look)
         total = progress.total = len(stream.examples)
         for _ in stream:
             pass

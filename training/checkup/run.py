@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,6 @@ from training.fit.needs import end_needs, host_memory, needs, shape_of
 from training.release.records import CONFIG
 
 if TYPE_CHECKING:
-    from pipeline.schema import StoreSpec
     from training.model.model import CompactVisionForConditionalGeneration
 
 
@@ -25,7 +25,7 @@ def of_run(config: TrainConfig, ranks: ThisRank, every_example: bool = False) ->
     from pipeline.storage import Storage
 
     try:
-        store = read_store(Storage(config.data.store))
+        store = read_store(Storage(config.data.mixture[0].store))
     except (ValueError, OSError) as error:
         return [Finding("fail", "store", str(error))]
     try:
@@ -38,7 +38,8 @@ def of_run(config: TrainConfig, ranks: ThisRank, every_example: bool = False) ->
     found += run_check("model", lambda: model_fits(config, model))
     found += run_check("weights", lambda: llm_files(config))
     found += run_check("batch", lambda: batch(config, model, ranks))
-    found += run_check("store", lambda: columns(config, store, model))
+    for entry in config.data.mixture:
+        found += run_check("store", partial(columns, entry.store, model, len(config.data.mixture)))
     if every_example:
         found += run_check("examples", lambda: examples(config, model))
     found += needs(config, model, ranks) + run_check("host", lambda: host_memory(config, store, model, ranks))
@@ -111,20 +112,23 @@ def batch(config: TrainConfig, model: CompactVisionForConditionalGeneration, ran
         yield Finding("warn", "batch", text + "; more steps, or optimizer.warmup_ratio=0")
 
 
-def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration) -> Iterator[Finding]:
-    """The first image's features are there and decode to numbers, and how long one read takes."""
+def columns(url: str, model: CompactVisionForConditionalGeneration, stores: int) -> Iterator[Finding]:
+    """The features of a store's first image are there and decode to numbers, and how long one read takes."""
     import torch
 
     from pipeline.codec import from_payload
-    from pipeline.manifest import fingerprint
+    from pipeline.manifest import fingerprint, read_store
     from pipeline.schema import tar_path
     from pipeline.storage import Storage
     from training.stream.index import read_index
 
-    storage = Storage(config.data.store)
+    storage = Storage(url)
+    store = read_store(storage)
     index, examples = read_index(storage, store, model.connector.columns)
     if not examples.has_image.any():
-        yield Finding("fail", "store", f"{config.data.store} has no image; a connector has nothing to learn from")
+        only = stores == 1
+        text = "has no image; a connector has nothing to learn from" if only else "is text only"
+        yield Finding("fail" if only else "ok", "store", f"{url} {text}")
         return
     sample = int(examples.sample[examples.has_image][0])
     known = {column.name: column for column in store.columns}
@@ -133,7 +137,7 @@ def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForCondit
         place = (int(index.offsets[name][sample]), int(index.sizes[name][sample]))
         data = bytearray(storage.read_range(tar_path(name, int(index.shard[sample])), *place))
         if len(data) != place[1]:
-            text = f"{name} of {index.keys[sample]} is cut off; run pipeline/verify_shards.py {config.data.store}"
+            text = f"{name} of {index.keys[sample]} is cut off; run pipeline/verify_shards.py {url}"
             yield Finding("fail", "store", text)
             return
         features = from_payload(
@@ -156,7 +160,7 @@ def columns(config: TrainConfig, store: StoreSpec, model: CompactVisionForCondit
 def cache(config: TrainConfig) -> Iterator[Finding]:
     """A remote store needs a place for its shards."""
     data = config.data
-    if not data.store.startswith("s3://"):
+    if not any(entry.store.startswith("s3://") for entry in data.mixture):
         return
     if data.cache_dir is None:
         text = "none: every image is a ranged request in every epoch; data.cache_dir=/nvme/cache keeps shards"

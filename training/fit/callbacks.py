@@ -23,6 +23,7 @@ from training.checkpoints.resume import together
 from training.cost.mfu import peak_flops
 from training.engines.base import Engine
 from training.fit.composer_model import token_counts
+from training.fit.mixture import LossByStore
 from training.release.records import LOG, cut_log
 from training.stream.stream import Stream
 
@@ -36,11 +37,13 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
     rank; on a known GPU), padding (share of the positions of this rank's microbatches that hold no token). After an
     evaluation also heldout_loss and heldout_accuracy (over all supervised tokens of the held-out examples), and
     heldout_s, which is no part of the step's seconds; at an epoch's end questions_right, a share of the own questions.
+    Of several stores also loss_store0, tokens_store0 (supervised ones), ..., of those with any in the global batch.
 
     Args:
         run: folder of the run.
         engine: has measured the gradient.
         flops: of a batch, by the lengths of its examples, its number of images and of supervised tokens.
+        by_store: knows the loss of each of several stores.
     """
 
     def __init__(
@@ -50,12 +53,14 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
         total_steps: int,
         engine: Engine,
         flops: Callable[[list[int], int, int], float],
+        by_store: LossByStore,
     ) -> None:
         self.run = run
         self.stream = stream
         self.total_steps = total_steps
         self.engine = engine
         self.flops = flops
+        self.by_store = by_store
         self.peak = peak_flops()
         self._line: dict[str, float] = {}
         self._step_start = 0.0
@@ -123,7 +128,7 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
         }
         if self.peak is not None:
             line["mfu"] = self._work / seconds / self.peak
-        line |= self._more
+        line |= self.by_store.line | self._more
         self._more, self._aside_s = {}, 0.0
         logger.log_metrics({f"step/{name}": value for name, value in line.items() if name != "step"})
         if dist.get_global_rank() == 0:
@@ -185,11 +190,13 @@ class StopOnBadLoss(Callback):  # type: ignore[misc]
     Args:
         spike: a step's loss may be at most this many times the median of the last 100; None for any.
         engine: measures the gradient and clips it on this occasion.
+        by_store: has more to be read from the device on this occasion.
     """
 
-    def __init__(self, spike: float | None, engine: Engine) -> None:
+    def __init__(self, spike: float | None, engine: Engine, by_store: LossByStore) -> None:
         self.spike = spike
         self.engine = engine
+        self.by_store = by_store
         self._recent: deque[float] = deque(maxlen=100)
         self._losses: list[torch.Tensor] = []  # (), of the step's microbatches, where they were computed
         self._keys: list[list[str]] = []  # of their examples
@@ -216,7 +223,9 @@ class StopOnBadLoss(Callback):  # type: ignore[misc]
             FloatingPointError: with the keys (`<image>#<conversation>`) of the first microbatch that has such a loss.
         """
         self.engine.clip_gradients(state)
-        for loss, keys in zip(self.engine.read(self._losses), self._keys, strict=True):
+        read = self.engine.read([*self._losses, *self.by_store.sums])
+        self.by_store.take(read[len(self._losses) :])
+        for loss, keys in zip(read[: len(self._losses)], self._keys, strict=True):
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"loss is {loss} at step {state.timestamp.batch.value}; "

@@ -59,7 +59,7 @@ class TrainableModel(ComposerModel):  # type: ignore[misc]
             attention_mask=batch["attention_mask"],
             labels=batch["labels"],
             columns=columns,
-            places=Places(batch["image_rows"], batch["vision"], batch["learned"]) if "learned" in batch else None,
+            places=_places(batch),
             use_cache=False,
         )
 
@@ -69,17 +69,28 @@ class TrainableModel(ComposerModel):  # type: ignore[misc]
         return loss
 
 
-def microbatches(batch: Batch, size: int | float, image_token_id: int, pin: bool) -> list[Batch]:
+def _places(batch: Batch) -> Places | None:
+    """What is known of a microbatch; None if it was not asked on the host."""
+    if "learned" not in batch:
+        return None
+    return Places(batch["image_rows"], batch["vision"], batch["learned"], batch.get("groups"))
+
+
+def microbatches(batch: Batch, size: int | float, image_token_id: int, pin: bool, stores: int = 1) -> list[Batch]:
     """`split`, and all that a step would otherwise ask the device for, while the batch is on the host.
 
-    Each part has `tokens` (`token_counts`), and the places `vision` and `learned` (model.placeholders.Places). With
-    `pin` its tensors are page-locked: the host goes on while they are copied to the GPU.
+    Each part has `tokens` (`token_counts`), and the places `vision` and `learned` (model.placeholders.Places); with
+    several `stores` also `groups`, each target's store. With `pin` its tensors are page-locked: the host goes on while
+    they are copied to the GPU.
     """
     parts = split(batch, size)
     for part in parts:
         part["tokens"] = token_counts(part)
         places = {"vision": part["input_ids"].numpy() == image_token_id, "learned": _learned(part)}  # (B, L) each
         part |= {name: torch.from_numpy(np.flatnonzero(found)) for name, found in places.items()}
+        if stores > 1:
+            of_target = part["stores"].numpy()[part["learned"].numpy() // part["input_ids"].shape[1]]  # (targets,)
+            part["groups"] = torch.from_numpy(np.eye(stores, dtype=np.float32)[of_target])
         if pin:
             part |= {name: value.pin_memory() for name, value in part.items() if isinstance(value, torch.Tensor)}
     return parts

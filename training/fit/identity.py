@@ -44,7 +44,10 @@ def refuse_another(config: TrainConfig) -> None:
         read_as(Summary, run / SUMMARY)
     before = read_config(run)
     theirs, mine = before.identity(), config.identity()
-    paths = theirs.pop("data.store"), mine.pop("data.store")
+    places = [[entry.store for entry in settings.data.mixture] for settings in (before, config)]
+    for settings, found in ((before, theirs), (config, mine)):
+        for name in settings.store_paths():
+            found.pop(name)
     known = _known(run)
     same = {name for name in FOLDERS if _same_folder(known.get(name), theirs.get(name), mine.get(name))}
     differing = [
@@ -57,8 +60,13 @@ def refuse_another(config: TrainConfig) -> None:
         for name in {**theirs, **mine}
         if name not in same and theirs.get(name) != mine.get(name)
     ]
-    if not _same_store(run, *paths):
-        differing.append(f"data.store: {paths[0]} -> {paths[1]}, which holds another store")
+    differing += [
+        f"{name}: {there} -> {here}, which holds another store"
+        for name, there, here, known in zip(config.store_paths(), *places, _known_stores(run, places[1]), strict=False)
+        if not _same_store(there, here, known)
+    ]
+    if len(places[0]) != len(places[1]):
+        differing.append(f"data.stores: {', '.join(places[0])} -> {', '.join(places[1])}")
     if differing:
         raise ValueError(
             f"{run} holds a run with other settings; set them back, take another run=..., or delete it:\n  "
@@ -66,18 +74,29 @@ def refuse_another(config: TrainConfig) -> None:
         )
 
 
-def _same_store(run: Path, there: str, here: str) -> bool:
-    """Whether the store at path `here` is the one that the run learns from, which lay at `there`.
+def _known_stores(run: Path, here: list[str]) -> list[str | None]:
+    """The fingerprint of each store that a run learns from; None for those of a run that began before they were kept.
 
-    It may have got further shards since.
+    Raises:
+        ValueError: if the file that keeps them is damaged.
     """
     path = run / STORE
-    known = path.read_text(encoding="utf-8", errors="replace").strip() if path.is_file() else None
-    if known is not None and not re.fullmatch(r"[0-9a-f]{64}", known):
+    if not path.is_file():
+        return [None] * len(here)
+    known = path.read_text(encoding="utf-8", errors="replace").strip()
+    if not re.fullmatch(r"[0-9a-f]{64}(\n[0-9a-f]{64})*", known):
         raise ValueError(
-            f"{path} is damaged (found {known[:80]!r}, not the fingerprint of a store); if {here} is the store that "
-            "the run learns from, delete this file and run the same command again"
+            f"{path} is damaged (found {known[:80]!r}, not the fingerprint of a store); if {' and '.join(here)} is the "
+            "store that the run learns from, delete this file and run the same command again"
         )
+    return [*known.splitlines()]
+
+
+def _same_store(there: str, here: str, known: str | None) -> bool:
+    """Whether the store at path `here` is the one that the run learns from, which lay at `there`.
+
+    It may have got further shards since. `known` is its fingerprint, if the run has kept it.
+    """
     if known is None and there == here:
         return True  # a run that began before fingerprints were kept
     if known is None:

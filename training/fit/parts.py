@@ -1,7 +1,8 @@
-"""What a stage is made of: the store, the tokenizer, the model and the stream of batches, which fit each other."""
+"""What a stage is made of: the stores, the tokenizer, the model and the stream of batches, which fit each other."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,19 +19,20 @@ from training.model.tokenizer import Tokenizer
 from training.release.records import CONFIG
 from training.stream.order import Order
 from training.stream.reader import Collate, Reading
-from training.stream.source import Source, refuse_unlike
+from training.stream.source import Side, Source, refuse_unlike
 from training.stream.split import Split
 from training.stream.stream import Stream
 from training.text.collate import Collator
 
 HELD_OUT_AHEAD = 1  # batches of held-out examples that are read ahead; memory is one more
-STORE = "store.sha256"  # in a run's folder: the fingerprint of the store that it learns from
+STORE = "store.sha256"  # in a run's folder: a line with the fingerprint of each store that it learns from
+Shards = tuple[int | None, ...]  # of each store, how many of its first shards count; None for all
 
 
 class Parts(NamedTuple):
     """The parts of one rank."""
 
-    store: StoreSpec
+    store: StoreSpec  # the first; others have the same encoder, columns and codec
     tokenizer: Tokenizer
     model: CompactVisionForConditionalGeneration
     stream: Stream
@@ -44,7 +46,7 @@ def open_parts(config: TrainConfig, rank: int, ranks: int) -> Parts:
         ValueError: if they do not. OSError: if one cannot be read.
     """
     config.per_rank(ranks)
-    store = read_store(Storage(config.data.store))
+    store = read_store(Storage(config.data.mixture[0].store))
     tokenizer = load_tokenizer(config)
     model = empty_model(config, store)
     (shards,) = together(rank == 0, lambda: shards_at_start(config))  # rank 0 speaks for all
@@ -54,46 +56,54 @@ def open_parts(config: TrainConfig, rank: int, ranks: int) -> Parts:
     return Parts(store, tokenizer, model, stream, held_out)
 
 
-def shards_at_start(config: TrainConfig) -> int | None:
-    """How many shards the store had when the run began; None for a run that begins now, or with another store.
+def shards_at_start(config: TrainConfig) -> Shards:
+    """How many shards each store had when the run began; None for a run that begins now, or with another store.
 
     Shards may have come since (`build_shards.py --retry-failed`): with them, a resumed run would see another order.
     """
-    run, storage = Path(config.run), Storage(config.data.store)
+    run, storages = Path(config.run), [Storage(entry.store) for entry in config.data.mixture]
     if (run / STORE).is_file():
-        return shards_of(storage, (run / STORE).read_text(encoding="utf-8").strip())
-    if (run / CONFIG).exists():
-        return read_store(storage).shards  # it began before fingerprints were kept, and before shards could come
-    return None
+        known = (run / STORE).read_text(encoding="utf-8").split()
+        if len(known) != len(storages):
+            raise ValueError(
+                f"{run / STORE} names {len(known)} stores, the run's settings {len(storages)}; set them back, or take "
+                "another run=..."
+            )
+        return tuple(shards_of(storage, one) for storage, one in zip(storages, known, strict=True))
+    if (run / CONFIG).exists():  # it began before fingerprints were kept, and before shards could come
+        return tuple(read_store(storage).shards for storage in storages)
+    return (None,) * len(storages)
 
 
 def open_stream(
-    config: TrainConfig,
-    columns: tuple[str, ...],
-    rank: int,
-    ranks: int,
-    collate: Collate,
-    shards: int | None = None,
+    config: TrainConfig, columns: tuple[str, ...], rank: int, ranks: int, collate: Collate, shards: Shards = ()
 ) -> Stream:
-    """The batches of one rank of a run, in the order that `config` asks for, of the store's first `shards`.
+    """The batches of one rank of a run, in the order that `config` asks for, of the stores' first `shards`.
 
     Raises:
-        ValueError: if the settings do not fit the store, or an epoch has no batch.
+        ValueError: if the settings do not fit the stores, or an epoch has no batch.
     """
     order = Order.of(config.data, config.global_batch_size)
     reading = Reading.of(config.data, rank, ranks, pin_memory=torch.cuda.is_available())
-    source = Source(config.data.store, shards, Split.of(config.data.validation))
-    stream = Stream(source, columns, order, reading, collate)
+    side = Side(Split.of(config.data.validation))
+    stream = Stream(sources(config, shards), columns, order, reading, collate, side)
     if len(stream) == 0:
+        what = " and ".join(entry.store for entry in config.data.mixture)
         raise ValueError(
-            f"{config.data.store} gives {len(stream.examples)} examples, fewer than one global batch of "
+            f"{what} gives {len(stream.examples)} examples, fewer than one global batch of "
             f"{config.global_batch_size}; lower global_batch_size or set data.last_batch=pad"
         )
     return stream
 
 
+def sources(config: TrainConfig, shards: Shards = ()) -> list[Source]:
+    """The stores that a run learns from, of each its first `shards`."""
+    known = shards or (None,) * len(config.data.mixture)
+    return [Source(entry.store, count) for entry, count in zip(config.data.mixture, known, strict=True)]
+
+
 def held_out_stream(
-    config: TrainConfig, columns: tuple[str, ...], rank: int, ranks: int, collate: Collate, shards: int | None = None
+    config: TrainConfig, columns: tuple[str, ...], rank: int, ranks: int, collate: Collate, shards: Shards = ()
 ) -> Stream | None:
     """The batches of one rank of the examples that are never learned from; None if `config` asks for no validation.
 
@@ -109,17 +119,20 @@ def held_out_stream(
     validation = config.data.validation
     if validation is None:
         return None
-    if validation.store is None:
-        source = Source(config.data.store, shards, Split.of(validation), True, validation.limit)
-    else:
-        refuse_unlike(config.data.store, validation.store, columns)
-        source = Source(validation.store, None, Split.whole(validation.seed), True, validation.limit)
+    read, split = sources(config, shards), Split.of(validation)
+    if validation.store is not None:
+        refuse_unlike(read[0].url, validation.store, columns)
+        read, split = [Source(validation.store)], Split.whole(validation.seed)
+        if isinstance(collate, Collator):
+            collate = replace(collate, by_store=())  # it has data.template
     order = Order(global_batch_size=config.global_batch_size, shuffle=False, last_batch="pad")
     reading = Reading.of(config.data, rank, ranks, pin_memory=torch.cuda.is_available())
-    return Stream(source, columns, order, reading.model_copy(update={"prefetch": HELD_OUT_AHEAD}), collate)
+    reading = reading.model_copy(update={"prefetch": HELD_OUT_AHEAD})
+    return Stream(read, columns, order, reading, collate, Side(split, True, validation.limit))
 
 
 def text_collate(config: TrainConfig, tokenizer: Tokenizer, model: CompactVisionForConditionalGeneration) -> Collator:
-    """What makes the text tensors of a batch."""
-    data = config.data
-    return Collator(tokenizer, data.template, data.max_length, model.connector.tokens, model.config.image_token_id)
+    """What makes the text tensors of a batch, of each store in its template."""
+    data, vision = config.data, (model.connector.tokens, model.config.image_token_id)
+    by_store = tuple(entry.template or data.template for entry in data.mixture)
+    return Collator(tokenizer, data.template, data.max_length, *vision, by_store=by_store)

@@ -26,6 +26,7 @@ from training.config import TrainConfig
 from training.engines.base import Engine
 from training.fit.build import merged_llm, whole_model
 from training.fit.identity import SOURCES, refuse_another, sources
+from training.fit.mixture import seen, seen_lines
 from training.fit.parts import STORE, Parts
 from training.release.card import CardFiles, model_card, store_facts
 from training.release.connector import SHAPE, export_connector
@@ -193,7 +194,7 @@ def claim(config: TrainConfig, parts: Parts) -> None:
     run = Path(config.run)
 
     def write() -> None:
-        write_whole(run / STORE, parts.stream.fingerprint + "\n")
+        write_whole(run / STORE, "".join(f"{one}\n" for one in parts.stream.fingerprints))
         write_whole(run / SOURCES, json.dumps(sources(config), indent=1))
         write_whole(run / CONFIG, json.dumps(config.model_dump(mode="json"), indent=1))
 
@@ -265,7 +266,7 @@ def _export(config: TrainConfig, parts: Parts, connector: dict[str, Tensor], llm
     export_connector(whole.connector, run / "connector")
     if "llm" in config.train:
         whole = with_encoder(whole, parts.store)
-        card = model_card(whole, store_facts(parts.store), CardFiles(run))
+        card = model_card(whole, store_facts(parts.stream.stores), CardFiles(run))
         write_model(whole, parts.tokenizer, run / "model", card, contents=merged_llm(config, whole, llm))
 
 
@@ -284,8 +285,11 @@ def _summarize(config: TrainConfig, parts: Parts, steps: int, history: History) 
         vision_tokens_out=parts.model.connector.tokens,
         skipped=len(read_log(run, SKIPPED)),
         heldout=HeldOut.of(history),
+        stores=seen(config, parts.stream, steps, lines),
     )
     write_whole(run / SUMMARY, summary.model_dump_json(indent=1))
+    if summary.stores:
+        print(seen_lines(summary.stores), flush=True)
     print(f"done      {summary.course()}; weights in {run}", flush=True)
     if config.checkpoint.keep_best and summary.heldout is not None and summary.heldout.best_step is not None:
         print(f"best      step {summary.heldout.best_step}: python training/export.py {run} --best", flush=True)

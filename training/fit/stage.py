@@ -20,6 +20,7 @@ from training.engines.base import Engine
 from training.engines.weights import memory_returned
 from training.fit.evaluation import Evaluation, Plan, refuse_unlearnable
 from training.fit.finding import ThisRank, run_check
+from training.fit.mixture import mixture_lines
 from training.fit.needs import end_needs, host_memory, needs, refuse_unready
 from training.fit.optimizer import build_optimizer
 from training.fit.parts import Parts, open_parts
@@ -157,8 +158,7 @@ def describe(config: TrainConfig, parts: Parts, steps: int, ranks: int) -> str:
     patches = store.encoder.grid**2
     return (
         f"run       {config.run}\n"
-        f"store     {config.data.store}: {store.samples} images, codec {store.codec}, "
-        f"columns {', '.join(model.connector.columns)}\n"
+        f"{mixture_lines(config, parts.stream)}, columns {', '.join(model.connector.columns)}\n"
         f"connector {config.model.connector.arm}: {patches} patch tokens -> {model.connector.tokens} vision tokens\n"
         f"learning  {', '.join(config.train)}: {learning:,} parameters; frozen: {frozen:,}\n"
         f"batches   {config.global_batch_size} examples over {ranks} rank(s); "

@@ -36,13 +36,13 @@ def export_run(
     from training.fit.build import load_tokenizer
 
     config = read_config(run)
-    store = read_store(Storage(config.data.store))
-    model = trained_model(config, store, run, checkpoint)
+    stores = [read_store(Storage(entry.store)) for entry in config.data.mixture]
+    model = trained_model(config, stores[0], run, checkpoint)
     target = None if dtype is None else getattr(torch, dtype)
     # Scores beside the run are of the model at its end.
     beside, at = ([], FOLDER.fullmatch(checkpoint.name)) if checkpoint else (sorted(run.glob("*.scores.json")), None)
     files = CardFiles(run, [*beside, *scores], int(at[1]) if at else None)
-    export_model(model, load_tokenizer(config), store, out, target, files)
+    export_model(model, load_tokenizer(config), stores, out, target, files)
 
 
 def best_checkpoint(run: Path) -> Path:

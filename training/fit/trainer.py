@@ -20,6 +20,7 @@ from training.engines.base import Engine
 from training.fit.callbacks import StepLog, StopOnBadLoss, boards
 from training.fit.composer_model import TrainableModel, microbatches, token_counts
 from training.fit.evaluation import Evaluation, Plan
+from training.fit.mixture import LossByStore
 from training.fit.optimizer import build_optimizer, build_schedule
 from training.fit.pace import SlowRanks
 from training.fit.parts import Parts
@@ -48,7 +49,8 @@ def build_trainer(
     run, model = Path(config.run), parts.model
     left_out = engine.left_out(model)
     latest = find(run / "checkpoints", config.checkpoint, engine)
-    log = StepLog(run, parts.stream, steps, engine, StepFlops(model, config.train))
+    by_store = LossByStore(len(parts.stream.stores))
+    log = StepLog(run, parts.stream, steps, engine, StepFlops(model, config.train), by_store)
     plan = Plan.of(config, parts, steps)
     evaluation = None if plan is None else Evaluation(parts, plan, engine, stop, watch, log)
     if evaluation is not None:
@@ -70,7 +72,8 @@ def build_trainer(
         "accumulate_train_batch_on_tokens": config.loss == "global",
         "callbacks": [
             SkippedExamples(run, parts.stream, steps, config.data.max_skipped, stop),  # before `checkpoints`: it agrees
-            StopOnBadLoss(config.stop_on_spike, engine),
+            by_store,  # before `StopOnBadLoss`, which reads it
+            StopOnBadLoss(config.stop_on_spike, engine, by_store),
             *([] if evaluation is None else [evaluation]),  # before `checkpoints`: what is best is saved
             SlowRanks(parts.stream),
             watch,
@@ -106,10 +109,10 @@ def _data(parts: Parts) -> DataSpec:
     DataLoader hands them on as they are. On their way to the device they lose their class, for whose sake Composer does
     not copy all features of a microbatch once more.
     """
-    image_token_id, pin = parts.model.config.image_token_id, torch.cuda.is_available()
+    given = (parts.model.config.image_token_id, torch.cuda.is_available(), len(parts.stream.stores))
     return DataSpec(
         DataLoader(parts.stream, batch_size=None, num_workers=0, collate_fn=lambda batch: batch),
-        split_batch=lambda batch, size: microbatches(batch, size, image_token_id, pin),
+        split_batch=lambda batch, size: microbatches(batch, size, *given),
         microbatch_transforms=Batch,
         get_num_samples_in_batch=lambda batch: len(batch["keys"]),
         get_num_tokens_in_batch=token_counts,

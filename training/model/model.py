@@ -12,9 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,8 +27,9 @@ from transformers.utils import can_return_tuple
 
 from pipeline.encoders import encoder_of
 
+from .loss import Loss
 from .markers import IGNORE
-from .placeholders import Places, ProposedText, VocabularyOnly, check_count, learned_in, within_vocabulary
+from .placeholders import Places, ProposedText, VocabularyOnly, check_count, within_vocabulary
 from .reducers import build_connector, connector_config
 from .reducers.connector import Connector, Text, check_tower
 
@@ -96,12 +95,14 @@ class CompactVisionOutput(CausalLMOutputWithPast):  # type: ignore[misc]
         logits: (batch, kept positions, vocabulary); None in training and with `places`: supervised ones suffice there.
         image_hidden_states: (images, tokens, width) vision tokens, if images were given.
         right: (), how many supervised tokens have the largest logit; None in training, which does not look.
+        by_group: (groups,), sums of cross-entropies in training, where `places` have groups.
         The rest is the language model's: its cache (`past_key_values`, from transformers 5.24 on `cache`), hidden
         states and attentions.
     """
 
     image_hidden_states: Tensor | None = None
     right: Tensor | None = None
+    by_group: Tensor | None = None
 
 
 class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
@@ -249,12 +250,16 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         if labels is None or not (self.training or places is not None):
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.llm.get_output_embeddings()(hidden[:, keep])
-        loss, right = (None, None) if labels is None else self._loss(hidden, labels, vision, places)
+        loss, aside = None, None
+        if labels is not None:
+            entropy = Loss(self.llm.get_output_embeddings(), self.loss_chunks, self.training)
+            loss, aside = entropy(hidden, labels, vision, places)
         return CompactVisionOutput(
             loss=loss,
             logits=logits,
             image_hidden_states=vision,
-            right=right,
+            right=None if self.training else aside,
+            by_group=aside if self.training else None,
             **{name: value for name, value in outputs.items() if name != "last_hidden_state"},
         )
 
@@ -317,39 +322,6 @@ class CompactVisionForConditionalGeneration(PreTrainedModel, GenerationMixin):  
         at = at.to(embeds.device)
         # No view: to torch.compile a view is another input than what comes out of a layer, with a graph of its own.
         return embeds.index_put((at // embeds.shape[1], at % embeds.shape[1]), tokens)
-
-    def _loss(
-        self, hidden: Tensor, labels: Tensor, vision: Tensor | None, places: Places | None = None
-    ) -> tuple[Tensor, Tensor | None]:
-        """(batch, length, width), labels (batch, length), vision (n, tokens, width) -> mean cross-entropy in fp32, ().
-
-        With it comes how many tokens have the largest logit, (), or None in training.
-
-        Logits are computed only at supervised positions, which bound their memory. With `loss_chunks` above 1 they come
-        in that many parts, none is kept, and the backward pass computes each again: 2 FLOPs per head weight and token.
-
-        Without supervised tokens it is 0, and without images 0 is added to it, both with a graph: every parameter
-        that learns then has a gradient on every rank, which DDP waits for.
-        """
-        # (targets,), b * length + l: predicted at the position before.
-        learned = (learned_in(labels) if places is None else places.learned).to(hidden.device)
-        hidden = hidden.flatten(0, 1).index_select(0, learned - 1)
-        targets = labels.to(hidden.device).flatten().index_select(0, learned)
-        parts = zip(hidden.tensor_split(self.loss_chunks), targets.tensor_split(self.loss_chunks), strict=True)
-        if self.loss_chunks == 1:
-            sums = [self._cross_entropy(*part) for part in parts]
-        else:  # as many on every rank, however few tokens it has: a sharded head is gathered once for each
-            sums = [checkpoint(self._cross_entropy, *part, use_reentrant=False) for part in parts]
-        loss = torch.stack([entropy for entropy, _ in sums]).sum() / max(1, len(targets))
-        if vision is not None and vision.shape[0] == 0:
-            loss = loss + vision.sum() * 0
-        return loss, None if self.training else torch.stack([right for _, right in sums]).sum()
-
-    def _cross_entropy(self, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Sum over (tokens, width) and (tokens,), (); how many have the largest logit, (), which training leaves 0."""
-        logits = self.llm.get_output_embeddings()(hidden).float()  # (tokens, vocabulary)
-        right = targets.new_zeros(()) if self.training else (logits.argmax(dim=-1) == targets).sum()
-        return F.cross_entropy(logits, targets, reduction="sum"), right
 
     def _get_logits_processor(self, *args: Any, encoder_input_ids: Any = None, **kwargs: Any) -> LogitsProcessorList:
         """transformers' list, which never sees an id beyond the vocabulary."""

@@ -5,12 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
-
-from .markers import IGNORE
 
 
 class Places(NamedTuple):
@@ -22,16 +19,13 @@ class Places(NamedTuple):
         rows: (n,), the rows with an image.
         vision: (n * tokens,), the placeholders, counted through all rows: b * L + l.
         learned: (targets,), the labels that are predicted, counted likewise.
+        groups: float32 (targets, groups), 1 where a target is of a group, whose loss is wanted by itself; or None.
     """
 
     rows: Tensor
     vision: Tensor
     learned: Tensor
-
-
-def learned_in(labels: Tensor) -> Tensor:
-    """Labels (B, L) -> `Places.learned`; the first label of a row has nothing before it, from which to predict it."""
-    return F.pad(labels[:, 1:], (1, 0), value=IGNORE).flatten().ne(IGNORE).nonzero().squeeze(1)
+    groups: Tensor | None = None
 
 
 def check_count(found: int, vision: Tensor | None, config: Any) -> None:

@@ -84,16 +84,16 @@ def model_card(
     return "---\nlibrary_name: transformers\npipeline_tag: image-text-to-text\n---\n" + "\n\n".join(parts) + "\n"
 
 
-def store_facts(store: StoreSpec) -> dict[str, str]:
-    """What the features were that a model was trained on."""
-    encoder = store.encoder
-    fingerprint = hashlib.sha256(store.model_dump_json().encode()).hexdigest()
+def store_facts(stores: Sequence[StoreSpec]) -> dict[str, str]:
+    """What the features were that a model was trained on; the stores have the same encoder, pixels and codec."""
+    store, encoder = stores[0], stores[0].encoder
+    of = [f"{store.samples} samples, data {escaped(store.dataset)}" for store in stores]
+    fingerprints = [hashlib.sha256(store.model_dump_json().encode()).hexdigest() for store in stores]
     return {
         "vision encoder": f"{escaped(encoder.id)} at {escaped(encoder.revision)}, frozen",
         "images": f"aspect {store.aspect}, {encoder.image_size} x {encoder.image_size} pixels",
-        "trained on features": f"{store.samples} samples, data {escaped(store.dataset)}, codec {store.codec}, "
-        f"computed in {store.compute}",
-        "feature store": f"fingerprint {fingerprint}",
+        "trained on features": f"{'; '.join(of)}, codec {store.codec}, computed in {store.compute}",
+        "feature store": f"fingerprint {', '.join(fingerprints)}",
     }
 
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def export_model(
     model: CompactVisionForConditionalGeneration,
     tokenizer: Tokenizer,
-    store: StoreSpec,
+    stores: Sequence[StoreSpec],
     folder: Path,
     dtype: torch.dtype | None = None,
     files: CardFiles = NO_FILES,
@@ -40,7 +40,7 @@ def export_model(
     Args:
         model: as trained; it is left as it is.
         tokenizer: of the language model.
-        store: says which encoder made the features and how images became square.
+        stores: what it learned from; the first says which encoder made the features and how images became square.
         folder: replaced if it exists.
         dtype: of the weights; None keeps each part's own.
         files: what the card takes its figures from.
@@ -48,8 +48,8 @@ def export_model(
     Raises:
         ValueError: if a file of scores is none. OSError: if the vision encoder cannot be read.
     """
-    whole = with_encoder(model, store, dtype)
-    write_model(whole, tokenizer, folder, model_card(whole, store_facts(store), files), dtype)
+    whole = with_encoder(model, stores[0], dtype)
+    write_model(whole, tokenizer, folder, model_card(whole, store_facts(stores), files), dtype)
 
 
 def with_encoder(

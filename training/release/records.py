@@ -64,6 +64,14 @@ class HeldOut(BaseModel):
         return f"held-out loss {first} -> {last}{best}"
 
 
+class StoreSeen(BaseModel):
+    """What a run has learned from one of several stores."""
+
+    store: str
+    examples: int
+    tokens: int | None  # supervised ones; None where lines of the log are lost
+
+
 class Summary(BaseModel):
     """`summary.json`: what a stage has come to."""
 
@@ -76,6 +84,7 @@ class Summary(BaseModel):
     vision_tokens_out: int
     skipped: int | None = None  # examples that taught nothing; None in summaries of the time before they were counted
     heldout: HeldOut | None = None  # None without data.validation
+    stores: list[StoreSeen] = []  # empty for a run with a single one
 
     def course(self) -> str:
         """How the loss went, for a person."""

@@ -85,19 +85,21 @@ class StoreUsed(_Part):
 
     @classmethod
     def of_stage(cls, stage: Path) -> StoreUsed:
-        """What the run in folder `stage` was trained on, from its settings and the store itself.
+        """What the run in folder `stage` was trained on, from its settings and the store itself; of several all.
 
         Raises:
-            ValueError: if the store is not there any more, or the settings are damaged.
+            ValueError: if a store is not there any more, or the settings are damaged.
         """
         from pipeline.manifest import read_store
         from pipeline.storage import Storage
 
-        name = read_config(stage).data.store
-        store = read_store(Storage(name))
-        text = f"{store.samples} images, data {store.dataset[:16]}, codec {store.codec}, computed in {store.compute}, "
+        names = [entry.store for entry in read_config(stage).data.mixture]
+        stores = [read_store(Storage(name)) for name in names]
+        text = "; ".join(f"{store.samples} images, data {store.dataset[:16]}" for store in stores)
+        store = stores[0]  # the others have the same encoder, pixels and codec
+        text += f", codec {store.codec}, computed in {store.compute}, "
         text += f"encoder {Path(store.encoder.id).name} at {store.encoder.revision[:16]}"
-        return cls(name=name, text=text)
+        return cls(name=" and ".join(names), text=text)
 
 
 class Table(_Part):

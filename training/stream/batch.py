@@ -14,7 +14,8 @@ class Batch(dict[str, Any]):
     - what `collate` made of the examples, e.g. `input_ids`, `labels`, `attention_mask`, (B, L);
     - `columns`: {name: uint8 (I, bytes)}, in the store's codec: `pipeline.codec.from_payload` on the device;
     - `image_rows`: int64 (I,), ascending: the example that each image belongs to;
-    - `keys`: B strings `<sample key>#<conversation>`;
+    - `keys`: B strings `<sample key>#<conversation>`, after `store<number>:` where several stores are read;
+    - `stores`, in that case: int64 (B,), the number of each example's store;
     - `skipped`, where `collate` says so: for each example None, or why it teaches nothing (text.collate.Skip).
 
     The columns lie in buffers that are used again: they are valid until the consumer asks for the next batch.

@@ -47,6 +47,7 @@ class ShardCache:
         self.root = folder / identity[:16]
         self.max_bytes = max_bytes
         self.needed: set[str] = set()  # fetched ahead or in use: evicted last
+        self.beside: list[ShardCache] = [self]  # those of all stores that a stream reads: what they need stays as well
         self._commits: dict[str, Commit] = {}
 
     def open(self, name: str) -> int:
@@ -137,7 +138,8 @@ class ShardCache:
     def _objects(self) -> list[tuple[bool, int, int, Path]]:
         """The complete objects, as (is needed, time it came, bytes, path): sorted, the first is evicted first."""
         objects = []
-        needed = {self.root / name for name in self.needed.copy()}  # a copy, as other threads add to it
+        # Copies, as other threads add to them.
+        needed = {cache.root / name for cache in self.beside for name in cache.needed.copy()}
         for path in self.folder.glob("*/*/*.tar"):
             with contextlib.suppress(FileNotFoundError):  # replaced or removed by hand since it was listed
                 status = path.stat()

@@ -1,4 +1,4 @@
-"""The manifest of a store as arrays: where its members lie, and which examples it holds."""
+"""The manifests of stores as arrays: where their members lie, and which examples they hold."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from training.stream.order import Examples, Ints
 
 @dataclass(frozen=True)
 class Index:
-    """Where the members of a store lie: arrays over its M samples (rows of the manifest), dicts over opened columns."""
+    """Where the members of stores lie: arrays over their M samples (rows of manifests), dicts over opened columns.
+
+    Of several stores the samples and shards of one are numbered behind those of the store before it.
+    """
 
     keys: Sequence[str]
     images: pa.Array  # (M,), texts: their names, null for text-only samples
@@ -28,6 +31,12 @@ class Index:
     offsets: dict[str, Ints]  # of `samples` and every wanted column, (M,); -1 for a sample without such a member
     sizes: dict[str, Ints]  # the same, (M,); 0 for a sample without such a member
     payload: dict[str, int]  # wanted columns only: bytes of one image's features
+    first: Ints  # the number of each store's first shard, ascending
+
+    def place(self, shard: int) -> tuple[int, int]:
+        """Which store a shard belongs to, and its number within it."""
+        store = int(np.searchsorted(self.first, shard, side="right")) - 1
+        return store, shard - int(self.first[store])
 
 
 def read_index(
@@ -57,6 +66,7 @@ def read_index(
         offsets={name: _numbers(table, f"{name}.offset") for name in names},
         sizes={name: _numbers(table, f"{name}.size") for name in names},
         payload={name: payload_bytes(known[name], store.codec) for name in columns},
+        first=np.zeros(1, dtype=np.int64),
     )
     has_image = ~table.column("image").is_null().to_numpy()  # (M,)
     return index, _examples(table.column("words").combine_chunks(), index.shard, has_image)
@@ -84,4 +94,33 @@ def _examples(words: Any, shard: Ints, has_image: npt.NDArray[np.bool_]) -> Exam
         shard=shard[sample],
         words=words.flatten().to_numpy().astype(np.int64),
         has_image=has_image[sample],
+        store=np.zeros(len(sample), dtype=np.int64),
+    )
+
+
+def joined(parts: Sequence[tuple[Index, Examples]]) -> tuple[Index, Examples]:
+    """Several stores as one, in this order; all have the same columns."""
+    if len(parts) == 1:
+        return parts[0]
+    indices, examples = [index for index, _ in parts], [found for _, found in parts]
+    # Where each store begins: of all samples, and of all shards.
+    samples = np.cumsum([0, *(len(index.keys) for index in indices)])
+    shards = np.cumsum([0, *(int(index.shard.max(initial=-1)) + 1 for index in indices)])
+    columns = indices[0].offsets
+    index = Index(
+        keys=[key for index in indices for key in index.keys],
+        images=pa.concat_arrays([index.images for index in indices]),
+        shard=np.concatenate([index.shard + shards[i] for i, index in enumerate(indices)]),
+        offsets={name: np.concatenate([index.offsets[name] for index in indices]) for name in columns},
+        sizes={name: np.concatenate([index.sizes[name] for index in indices]) for name in columns},
+        payload=indices[0].payload,
+        first=shards[:-1],
+    )
+    return index, Examples(
+        sample=np.concatenate([found.sample + samples[i] for i, found in enumerate(examples)]),
+        conversation=np.concatenate([found.conversation for found in examples]),
+        shard=np.concatenate([found.shard + shards[i] for i, found in enumerate(examples)]),
+        words=np.concatenate([found.words for found in examples]),
+        has_image=np.concatenate([found.has_image for found in examples]),
+        store=np.concatenate([found.store + i for i, found in enumerate(examples)]),
     )

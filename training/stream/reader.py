@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -79,9 +79,9 @@ class Reader:
     """Turns lists of examples into batches. One iteration at a time: the buffers are shared between them."""
 
     def __init__(
-        self, tars: Tars, index: Index, examples: Examples, rows: int, collate: Collate, reading: Reading
+        self, tars: Sequence[Tars], index: Index, examples: Examples, rows: int, collate: Collate, reading: Reading
     ) -> None:
-        self.tars = tars
+        self.tars = tars  # of each store
         self.index = index
         self.examples = examples
         self.threads = reading.threads
@@ -101,6 +101,14 @@ class Reader:
             self._free = [_Buffers(index.payload, rows, reading.pin_memory) for _ in range(count)]
         except RuntimeError as error:  # of torch's allocators
             raise ValueError(said) from error
+
+    def key(self, store: int, sample: str, conversation: int) -> str:
+        """What an example is called: `<sample key>#<conversation>`, with its store where there are several."""
+        return f"{f'store{store}:' if len(self.tars) > 1 else ''}{sample}#{conversation}"
+
+    def of(self, store: int) -> str:
+        """Which of several stores a message is about."""
+        return f" of store{store}" if len(self.tars) > 1 else ""
 
     def read(self, batches: Ints) -> Generator[Batch, None, None]:
         """Yield a batch for each row of `batches`, example indices of shape (batches, rows), in order.
@@ -195,30 +203,31 @@ class _Job:
     def _read_sample(self, sample: int, rows: list[int]) -> None:
         """Read a sample's record, and its features if it has an image, for all `rows` of the batch that use it."""
         index, reader = self.reader.index, self.reader
-        shard = int(index.shard[sample])
+        store, shard = index.place(int(index.shard[sample]))
+        tars = reader.tars[store]
         # The record first: it says which conversation each row asks for.
         text = bytearray(int(index.sizes[SAMPLES][sample]))
-        reader.tars.read_into(tar_path(SAMPLES, shard), int(index.offsets[SAMPLES][sample]), memoryview(text))
+        tars.read_into(tar_path(SAMPLES, shard), int(index.offsets[SAMPLES][sample]), memoryview(text))
         record = self._record(sample, rows, bytes(text))
         has_image = record.image is not None
         for row in rows:
             number = int(reader.examples.conversation[self.rows[row]])
             conversation = record.conversations[number]
-            self._examples[row] = Example(f"{record.key}#{number}", conversation, has_image, record.image)
+            key = reader.key(store, record.key, number)
+            self._examples[row] = Example(key, conversation, has_image, record.image, store)
         if has_image:
             # Rows that share an image have a place each in the buffers: read into the first, copy to the others.
             first, *others = (self._slot[row] for row in rows)
             for name, target in self.buffers.rows.items():
-                reader.tars.read_into(
-                    tar_path(name, shard), int(index.offsets[name][sample]), memoryview(target[first])
-                )
+                tars.read_into(tar_path(name, shard), int(index.offsets[name][sample]), memoryview(target[first]))
                 for slot in others:
                     target[slot] = target[first]
 
     def _record(self, sample: int, rows: list[int], data: bytes) -> Sample:
         """The record of a sample, which must be the one that the manifest says is there; ValueError if it is not."""
         index, examples, chosen = self.reader.index, self.reader.examples, self.rows[rows]
-        key, path = index.keys[sample], tar_path(SAMPLES, int(index.shard[sample]))
+        store, shard = index.place(int(index.shard[sample]))
+        key, path = index.keys[sample], tar_path(SAMPLES, shard)
         try:
             record = read_sample(data)
             if (record.key, record.image is not None) != (key, bool(examples.has_image[chosen[0]])):
@@ -227,8 +236,8 @@ class _Job:
                 raise ValueError(f"it has {len(record.conversations)} conversations, the manifest more")
         except ValueError as error:
             raise ValueError(
-                f"{key}.json in {path} is not the record that the store's manifest says: {error}; "
-                "run pipeline/verify_shards.py on the store"
+                f"{key}.json in {path}{self.reader.of(store)} is not the record that the store's manifest says: "
+                f"{error}; run pipeline/verify_shards.py on the store"
             ) from error
         return record
 
@@ -246,4 +255,6 @@ class _Job:
             image_rows = image_rows[shown[image_rows]]
         batch["columns"], batch["image_rows"] = columns, image_rows
         batch["keys"] = [example.key for example in examples]
+        if len(self.reader.tars) > 1:
+            batch["stores"] = torch.tensor([example.store for example in examples])
         return batch

@@ -1,7 +1,9 @@
-"""What a stream reads: a store, and which of its examples."""
+"""What a stream reads: stores, and which of their examples."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,70 +11,122 @@ import numpy as np
 from pipeline.manifest import fingerprint, read_store
 from pipeline.schema import StoreSpec
 from pipeline.storage import Storage
-from training.stream.index import Index, read_index
-from training.stream.order import Examples
+from training.stream.index import Index, joined, read_index
+from training.stream.order import Examples, Order, due_of, filtered
 from training.stream.split import Split, check_known, draws, names_of, refuse_one_side
 
 
 @dataclass(frozen=True)
 class Source:
-    """A store that a stream reads, and which of its examples.
+    """A store that a stream reads.
 
     Attributes:
         url: folder or s3:// prefix of a feature store.
         shards: only so many of its first shards: a run keeps those that it began with.
-        split: which examples are held out; None for none.
-        held_out: give these, not those that are left to learn from.
-        limit: of those that are held out only N, always the same.
     """
 
     url: str
     shards: int | None = None
+
+
+@dataclass(frozen=True)
+class Side:
+    """Which examples of its stores a stream gives.
+
+    Attributes:
+        split: which are held out; None for none.
+        held_out: give these, not those that are left to learn from.
+        limit: of those that are held out only N, always the same.
+    """
+
     split: Split | None = None
     held_out: bool = False
     limit: int | None = None
 
 
+EVERY = Side()
+
+
 @dataclass(frozen=True)
 class Opened:
-    """A source that was read."""
+    """Stores that were read."""
 
-    storage: Storage
-    store: StoreSpec
-    fingerprint: str
+    storages: tuple[Storage, ...]
+    stores: tuple[StoreSpec, ...]
+    fingerprints: tuple[str, ...]
     index: Index
-    examples: Examples  # those that the source asks for, in the store's own order
+    examples: Examples  # those that are asked for, in the stores' own order
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all stores together, in their order."""
+        if len(self.fingerprints) == 1:
+            return self.fingerprints[0]
+        return hashlib.sha256("\n".join(self.fingerprints).encode()).hexdigest()
 
 
-def opened(source: Source, columns: tuple[str, ...]) -> Opened:
-    """Read where the members of a store lie, and choose its examples.
+def opened(sources: Sequence[Source], columns: tuple[str, ...], order: Order, side: Side) -> Opened:
+    """Read where the members of stores lie, and choose their examples.
 
     Raises:
-        ValueError: if there are none, or a list names what the store does not have. OSError: if it cannot be read.
+        ValueError: if a store has none, two do not go together or are the same, or a list names what no store has.
+        OSError: if one cannot be read.
     """
-    storage = Storage(source.url)
-    store = read_store(storage)
-    index, examples = read_index(storage, store, columns, source.shards)
-    if not len(examples):
-        raise ValueError(f"{source.url} holds no examples; build it again with pipeline/build_shards.py")
-    if source.split is not None:
-        examples = _one_side(storage, index, examples, source, source.split)
-    return Opened(storage, store, fingerprint(storage, source.shards), index, examples)
+    storages = tuple(Storage(source.url) for source in sources)
+    stores = tuple(read_store(storage) for storage in storages)
+    for other in sources[1:]:
+        refuse_unlike(sources[0].url, other.url, columns)
+    read = [
+        read_index(storage, store, columns, source.shards)
+        for storage, store, source in zip(storages, stores, sources, strict=True)
+    ]
+    for source, (_, examples) in zip(sources, read, strict=True):
+        if not len(examples):
+            raise ValueError(f"{source.url} holds no examples; build it again with pipeline/build_shards.py")
+    prints = tuple(fingerprint(storage, source.shards) for storage, source in zip(storages, sources, strict=True))
+    for number, one in enumerate(prints):
+        if one in prints[:number]:
+            raise ValueError(
+                f"{sources[prints.index(one)].url} and {sources[number].url} are the same store; give it once, with a "
+                "higher weight or more epochs"
+            )
+    index, examples = joined(read)
+    if side.split is not None:
+        names: list[str | None] = []
+        for storage, (of_store, _) in zip(storages, read, strict=True):
+            names += names_of(storage, of_store, side.split)
+        examples = _one_side(names, examples, side, side.split)
+    examples = filtered(examples, order.limit)
+    if not side.held_out:
+        _refuse_unused(sources, examples, order)
+    return Opened(storages, stores, prints, index, examples)
 
 
-def _one_side(storage: Storage, index: Index, examples: Examples, source: Source, split: Split) -> Examples:
-    """The examples that are held out, or those that are left to learn from."""
-    names = names_of(storage, index, split)
+def _one_side(names: list[str | None], examples: Examples, side: Side, split: Split) -> Examples:
+    """The examples that are held out, or those that are left to learn from; `names` of all samples, (M,)."""
     check_known(split, names)
     out = split.held_out(names)  # (M,)
-    refuse_one_side(split, out, out[examples.sample], source.url)
-    examples = examples[out[examples.sample] == source.held_out]
-    if source.held_out and source.limit is not None and len(examples) > source.limit:
+    refuse_one_side(split, out, out[examples.sample])
+    examples = examples[out[examples.sample] == side.held_out]
+    if side.held_out and side.limit is not None and len(examples) > side.limit:
         # The examples with the lowest draws: the same whatever the seed of the build, and most of them in a lower limit
         # too.
         order = np.argsort(draws(names, split.seed)[examples.sample], kind="stable")
-        examples = examples[np.sort(order[: source.limit])]
+        examples = examples[np.sort(order[: side.limit])]
     return examples
+
+
+def _refuse_unused(sources: Sequence[Source], examples: Examples, order: Order) -> None:
+    """Refuse a store that no example comes from in an epoch; ValueError with which, and why."""
+    due = due_of(examples, order, len(sources))
+    for number, (source, (there, chosen)) in enumerate(zip(sources, due, strict=True)):
+        if not there:
+            raise ValueError(f"all examples of {source.url} are held out by data.validation; leave this store out")
+        if not chosen:
+            raise ValueError(
+                f"data.stores.{number}: an epoch has none of the {there:,} examples of {source.url}; raise its weight "
+                "or its epochs, or leave this store out"
+            )
 
 
 def refuse_unlike(first: str, other: str, columns: tuple[str, ...]) -> None:

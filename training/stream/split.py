@@ -148,11 +148,11 @@ def check_known(split: Split, known: Sequence[str | None]) -> None:
         )
 
 
-def refuse_one_side(split: Split, samples: Bools, examples: Bools, where: str) -> None:
+def refuse_one_side(split: Split, samples: Bools, examples: Bools) -> None:
     """Refuse a split that leaves nothing on one side.
 
     Args:
-        samples, examples: which are held out, of all in the store at `where`.
+        samples, examples: which are held out, of all in all stores.
 
     Raises:
         ValueError: with the numbers.
@@ -163,7 +163,7 @@ def refuse_one_side(split: Split, samples: Bools, examples: Bools, where: str) -
     side = "held out" if out == 0 else "left to learn from"
     asked = "data.validation.names" if split.share is None else f"data.validation.share={split.share:g}"
     raise ValueError(
-        f"{asked} of {where} leaves nothing {side}: {out:,} of {len(examples):,} examples ({int(samples.sum()):,} of "
+        f"{asked} leaves nothing {side}: {out:,} of {len(examples):,} examples ({int(samples.sum()):,} of "
         f"{len(samples):,} images and text-only records) are held out; choose another "
         f"{'list' if split.share is None else 'share, or another data.validation.seed'}"
     )

@@ -164,15 +164,15 @@ def check_stores(plan: Sequence[Run]) -> None:
     stores: dict[str, StoreSpec] = {}
     for run in plan:
         for stage, config in run.stages.items():
-            name = config.data.store
-            store = stores[name] = stores.get(name) or read_store(Storage(name))
-            wanted = connector_config(config.model.connector.model_dump(), grid=store.encoder.grid).columns
-            missing = sorted(set(wanted) - {column.name for column in store.columns})
-            if missing:
-                raise ValueError(
-                    f"arm {run.arm.name!r}, {stage}: store {name} lacks {', '.join(missing)}; choose other blocks for "
-                    "the arm, or build the store with them"
-                )
+            for name in (entry.store for entry in config.data.mixture):
+                store = stores[name] = stores.get(name) or read_store(Storage(name))
+                wanted = connector_config(config.model.connector.model_dump(), grid=store.encoder.grid).columns
+                missing = sorted(set(wanted) - {column.name for column in store.columns})
+                if missing:
+                    raise ValueError(
+                        f"arm {run.arm.name!r}, {stage}: store {name} lacks {', '.join(missing)}; choose other blocks "
+                        "for the arm, or build the store with them"
+                    )
 
 
 def slug(name: str) -> str:

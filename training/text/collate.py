@@ -24,6 +24,7 @@ class Example:
     conversation: Conversation
     has_image: bool
     image: str | None = None  # its name, for messages
+    store: int = 0  # its number among the stores that are read
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,7 @@ class Collator:
         template: a name of `TEMPLATES`.
         max_length: most tokens of an example, vision tokens included; what is longer is cut off.
         image_tokens: how many ids `image_token_id` an image becomes.
+        by_store: of several stores the template of each, instead.
     """
 
     tokenizer: Tokenizer
@@ -51,6 +53,7 @@ class Collator:
     max_length: int
     image_tokens: int
     image_token_id: int
+    by_store: tuple[str, ...] = ()
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
         """B examples -> `input_ids`, `labels`, `attention_mask` (B, L); `shows_image` (B,), bool; `skipped`, B long.
@@ -73,7 +76,8 @@ class Collator:
 
     def _learned(self, example: Example) -> Labelled:
         """The row of an example; ValueError with the reason if there is nothing to learn from it."""
-        row = self.labelled(example.conversation.turns, example.has_image)
+        template = self.by_store[example.store] if self.by_store else None
+        row = self.labelled(example.conversation.turns, example.has_image, template)
         if any(label != IGNORE for label in row.labels[1:]):  # the first label is never predicted
             return row
         image_cut = example.has_image and self.image_token_id not in row.input_ids
@@ -87,7 +91,7 @@ class Collator:
             "(USER, ASSISTANT:, </s>), which LLaVA-1.5 does not learn from either; correct the text, or leave it out"
         )
 
-    def labelled(self, turns: Turns, has_image: bool) -> Labelled:
+    def labelled(self, turns: Turns, has_image: bool, template: str | None = None) -> Labelled:
         """Ids and labels of a conversation, its image as vision tokens, cut at `max_length`.
 
         An image is shown once: without a placeholder it goes before the first question, later ones are dropped.
@@ -95,14 +99,15 @@ class Collator:
         Raises:
             ValueError: if the turns do not fit the template, or the image lies beyond `max_length`.
         """
+        template = template or self.template
         if has_image:
             turns = show_once(turns)
-        example = ids_and_labels(turns, self.tokenizer, TEMPLATES[self.template], has_image, self.max_length)
+        example = ids_and_labels(turns, self.tokenizer, TEMPLATES[template], has_image, self.max_length)
         if has_image:
             return with_vision_tokens(example, self.image_tokens, self.image_token_id, self.max_length)
         if PLACEHOLDER in example.input_ids:
             raise ValueError(
-                f"it has no image, but the {self.template} template shows one: use data.template=v1, or leave it out"
+                f"it has no image, but the {template} template shows one: use data.template=v1, or leave it out"
             )
         return Labelled(example.input_ids[: self.max_length], example.labels[: self.max_length])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -99,7 +99,8 @@ def all_done(config: TrainConfig, steps: int) -> bool:
     if not marked:
         return False
     history, validation = History(), config.data.validation
-    history.take_up(marked[-1])
+    with suppress(ValueError):  # a damaged file: that is found, and said, when the checkpoint is looked at
+        history.take_up(marked[-1])
     early = validation is not None and history.over(validation.patience)
     return early or marked[-1].name == f"ba{steps:08d}"
 

@@ -180,6 +180,15 @@ def test_a_runs_page_says_who_was_right_and_what_it_was_trained_on(run: Path, im
     assert f"Run <b>{run.name}</b>" in page
 
 
+def test_a_runs_page_says_what_its_result_means(run: Path, images: Path) -> None:
+    assert "What this result means" not in run_page(run, images)  # a summary of an older version
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "meaning": ["Means nothing: 2 of 2 answers are '<a>'."]}))
+    page = run_page(run, images)
+    assert "What this result means" in page
+    assert "Means nothing: 2 of 2 answers are &#39;&lt;a&gt;&#39;." in page
+
+
 def test_of_two_questions_with_one_id_each_has_its_own_answer_to_another_image(run: Path, images: Path) -> None:
     lines = [json.loads(line) for line in (run / "answers.jsonl").read_text().splitlines()]
     for line, image, said in zip(

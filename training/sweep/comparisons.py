@@ -7,9 +7,9 @@ field: arms x seeds x questions, every arm with every seed and every question.
 - Questions: each score is linearised by the delete-one jackknife (Dorfman, Berbaum, Metz 1992), so accuracy, F1 and
   MME's sums are treated alike. Questions about one image are one cluster. Differences are paired by question.
 - Seeds: what remains of a score beside its arm's and its seed's mean is the noise of training. A few seeds tell its
-  size badly, so it is pooled over the arms: (arms - 1)(seeds - 1) degrees of freedom. It is taken to be equal in all
-  arms; one whose seeds lie far apart (the table shows them) makes the others' intervals too wide, its own too narrow.
-  What questions leave of it is known well; the whole is taken to be no less.
+  size badly, so it is pooled over the arms: (arms - 1)(seeds - 1) degrees of freedom. Questions make a part of it that
+  is known well: the whole is taken to be no less. Arms may differ in noise: a comparison's variance is no less than its
+  own seeds show. An arm with several times the others' noise makes errors likelier still; the table shows each seed.
 - Variance of a difference (Obuchowski, Rockette 1995; Hillis 2007): 2 MS(arm x seed) / seeds + max(0, covariance
   over questions between two seeds). With one seed there is no first term: the interval holds for that seed only.
 - Many comparisons: the 95% quantile of the largest |t| of the family ("max-t": Hothorn, Bretz, Westfall 2008) replaces
@@ -204,7 +204,9 @@ def _simultaneous(family: _Family, pairs: Sequence[tuple[int, int]], draws: int,
         variance = variance + 2 / seeds * np.maximum(square, family.floor)[:, None]
     deviation = np.broadcast_to(np.sqrt(variance), shape)
     largest = np.divide(np.abs(errors), deviation, out=np.zeros(shape), where=deviation > 0).max((1, 2))
-    half = float(np.quantile(largest, 0.95)) * deviation[0]
+    if seeds > 1:  # no less than the comparison's own seeds show: the noise of two arms may be more than that of all
+        variance = np.maximum(variance, family.over_questions + family.by_seed.var(-1, ddof=1) / seeds)
+    half = float(np.quantile(largest, 0.95)) * np.sqrt(variance)
     return half, half + np.quantile(errors, FOUND, axis=0)
 
 

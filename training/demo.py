@@ -184,9 +184,14 @@ class Demo:
             **{key: {stage: s[key] for stage, s in stages.items()} for key in PER_STAGE},
             "store_images": sum(images.values()),
             "store_bytes": sum(p.stat().st_size for store in stores for p in store.rglob("*") if p.is_file()),
-            "meaning": meaning(run, self._questions(), stages, images),
+            "meaning": meaning(run, self._questions(), _named(stages), _named(images)),
             "seconds": self.seconds,
         }
+
+
+def _named(of_stages: dict[str, Any]) -> dict[str, Any]:
+    """By the names of the stages instead of their folders."""
+    return dict(zip(("stage 1", "stage 2"), of_stages.values(), strict=True))
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -195,8 +195,8 @@ def said(own: dict[str, Path], tmp_path: Path) -> Said:
                 write_lines(tmp_path / "run" / f"{name}.jsonl", lines)
         questions = OwnQuestions(own["questions"], images=own["images"])
         assert shuffled_tells(questions) or len(truths) == 1
-        stages = {"pretrain": {"loss_first": 2.0}, "finetune": {"loss_first": loss}}
-        return meaning(tmp_path / "run", questions, stages, {"pretrain": seen, "finetune": seen})
+        stages = {"stage 1": {"loss_first": 2.0}, "stage 2": {"loss_first": loss}}
+        return meaning(tmp_path / "run", questions, stages, {"stage 1": 2000, "stage 2": seen})
 
     return say
 
@@ -230,8 +230,8 @@ def test_answers_without_a_truth_are_judged_by_how_they_differ(said: Said) -> No
 def test_few_questions_and_few_images_and_nothing_to_learn_are_said(said: Said) -> None:
     found = said(MIXED[:100], MIXED[:100], loss=0.0002, seen=68)
     assert "100 questions are few: an accuracy of them is known to 10 points either way; 5 take 385." in found
-    assert any(each.startswith("Finetune taught nothing: its loss was 0.000 at its first step") for each in found)
-    assert sum("saw 68 images" in each for each in found) == 2
+    assert any(each.startswith("Nothing to learn in stage 2: its loss was 0.000 at its first step") for each in found)
+    assert any(each.startswith("Few images (stage 1 saw 2,000 and stage 2 saw 68): models") for each in found)
 
 
 def test_one_question_has_its_meaning_too(said: Said) -> None:

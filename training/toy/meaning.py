@@ -30,7 +30,7 @@ def meaning(
     """Sentences about the answers in folder `run`: what they rest on, and why they may mean nothing.
 
     Args:
-        stages: `summary.json` of each stage, by its folder.
+        stages: `summary.json` of each stage, by the stage's name.
         images: of each stage's store.
 
     Raises:
@@ -105,7 +105,7 @@ def _known_to(questions: int) -> list[str]:
 def _nothing_to_learn(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Stages that began with next to no loss."""
     return [
-        f"{stage.capitalize()} taught nothing: its loss was {first:.3f} at its first step. The language model knew "
+        f"Nothing to learn in {stage}: its loss was {first:.3f} at its first step. The language model knew "
         "these answers before it saw an image; give more data, and answers that differ more from each other."
         for stage, summary in stages.items()
         if (first := summary["loss_first"]) is not None and first < KNOWN
@@ -113,10 +113,11 @@ def _nothing_to_learn(stages: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _few_images(images: Mapping[str, int]) -> list[str]:
-    """Stages with fewer images than tiny models, which begin with random weights, learn to see from."""
+    """Whether the stages saw fewer images than tiny models, which begin with random weights, learn to see from."""
+    if min(images.values()) >= ENOUGH_IMAGES:
+        return []
+    seen = " and ".join(f"{stage} saw {count:,}" for stage, count in images.items())
     return [
-        f"{stage.capitalize()} saw {count} images: models that begin with random weights learn these by heart, and "
-        f"little of others; {ENOUGH_IMAGES:,} are the least to judge by."
-        for stage, count in images.items()
-        if count < ENOUGH_IMAGES
+        f"Few images ({seen}): models that begin with random weights learn these by heart, and little of others; "
+        f"{ENOUGH_IMAGES:,} are the least to judge by."
     ]

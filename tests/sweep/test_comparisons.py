@@ -86,8 +86,10 @@ def test_one_seed_that_differs_from_the_others_is_no_finding_however_many_questi
     assert both.by_seed[:2] == (0.0, 0.0)
     assert both.difference == pytest.approx(both.by_seed[2] / 3)
     assert not both.told_apart
+    assert both.from_seeds > 0.95
     (alone,) = compare([scores_of("accuracy", None, [[hits(bad)], [hits(good)]], {})], [(0, 1)], ARMS)
     assert alone.told_apart
+    assert alone.from_seeds == 0
 
 
 def test_questions_about_one_image_tell_no_more_than_one_question() -> None:
@@ -121,8 +123,8 @@ def test_what_is_told_in_words() -> None:
     told = Comparison(**found, difference=-3.0, interval=(-5.0, -1.0), missed=2.5)
     assert told.verdict == "B is better by 3.0 [1.0, 5.0]"
     told = Comparison(**found, difference=1.0, interval=(-1.0, 3.0), missed=2.5)
-    assert told.verdict.startswith("not told apart: less than -1.0 and more than +3.0 are excluded")
-    assert "a difference of 2.5 would have been found with 80% power" in told.verdict
+    assert told.verdict.startswith("not told apart: differences beyond [-1.0, +3.0] are excluded")
+    assert told.verdict.endswith("one of 2.5 would have been found with 80% power")
     few = [[hits(np.ones(4))], [hits(np.zeros(4))]]
     (told,) = compare([scores_of("accuracy", None, few, {})], [(0, 1)], ARMS)
     assert (told.difference, told.interval) == (100.0, None)

@@ -229,7 +229,10 @@ def test_answers_without_a_truth_are_judged_by_how_they_differ(said: Said) -> No
 
 def test_few_questions_and_few_images_and_nothing_to_learn_are_said(said: Said) -> None:
     found = said(MIXED[:100], MIXED[:100], loss=0.0002, seen=68)
-    assert "100 questions are few: an accuracy of them is known to 10 points either way; 5 take 385." in found
+    assert (
+        "100 questions are few: an accuracy of them is known to 10 points either way; 5 points take 385 questions."
+        in found
+    )
     assert any(each.startswith("Nothing to learn in stage 2: its loss was 0.000 at its first step") for each in found)
     assert any(each.startswith("Few images (stage 1 saw 2,000 and stage 2 saw 68): models") for each in found)
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from training.release.records import read_as, read_config, write_whole
 
 FILE = "table.json"
+LUCK = "Luck of seeds: the share of a difference's variance that more seeds lessen, and more questions do not."
+CELLS = "Bold: told apart. After the stroke: the difference that would have been found with 80% power."
 GUESSING = "always the most frequent answer of the category"  # what `guessing` is of
 Interval = tuple[float, float]  # 95%, its lower and upper bound
 
@@ -33,6 +35,7 @@ class Comparison(_Part):
     by_seed: tuple[float, ...]
     interval: Interval | None = None  # None where there are too few questions
     missed: float | None = None  # a difference as large as this would have been found with 80% power
+    from_seeds: float | None = None  # share of the difference's variance that more seeds, not more questions, lessen
     units: int  # questions
     clusters: int  # of questions about the same image: the independent ones
 
@@ -52,8 +55,8 @@ class Comparison(_Part):
             near, far = sorted((sign * low, sign * high))
             return f"{better} is better by {sign * self.difference:.1f} [{near:.1f}, {far:.1f}]"
         return (
-            f"not told apart: less than {low:+.1f} and more than {high:+.1f} are excluded; a difference of "
-            f"{self.missed:.1f} would have been found with 80% power"
+            f"not told apart: differences beyond [{low:+.1f}, {high:+.1f}] are excluded; one of {self.missed:.1f} "
+            "would have been found with 80% power"
         )
 
 
@@ -185,16 +188,22 @@ class Table(_Part):
         return list(self.rows[0].categories)
 
     @property
-    def families(self) -> list[tuple[list[Comparison], str, str]]:
-        """Comparisons whose intervals hold together, with a title and what the intervals mean; none is empty."""
-        if self.comparisons is None:
-            return []
-        whole = [each for each in self.comparisons if each.category is None]
-        parts = [each for each in self.comparisons if each.category is not None]
-        titled = [(whole, "What is told apart"), (parts, "What is told apart, by category")]
-        return [(family, title, self._meaning(len(family))) for family, title in titled if family]
+    def overall(self) -> list[Comparison]:
+        """The comparisons on all questions of a benchmark: one family, whose intervals hold together."""
+        return [each for each in self.comparisons or () if each.category is None]
 
-    def _meaning(self, count: int) -> str:
+    @property
+    def by_category(self) -> dict[tuple[str, str], list[Comparison]]:
+        """The comparisons on each category, another family: by the two arms, in the order of the categories."""
+        found: dict[tuple[str, str], list[Comparison]] = {}
+        for each in self.comparisons or ():
+            if each.category is not None:
+                found.setdefault(each.arms, []).append(each)
+        return {
+            arms: sorted(of, key=lambda each: self.categories.index(str(each.category))) for arms, of in found.items()
+        }
+
+    def meaning(self, count: int) -> str:
         """What the intervals of a family of `count` comparisons say."""
         over = "over questions and seeds" if len(self.seeds) > 1 else "over questions"
         text = f"Differences are paired by question. The 95% intervals, {over}, hold for all {count} together: in 19 "
@@ -204,9 +213,7 @@ class Table(_Part):
         return text
 
     def claimed(self, comparison: Comparison) -> str:
-        """The paper's difference between two arms, on the same score if it has it, else in its average; or nothing."""
-        if comparison.category is not None:
-            return ""
+        """The paper's difference between two arms, on the same score if it has it, else in its average, or nothing."""
         one, other = (next(row.published for row in self.rows if row.arm == arm) for arm in comparison.arms)
         name = next((name for name in (comparison.score, "avg") if name in one and name in other), None)
         return "" if name is None else f"{one[name] - other[name]:+.1f} ({name})"

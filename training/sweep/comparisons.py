@@ -114,7 +114,7 @@ def compare(
     family = _estimate(told, pairs) if told and pairs else None
     found = []
     if family is not None:
-        half, missed = _simultaneous(family, pairs, draws, seed)
+        half, missed, from_seeds = _simultaneous(family, pairs, draws, seed)
         for k, each in enumerate(told):
             for c, (one, other) in enumerate(pairs):
                 middle = float(family.differences[k, c])
@@ -127,6 +127,7 @@ def compare(
                         by_seed=tuple(map(float, family.by_seed[k, c])),
                         interval=(middle - float(half[k, c]), middle + float(half[k, c])),
                         missed=float(missed[k, c]),
+                        from_seeds=float(from_seeds[k, c]),
                         units=each.units,
                         clusters=len(each.parts),
                     )
@@ -183,8 +184,11 @@ def _estimate(scores: Sequence[Scores], pairs: Sequence[tuple[int, int]]) -> _Fa
     )
 
 
-def _simultaneous(family: _Family, pairs: Sequence[tuple[int, int]], draws: int, seed: int) -> tuple[Array, Array]:
-    """Half widths of the intervals, and the differences that would have been found with 80% power; each (K, C)."""
+def _simultaneous(family: _Family, pairs: Sequence[tuple[int, int]], draws: int, seed: int) -> tuple[Array, ...]:
+    """Half widths of the intervals, the differences that would have been found with 80% power, and shares of seeds.
+
+    Each is (K, C).
+    """
     ones, others = (list(side) for side in zip(*pairs, strict=True))
     scores, arms, seeds = family.residuals.shape
     rng: Any = np.random.default_rng(seed)
@@ -207,7 +211,9 @@ def _simultaneous(family: _Family, pairs: Sequence[tuple[int, int]], draws: int,
     if seeds > 1:  # no less than the comparison's own seeds show: the noise of two arms may be more than that of all
         variance = np.maximum(variance, family.over_questions + family.by_seed.var(-1, ddof=1) / seeds)
     half = float(np.quantile(largest, 0.95)) * np.sqrt(variance)
-    return half, half + np.quantile(errors, FOUND, axis=0)
+    by_questions = family.over_questions + 2 / seeds * family.floor[:, None] * (seeds > 1)
+    share = np.divide(variance - by_questions, variance, out=np.zeros_like(variance), where=variance > 0)
+    return half, half + np.quantile(errors, FOUND, axis=0), np.maximum(share, 0.0)
 
 
 def _chi_square(rng: Any, freedom: NDArray[np.int64], draws: int) -> Array:

@@ -12,7 +12,7 @@ from training.benchmarks.metrics import Scored, together
 from training.benchmarks.predictions import read_predictions
 from training.benchmarks.questions import Benchmark
 from training.release.records import LAST, SUMMARY, Summary, final_loss, read_as, read_log
-from training.release.table import GUESSING, Comparison, EncodingCost, Row, Score, StoreUsed, Table
+from training.release.table import CELLS, GUESSING, LUCK, Comparison, EncodingCost, Row, Score, StoreUsed, Table
 from training.sweep.comparisons import compare, scores_of
 from training.sweep.encoding import encoding_cost
 from training.sweep.plan import DONE, STAGES, AblationConfig, Done, Run
@@ -213,19 +213,40 @@ def _by_category(table: Table) -> list[str]:
 def _differences(table: Table) -> list[str]:
     """What is told of each pair of arms, and beside it what the paper says."""
     lines: list[str] = []
-    for family, title, note in table.families:
-        lines += ["", f"## {title}", "", note, ""]
-        lines += [
-            _line(["difference", "of", "points", "95% together", "seeds", "what it tells", "the paper"]),
-            _line(["---"] * 7),
+    if overall := table.overall:
+        lines += ["", "## What is told apart", "", table.meaning(len(overall)), ""]
+        head = [
+            "difference",
+            "of",
+            "points",
+            "95% together",
+            "each seed",
+            "luck of seeds",
+            "what it tells",
+            "the paper",
         ]
-        for each in family:
+        lines += [_line(head), _line(["---"] * len(head))]
+        for each in overall:
             bounds = "" if each.interval is None else f"[{each.interval[0]:+.1f}, {each.interval[1]:+.1f}]"
-            of = each.score if each.category is None else each.category
+            luck = "" if each.from_seeds is None else f"{100 * each.from_seeds:.0f}%"
             seeds = ", ".join(f"{value:+.1f}" for value in each.by_seed)
-            cells = [" - ".join(each.arms), of, f"{each.difference:+.1f}", bounds, seeds, each.verdict]
+            cells = [" - ".join(each.arms), each.score, f"{each.difference:+.1f}", bounds, seeds, luck, each.verdict]
             lines.append(_line([*cells, table.claimed(each)]))
+        lines += ["", LUCK]
+    if parts := table.by_category:
+        count = sum(map(len, parts.values()))
+        lines += ["", "## What is told apart by category", "", f"{table.meaning(count)} {CELLS}", ""]
+        lines += [_line(["difference", *table.categories]), _line(["---"] * (1 + len(table.categories)))]
+        lines += [_line([" - ".join(arms), *map(_cell, found)]) for arms, found in parts.items()]
     return lines
+
+
+def _cell(each: Comparison) -> str:
+    """A difference on one category."""
+    if each.interval is None or each.missed is None:
+        return f"{each.difference:+.1f}, {each.verdict}"
+    text = f"{each.difference:+.1f} [{each.interval[0]:+.1f}, {each.interval[1]:+.1f}] / {each.missed:.1f}"
+    return f"**{text}**" if each.told_apart else text
 
 
 def _saved(cost: EncodingCost) -> str:

@@ -98,7 +98,7 @@ def _known_to(questions: int) -> list[str]:
         return []
     return [
         f"{questions} questions are few: an accuracy of them is known to {half:.0f} points either way; "
-        f"{HALF_WIDTH:.0f} take {math.ceil((98 / HALF_WIDTH) ** 2)}."
+        f"{HALF_WIDTH:.0f} points take {math.ceil((98 / HALF_WIDTH) ** 2)} questions."
     ]
 
 

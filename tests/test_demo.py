@@ -11,6 +11,11 @@ from PIL import Image
 from training import demo
 
 
+def about(image: str) -> dict[str, object]:
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A square."}]
+    return {"image": image, "conversations": turns}
+
+
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The command line, with files of the current folder."""
@@ -18,7 +23,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     (tmp_path / "images").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "a.png")
     for name in ("chat.json", "instruct.json"):
-        (tmp_path / name).write_text("[]")
+        (tmp_path / name).write_text(json.dumps([about("a.png")]))
     (tmp_path / "questions.jsonl").write_text(json.dumps({"question_id": 1, "image": "a.png", "text": "What?"}))
     files = ["--chat", "chat.json", "--instruct", "instruct.json", "--questions", "questions.jsonl"]
     return ["demo.py", "--run", "mine", "--images", "images", *files]
@@ -39,7 +44,7 @@ def test_files_are_those_of_the_folder_that_the_command_was_typed_in(
         demo.main()
     assert f"--captions {tmp_path}/chat.json --talk {tmp_path}/instruct.json --images {tmp_path}/images" in steps[0]
     (tmp_path / "mine" / "seconds.json").write_text("{}")  # as if a step were done
-    (tmp_path / "chat.json").write_text("[1]")
+    (tmp_path / "chat.json").write_text(json.dumps([about("a.png"), 1]))
     with pytest.raises(SystemExit, match=r"mine holds a run on other data \(chat\); give another --run"):
         demo.main()
     monkeypatch.setattr(sys, "argv", asked[:3])
@@ -53,7 +58,7 @@ def test_other_images_in_another_folder_are_noticed_the_same_ones_are_not(
 ) -> None:
     """And a folder whose note is of the time before images were noted is taken up, and noted."""
     if shown_in != "questions.jsonl":
-        (tmp_path / shown_in).write_text(json.dumps([{"image": "b.png"}, {"id": "no image"}, {"image": "absent.png"}]))
+        (tmp_path / shown_in).write_text(json.dumps([about("b.png"), {"id": "no image"}, about("absent.png")]))
     Image.new("RGB", (8, 8), "red").save(tmp_path / "images" / "b.png")
     monkeypatch.setattr(demo.Demo, "step", lambda *_, **__: (_ for _ in ()).throw(ValueError("it goes on")))
     monkeypatch.setattr(sys, "argv", asked)
@@ -77,8 +82,8 @@ def test_other_images_in_another_folder_are_noticed_the_same_ones_are_not(
 
 @pytest.mark.parametrize(
     ("file", "said"),
-    [("images/a.png", r"1 image\(s\) of own are not in"), ("chat.json", r"No such file .*chat\.json"),
-     ("questions.jsonl", r"No such file .*questions\.jsonl")],
+    [("images/a.png", r"1 image\(s\) of own are not in"), ("chat.json", r"--chat .*chat\.json: No such file"),
+     ("questions.jsonl", r"--questions .*questions\.jsonl: No such file")],
 )  # fmt: skip
 def test_what_is_missing_is_named_before_the_first_step(
     asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, said: str

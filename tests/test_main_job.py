@@ -175,6 +175,8 @@ def test_the_photos_go_through_the_same_commands(photos: Path, demo: Path, tmp_p
     for store in ("pretrain-store", "finetune-store"):
         assert (tmp_path / "run" / store / "failures.jsonl").read_text() == ""
     assert summary["questions"] == len(questions.read_text(encoding="utf-8").splitlines())
+    assert any("learn these by heart" in sentence for sentence in summary["meaning"])
+    assert "What this result means" in (tmp_path / "run" / "report.html").read_text()
 
 
 @pytest.mark.slow

@@ -9,7 +9,8 @@ Arms read only their own columns of the stores. Arms and seeds run one after ano
 cluster has groups of GPUs; running the same command again goes on where it stopped. One that fails does not stop the
 others (unless several processes do it together); it is named at the end. `--part 3/8` does the fourth eighth of them,
 for a cluster without Ray; the last part writes the table.
-The run folder gets <arm>/seed<n>/{pretrain,finetune,...}, table.json, table.md and report.html.
+The run folder gets <arm>/seed<n>/{pretrain,finetune,...}, table.json, table.md and report.html. They say which arms
+differ, and which differences questions and seeds leave open.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -24,10 +25,10 @@ if __name__ == "__main__":
 from pydantic import RootModel
 
 from pipeline.images import find_file
-from pipeline.regular import check_regular
 from training.benchmarks.own import OwnQuestions
-from training.benchmarks.questions import read_json
 from training.release.records import SUMMARY, Summary, read_as, write_whole
+from training.toy.meaning import meaning, shuffled_tells
+from training.toy.own_data import look_through, raw_records
 from training.toy.settings import BLOCKS, DRAW, FINETUNE, GENERATE, PRETRAIN
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,13 +80,14 @@ class Demo:
         """Look at your own questions and data, and note in the folder which they are: what is done is of no other.
 
         Raises:
-            ValueError: if a question cannot be asked, or the folder holds a run on other data. OSError: if a file
-                cannot be read.
+            ValueError: if they cannot be used, or the folder holds a run on other data. OSError: if a file cannot be
+                read.
         """
         mine: dict[str, Any] = {}  # nothing of what is drawn
         if not self.drawn:
+            for remark in look_through(**{name: Path(path) for name, path in self.data.items()}):
+                print(remark)
             for name in ("chat", "instruct", "questions"):
-                check_regular(self.data[name])
                 with Path(self.data[name]).open("rb") as file:
                     mine[name] = hashlib.file_digest(file, "sha256").hexdigest()
             mine["images"] = self._images_digest()
@@ -106,12 +108,11 @@ class Demo:
         """Of the names and bytes of all images that the data and the questions show, wherever their folder lies.
 
         Raises:
-            ValueError: if a question cannot be asked, or a file of data is no JSON. OSError: if a file cannot be read.
+            ValueError: if a file of data is no JSON. OSError: if a file cannot be read.
         """
         folder = Path(self.data["images"])
-        questions = OwnQuestions(Path(self.data["questions"]), images=folder).to_ask()
-        trees = [read_json(Path(self.data[name])) for name in ("chat", "instruct")]
-        records = [record for tree in trees if isinstance(tree, list) for record in tree]
+        questions = self._questions().questions
+        records = [record for name in ("chat", "instruct") for record in raw_records(Path(self.data[name]))]
         shown = [question.image for question in questions]
         shown += [record["image"] for record in records if isinstance(record, dict) and "image" in record]
         found = hashlib.sha256()
@@ -146,7 +147,7 @@ class Demo:
         self._train("pretrain", "stage 1", PRETRAIN)
         self._train("finetune", "stage 2", [*FINETUNE, f"model.connector_from={run}/pretrain/connector"])
         self._evaluate("answers", "answer questions", [])
-        if self.drawn:
+        if shuffled_tells(self._questions()):
             self._evaluate("answers_shuffled", "with shuffled images", ["--shuffle-images", "0"])
 
     def _train(self, stage: str, name: str, settings: list[str]) -> None:
@@ -161,6 +162,9 @@ class Demo:
         command += ["--out", f"{self.run}/{out}.jsonl"]
         self.step(name, command, done=self.run / f"{out}.scores.json")
 
+    def _questions(self) -> OwnQuestions:
+        return OwnQuestions(Path(self.data["questions"]), images=Path(self.data["images"]))
+
     def summary(self) -> dict[str, Any]:
         """What the steps left behind, in one table; everything is read from files."""
         run = self.run
@@ -168,6 +172,7 @@ class Demo:
         scores = _read(run / "answers.scores.json")
         shuffled = run / "answers_shuffled.scores.json"
         stores = [run / f"{stage}-store" for stage in stages]
+        images = {stage: _read(store / "store.json")["samples"] for stage, store in zip(stages, stores, strict=True)}
         return {
             "accuracy": scores["accuracy"],
             "interval": scores["interval"],
@@ -177,10 +182,16 @@ class Demo:
             "vision_tokens_in": stages["finetune"]["vision_tokens_in"],
             "vision_tokens_out": stages["finetune"]["vision_tokens_out"],
             **{key: {stage: s[key] for stage, s in stages.items()} for key in PER_STAGE},
-            "store_images": sum(_read(store / "store.json")["samples"] for store in stores),
+            "store_images": sum(images.values()),
             "store_bytes": sum(p.stat().st_size for store in stores for p in store.rglob("*") if p.is_file()),
+            "meaning": meaning(run, self._questions(), _named(stages), _named(images)),
             "seconds": self.seconds,
         }
+
+
+def _named(of_stages: dict[str, Any]) -> dict[str, Any]:
+    """By the names of the stages instead of their folders."""
+    return dict(zip(("stage 1", "stage 2"), of_stages.values(), strict=True))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -251,6 +262,9 @@ def _table(summary: dict[str, Any], run: Path) -> str:
         f"  seconds in all            {sum(summary['seconds'].values()):.0f}",
         f"  report                    {run / 'report.html'}",
         f"  talk to it                python training/chat.py {run / 'finetune/model'} IMAGE",
+        "",
+        "  What this result means",
+        *[textwrap.fill(each, 118, initial_indent="  - ", subsequent_indent="    ") for each in summary["meaning"]],
     ]
     return "\n".join(lines)
 

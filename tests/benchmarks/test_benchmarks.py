@@ -323,3 +323,15 @@ def test_mme_from_llava_and_from_result_files(data: Path, tmp_path: Path) -> Non
         )
         (folder / f"{category}.txt").write_text(text)
     assert scores(mme, read_predictions(folder, mme))["perception"] == pytest.approx(2000)
+
+
+@pytest.mark.parametrize(
+    ("name", "guessed"),
+    [("gqa", 200 / 3), ("pope", 440 / 9), ("mme", 500.0), ("mmbench", None), ("vqav2", None), ("scienceqa", None)],
+)
+def test_what_guessing_scores_where_truths_are_texts(data: Path, name: str, guessed: float | None) -> None:
+    benchmark = opened(data, name)
+    scores = benchmark.score(benchmark.guesses()) if benchmark.guesses() else {}
+    assert [scored.report()["score"] for scored in scores.values()][:1] == (
+        [] if guessed is None else [pytest.approx(guessed)]
+    )

@@ -50,6 +50,27 @@ def test_own_questions_are_scored_in_all_and_by_category(tmp_path: Path) -> None
     assert own.headline(written) == ("accuracy", pytest.approx(200 / 3))
 
 
+def test_categories_and_what_guessing_scores_in_each(tmp_path: Path) -> None:
+    """The most frequent truth of its category, whatever its case; a question without a truth is left out."""
+    truths = [("a", "Red"), ("a", "red"), ("a", "blue"), ("b", "1"), ("b", None)]
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(
+        "".join(
+            json.dumps({"question_id": n, "image": "x.png", "text": "What?", "category": category, "answer": truth})
+            + "\n"
+            for n, (category, truth) in enumerate(truths)
+        )
+    )
+    own = OwnQuestions(questions, images=tmp_path)
+    guessed = own.score(own.guesses())
+    assert len(own.guesses()) == 4
+    assert {name: part.report()["score"] for name, part in own.categories(guessed).items()} == {
+        "a": pytest.approx(200 / 3),
+        "b": 100,
+    }
+    assert own.keep(3).categories(own.score({})) == {}  # one category is all questions
+
+
 def test_own_questions_keep_their_line_and_are_found_by_id_and_image(tmp_path: Path) -> None:
     own = own_questions(tmp_path / "own", OWN)
     assert [list(q.line.items()) for q in own.to_ask()] == [list(line.items()) for line in OWN]

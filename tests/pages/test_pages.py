@@ -106,6 +106,29 @@ def test_an_ablations_page_holds_its_table_and_the_questions_on_which_arms_diffe
     assert "data:image" not in ablation_page(ablation, None)
 
 
+def test_an_ablations_page_says_which_arms_differ_and_by_how_much_it_may_be_wrong(ablation: Path) -> None:
+    assert "is of an older version, which compared no arms" in ablation_page(ablation, None)
+    table = json.loads((ablation / "table.json").read_text())
+    pair = {"score": "accuracy", "arms": ["MLP", "STF"], "units": 90, "clusters": 90, "by_seed": [-50.0], "missed": 9.0}
+    told = {**pair, "difference": -50.0, "interval": [-60.0, -40.0]}
+    untold = {**pair, "category": "<count>", "difference": 1.0, "interval": [-3.0, 5.0]}
+    table |= {"comparisons": [told, untold], "guessing": {"accuracy": 25.0}, "guessing_by_category": {"<count>": 30.0}}
+    for each in table["rows"]:
+        each["categories"] = {"<count>": each["scores"]["accuracy"]}
+        each["published"] |= {"avg": 65.5 if each["arm"] == "MLP" else 66.6}
+    (ablation / "table.json").write_text(json.dumps(table))
+    page = ablation_page(ablation, None)
+    assert "STF is better by 50.0 [40.0, 60.0]" in page
+    assert "-1.1 (avg)" in page
+    assert "not told apart: differences beyond [-3.0, +5.0] are excluded; one of 9.0 would have been found" in page
+    assert "+1.0<br><small>[-3.0, +5.0] / 9.0</small>" in page
+    assert "hold for all 1 together" in page
+    assert "There is one seed: with another one the arms may lie otherwise" in page
+    assert "&lt;count&gt;<br>2 questions" in page
+    assert "accuracy of always the most frequent answer of the category: 25.0" in page
+    assert "older version" not in page
+
+
 def test_a_plots_axis_has_round_numbers_around_every_interval() -> None:
     plot = score_plot([Row.model_validate(row(arm, score)) for arm, score in (("A", 61.0), ("B", 48.5))], "accuracy")
     assert [tick.label for tick in plot.ticks] == [40, 45, 50, 55, 60, 65, 70]
@@ -166,6 +189,15 @@ def test_a_runs_page_says_who_was_right_and_what_it_was_trained_on(run: Path, im
     assert "loss 3.000 &rarr; 2.500, 2 steps" in page  # the unfinished third line is none
     assert page.count("9 images, data dddddddddddddddd") == 2
     assert f"Run <b>{run.name}</b>" in page
+
+
+def test_a_runs_page_says_what_its_result_means(run: Path, images: Path) -> None:
+    assert "What this result means" not in run_page(run, images)  # a summary of an older version
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps({**summary, "meaning": ["Means nothing: 2 of 2 answers are '<a>'."]}))
+    page = run_page(run, images)
+    assert "What this result means" in page
+    assert "Means nothing: 2 of 2 answers are &#39;&lt;a&gt;&#39;." in page
 
 
 def test_of_two_questions_with_one_id_each_has_its_own_answer_to_another_image(run: Path, images: Path) -> None:

@@ -31,7 +31,8 @@ def ablation(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., A
     asked = []
     for number, color in enumerate(("red", "green", "blue", "yellow")):
         Image.new("RGB", (32, 32), color).save(folder / f"{number}.png")
-        asked.append({"question_id": number, "image": f"{number}.png", "text": "What color?", "answer": color})
+        question = {"question_id": number, "image": f"{number}.png", "text": "What color?", "answer": color}
+        asked.append({**question, "category": "warm" if color in ("red", "yellow") else "cold"})
     (folder / "questions.jsonl").write_text("".join(json.dumps(question) + "\n" for question in asked))
     stage = {"steps": 6, "checkpoint.interval": "2ba", "data.max_length": 256}
     stages = {}
@@ -96,6 +97,16 @@ def test_two_arms_have_a_row_each_with_their_losses_and_answers(in_a_row: Path) 
     assert [(row["arm"], row["tokens"]) for row in rows] == [("STF", 4), ("AvgPool", 4)]
     assert rows[0]["loss_finetune"] != rows[1]["loss_finetune"]
     assert all(row["scores"]["accuracy"]["units"] == 4 for row in rows)
+    assert all(
+        {name: part["units"] for name, part in row["categories"].items()} == {"cold": 2, "warm": 2} for row in rows
+    )
+    found = table(in_a_row)
+    assert found["guessing_by_category"] == {"cold": 50, "warm": 50}
+    assert [(each["arms"], each["category"], each["interval"]) for each in found["comparisons"]] == [
+        (["AvgPool", "STF"], category, None) for category in (None, "cold", "warm")
+    ]
+    assert "too few questions: 4 independent ones" in (in_a_row / "table.md").read_text()
+    assert "too few questions: 4 independent ones" in (in_a_row / "report.html").read_text()
 
 
 def test_the_same_command_goes_on_from_what_is_there_and_mixes_nothing(

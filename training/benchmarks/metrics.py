@@ -227,6 +227,26 @@ class Scored:
         interval = bootstrap(counts, self.statistic, seed)
         return {"what": self.what, "score": self.statistic(counts), "interval": interval, "units": len(self.units)}
 
+    def jackknife(self) -> dict[str, float]:
+        """What each unit adds to the score, by the delete-one jackknife; the sum of squares is the score's variance.
+
+        Units with the same outcome add the same, so each outcome is left out once, however many units have it.
+        """
+        counts: dict[str, dict[Any, float]] = {stratum: dict(of) for stratum, of in self.counts().items()}
+        added: dict[tuple[str, Any], float] = {}
+        for stratum, of in counts.items():
+            size = sum(of.values())
+            if size < 2:  # the only unit of its stratum: how much such units vary is not known
+                added |= {(stratum, outcome): 0.0 for outcome in of}
+                continue
+            without = {}
+            for outcome, n in of.items():
+                without[outcome] = self.statistic({**counts, stratum: {**of, outcome: n - 1}})
+            mean = sum(without[outcome] * n for outcome, n in of.items()) / size
+            factor = ((size - 1) / size) ** 0.5
+            added |= {(stratum, outcome): factor * (mean - value) for outcome, value in without.items()}
+        return {unit: added[key] for unit, key in self.units.items()}
+
     def against(self, other: Scored, seed: int = 0) -> PairReport:
         """This score minus another run's on the units that both have, resampled in pairs."""
         shared = self.units.keys() & other.units.keys()

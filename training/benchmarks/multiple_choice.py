@@ -178,6 +178,10 @@ class MMBench(Benchmark):
                 f"{self.name}: the image of row {name} in {self.folder} is not base64: {error}; download its table"
             ) from error
 
+    def guesses(self) -> dict[str, Answer]:
+        """None: letters rotate within a question, so none of them is right in all of its rows."""
+        return {}
+
     def absent_images(self) -> list[str]:
         """Rows without an image."""
         return sorted(index for index, data in self._images.items() if not data and index in self.kept)

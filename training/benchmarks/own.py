@@ -86,6 +86,12 @@ class OwnQuestions(Benchmark):
             scores[_CATEGORY + category] = Scored(f"one word or phrase right, {category}", part)
         return scores
 
+    def categories(self, scores: Mapping[str, Scored]) -> dict[str, Scored]:
+        """Accuracy by category; nothing if there is one category only."""
+        found = {name.removeprefix(_CATEGORY): part for name, part in scores.items() if name.startswith(_CATEGORY)}
+        told = {name: part for name, part in found.items() if part.units}
+        return told if len(told) > 1 else {}
+
     def as_json(self, report: Report) -> dict[str, Any]:
         """Accuracy as a fraction, in all and by category, with counts beside every figure."""
         parts = {name.removeprefix(_CATEGORY): part for name, part in report["scores"].items() if name != "accuracy"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from abc import ABC, abstractmethod
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -164,6 +164,23 @@ class Benchmark(ABC):
             if key in record and (name := identifier(record[key])) in self._by_id:
                 return name
         return None
+
+    def categories(self, scores: Mapping[str, Scored]) -> dict[str, Scored]:
+        """Of what `score` gives: the headline score of each category, where a table shows them."""
+        return {}
+
+    def guesses(self) -> dict[str, Answer]:
+        """For each question with a known truth its group's most frequent one: the answers of one who looks at nothing.
+
+        Nothing if truths are no texts.
+        """
+        told = [question for question in self.questions if question.truth is not None]
+        if not all(isinstance(question.truth, str) for question in told):
+            return {}
+        often: dict[str, Counter[str]] = defaultdict(Counter)
+        for question in told:
+            often[question.group][question.truth.strip().lower()] += 1
+        return {question.id: Answer(often[question.group].most_common(1)[0][0]) for question in told}
 
     @property
     def heading(self) -> str:

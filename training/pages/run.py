@@ -36,6 +36,7 @@ class MainJob(BaseModel):
     interval: tuple[float, float] | None = None
     questions: int
     categories: dict[str, _Category]
+    meaning: list[str] = []  # what the result means, in sentences; none in files of an older version
     vision_tokens_in: int = Field(gt=0)
     vision_tokens_out: int
     data_wait: _Stages

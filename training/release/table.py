@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from training.release.records import read_as, read_config, write_whole
 
 FILE = "table.json"
+LUCK = "Luck of seeds: the share of a difference's variance that more seeds lessen, and more questions do not."
+CELLS = "Bold: told apart. After the stroke: the difference that would have been found with 80% power."
+GUESSING = "always the most frequent answer of the category"  # what `guessing` is of
 Interval = tuple[float, float]  # 95%, its lower and upper bound
 
 
@@ -19,11 +22,42 @@ class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Difference(_Part):
-    """An arm's score minus the first arm's on the same questions; None where they have none in common."""
+class Comparison(_Part):
+    """The first arm's score minus the second one's, a mean over seeds, on the same questions.
 
-    difference: float | None
-    interval: Interval | None
+    The intervals of all comparisons with a category hold together at 95%, and so do those of all without one.
+    """
+
+    score: str  # its name
+    category: str | None = None  # of its questions; None for all
+    arms: tuple[str, str]
+    difference: float
+    by_seed: tuple[float, ...]
+    interval: Interval | None = None  # None where there are too few questions
+    missed: float | None = None  # a difference as large as this would have been found with 80% power
+    from_seeds: float | None = None  # share of the difference's variance that more seeds, not more questions, lessen
+    units: int  # questions
+    clusters: int  # of questions about the same image: the independent ones
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the interval lies on one side of 0."""
+        return self.interval is not None and not self.interval[0] <= 0 <= self.interval[1]
+
+    @property
+    def verdict(self) -> str:
+        """What can be said, in words."""
+        if self.interval is None or self.missed is None:
+            return f"too few questions: {self.clusters} independent ones"
+        low, high = self.interval
+        if self.told_apart:
+            better, sign = (self.arms[0], 1) if low > 0 else (self.arms[1], -1)
+            near, far = sorted((sign * low, sign * high))
+            return f"{better} is better by {sign * self.difference:.1f} [{near:.1f}, {far:.1f}]"
+        return (
+            f"not told apart: differences beyond [{low:+.1f}, {high:+.1f}] are excluded; one of {self.missed:.1f} "
+            "would have been found with 80% power"
+        )
 
 
 class Score(_Part):
@@ -33,7 +67,6 @@ class Score(_Part):
     interval: Interval | None = None
     units: int = 0  # questions
     by_seed: tuple[float | None, ...] = ()
-    against_first: Difference | None = None
 
     def __str__(self) -> str:
         if self.score is None:
@@ -58,6 +91,7 @@ class Row(_Part):
     seconds_answer: float
     data_wait: float  # share of it that they waited for data
     scores: dict[str, Score]
+    categories: dict[str, Score] = {}  # of your own questions
     published: dict[str, float]  # the paper's row: tflops, avg, and benchmarks by name
 
 
@@ -110,6 +144,9 @@ class Table(_Part):
     patches: int = Field(gt=0)  # patch tokens per image, before any reduction
     rows: tuple[Row, ...] = Field(min_length=1)
     encoding: EncodingCost | None = None
+    comparisons: tuple[Comparison, ...] | None = None  # None in files of an older version
+    guessing: dict[str, float] = {}  # what giving each category's most frequent answer scores, by the score's name
+    guessing_by_category: dict[str, float] = {}
     stores: tuple[StoreUsed, ...]  # of stage 1 and stage 2
     text_tokens: int = 64  # of the prompt in `total_flops`
     last_steps: int = 20  # that the losses are means of
@@ -119,8 +156,9 @@ class Table(_Part):
         """Every row has the scores of the first one."""
         first = self.rows[0]
         for row in self.rows:
-            if row.scores.keys() != first.scores.keys():
-                raise ValueError(f"{row.arm} has the scores {list(row.scores)}, {first.arm} has {list(first.scores)}")
+            for mine, others in ((row.scores, first.scores), (row.categories, first.categories)):
+                if mine.keys() != others.keys():
+                    raise ValueError(f"{row.arm} has the scores {list(mine)}, {first.arm} has {list(others)}")
         return self
 
     @classmethod
@@ -145,3 +183,39 @@ class Table(_Part):
     def scored(self) -> list[str]:
         """Names of the scores that are known of every row, in the order of the first one."""
         return [name for name in self.rows[0].scores if all(row.scores[name].score is not None for row in self.rows)]
+
+    @property
+    def categories(self) -> list[str]:
+        """Names of the categories of the questions, in the order of the first row."""
+        return list(self.rows[0].categories)
+
+    @property
+    def overall(self) -> list[Comparison]:
+        """The comparisons on all questions of a benchmark: one family, whose intervals hold together."""
+        return [each for each in self.comparisons or () if each.category is None]
+
+    @property
+    def by_category(self) -> dict[tuple[str, str], list[Comparison]]:
+        """The comparisons on each category, another family: by the two arms, in the order of the categories."""
+        found: dict[tuple[str, str], list[Comparison]] = {}
+        for each in self.comparisons or ():
+            if each.category is not None:
+                found.setdefault(each.arms, []).append(each)
+        return {
+            arms: sorted(of, key=lambda each: self.categories.index(str(each.category))) for arms, of in found.items()
+        }
+
+    def meaning(self, count: int) -> str:
+        """What the intervals of a family of `count` comparisons say."""
+        over = "over questions and seeds" if len(self.seeds) > 1 else "over questions"
+        text = f"Differences are paired by question. The 95% intervals, {over}, hold for all {count} together: in 19 "
+        text += "of 20 ablations none of them is wrong."
+        if len(self.seeds) == 1:
+            text += " There is one seed: with another one the arms may lie otherwise, and no interval says how much."
+        return text
+
+    def claimed(self, comparison: Comparison) -> str:
+        """The paper's difference between two arms, on the same score if it has it, else in its average, or nothing."""
+        one, other = (next(row.published for row in self.rows if row.arm == arm) for arm in comparison.arms)
+        name = next((name for name in (comparison.score, "avg") if name in one and name in other), None)
+        return "" if name is None else f"{one[name] - other[name]:+.1f} ({name})"

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, model_validator
 
-from pipeline.config import ConfigError, Given, Settings, load_config
+from pipeline.config import ConfigError, Given, Settings, load_config, meant
 from pipeline.manifest import read_store
 from pipeline.schema import StoreSpec
 from pipeline.storage import Storage
@@ -38,6 +38,7 @@ class Arm(Settings):
 
     name: str = Field(min_length=1)
     connector: dict[str, Any] = Field(description="what differs from the stages' model.connector")
+    against: tuple[str, ...] = Field(default=(), description="arms it is compared with, beside the first one")
     published: dict[str, float] = Field(default={}, description="the paper's row: tflops, avg, and benchmarks by name")
 
 
@@ -83,7 +84,21 @@ class AblationConfig(Settings):
         twice = sorted({name for name in slugs if slugs.count(name) > 1})
         if twice:
             raise ValueError(f"several arms would have the folder {', '.join(twice)}; give them other names")
+        for arm in self.arms:
+            others = [other.name for other in self.arms if other is not arm]
+            if wrong := [name for name in arm.against if name not in others]:
+                raise ValueError(f"arm {arm.name!r}, against {wrong[0]!r}: no other arm; {meant(wrong[0], others)}")
         return self
+
+    def pairs(self) -> list[tuple[int, int]]:
+        """Numbers of the arms that are compared: each with the first one, and those of `against`; each pair once."""
+        number = {arm.name: n for n, arm in enumerate(self.arms)}
+        wanted = [(n, number[name]) for n, arm in enumerate(self.arms) for name in arm.against]
+        wanted += [(n, 0) for n in range(1, len(self.arms))]
+        once: dict[frozenset[int], tuple[int, int]] = {}
+        for pair in wanted:
+            once.setdefault(frozenset(pair), pair)
+        return list(once.values())
 
 
 DONE = "done.json"  # in the folder of a run

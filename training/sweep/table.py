@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from training.benchmarks import paper_average
 from training.benchmarks.metrics import Scored, together
 from training.benchmarks.predictions import read_predictions
 from training.benchmarks.questions import Benchmark
 from training.release.records import LAST, SUMMARY, Summary, final_loss, read_as, read_log
-from training.release.table import Difference, EncodingCost, Row, Score, StoreUsed, Table
+from training.release.table import CELLS, GUESSING, LUCK, Comparison, EncodingCost, Row, Score, StoreUsed, Table
+from training.sweep.comparisons import compare, scores_of
 from training.sweep.encoding import encoding_cost
 from training.sweep.plan import DONE, STAGES, AblationConfig, Done, Run
 
@@ -25,19 +26,18 @@ def build_table(config: AblationConfig, plan: Sequence[Run], benchmarks: Sequenc
     Raises:
         ValueError: if answers are missing.
     """
+    runs_of = [[run for run in plan if run.arm.name == arm.name] for arm in config.arms]
+    asked = [_asked(each, runs_of) for each in benchmarks]
     rows: list[Row] = []
-    baseline: dict[str, Scored] = {}
-    for arm in config.arms:
-        runs = [run for run in plan if run.arm.name == arm.name]
-        scored = {each.heading: [_headline(each, run.folder) for run in runs] for each in benchmarks}
-        scores = {name: _score(seeds, baseline.get(name)) for name, seeds in scored.items()}
-        baseline = baseline or {name: together(seeds) for name, seeds in scored.items()}
+    for number, (arm, runs) in enumerate(zip(config.arms, runs_of, strict=True)):
+        scores = {each.name: _score(each.runs[number]) for each in asked}
         row = Row(
             arm=arm.name,
             runs=tuple(str(run.folder.relative_to(config.run)) for run in runs),
             **_sizes(runs[0].folder),
             **_training([run.folder for run in runs]),
             scores={**scores, **_averages(scores)},
+            categories={name: _score(arms[number]) for each in asked for name, arms in each.categories.items()},
             published=arm.published,
         )
         rows.append(row)
@@ -49,33 +49,78 @@ def build_table(config: AblationConfig, plan: Sequence[Run], benchmarks: Sequenc
         patches=read_as(Summary, first / "finetune" / SUMMARY).vision_tokens_in,
         rows=tuple(rows),
         encoding=encoding_cost(config, trained),
+        comparisons=_comparisons(config, asked),
+        guessing={name: score for each in asked for name, score in each.guessing.items()},
+        guessing_by_category={name: score for each in asked for name, score in each.guessing_by_category.items()},
         stores=tuple(StoreUsed.of_stage(first / stage) for stage in STAGES),
         text_tokens=TEXT_TOKENS,
         last_steps=LAST,
     )
 
 
-def _headline(benchmark: Benchmark, folder: Path) -> Scored:
-    """The first score of a run's answers; the table shows no other."""
-    answers = read_predictions(benchmark.answers_in(folder), benchmark).answers
-    return next(iter(benchmark.score(answers).values()))
+class _Asked(NamedTuple):
+    """What all runs made of one benchmark: a `Scored` for each arm and seed; and what guessing makes of it.
+
+    Attributes:
+        name: the table's, of the first score; it shows no other.
+        runs: of each arm, its seeds.
+        categories: the same by category.
+        images: of each unit, by its name.
+    """
+
+    name: str
+    runs: list[list[Scored]]
+    categories: dict[str, list[list[Scored]]]
+    images: dict[str, str | None]
+    guessing: dict[str, float]
+    guessing_by_category: dict[str, float]
 
 
-def _score(seeds: Sequence[Scored], baseline: Scored | None) -> Score:
-    """The mean over seeds; its interval and its distance from the first arm are over the questions, in pairs."""
-    mean = together(seeds)
-    report = mean.report()
-    against = None
-    if baseline is not None:
-        pair = mean.against(baseline)
-        against = Difference(difference=pair["difference"], interval=pair["interval"])
+def _asked(benchmark: Benchmark, runs_of: Sequence[Sequence[Run]]) -> _Asked:
+    """Score the answers of every run."""
+    runs: list[list[Scored]] = []
+    by_category: list[list[dict[str, Scored]]] = []
+    for arm in runs_of:
+        scores = [benchmark.score(read_predictions(benchmark.answers_in(run.folder), benchmark).answers) for run in arm]
+        runs.append([next(iter(each.values())) for each in scores])
+        by_category.append([benchmark.categories(each) for each in scores])
+    guesses = benchmark.guesses()
+    guessed = benchmark.score(guesses) if guesses else {}
+    return _Asked(
+        name=benchmark.heading,
+        runs=runs,
+        categories={name: [[each[name] for each in arm] for arm in by_category] for name in by_category[0][0]},
+        images={question.id: question.image for question in benchmark.questions},
+        guessing=dict(zip([benchmark.heading], map(_value, guessed.values()), strict=False)),
+        guessing_by_category={name: _value(scored) for name, scored in benchmark.categories(guessed).items()},
+    )
+
+
+def _value(scored: Scored) -> float:
+    return scored.statistic(scored.counts())
+
+
+def _score(seeds: Sequence[Scored]) -> Score:
+    """The mean over seeds; its interval is over the questions, of these very seeds."""
+    report = together(seeds).report()
     return Score(
         score=report["score"],
         interval=report["interval"],
         units=report["units"],
         by_seed=tuple(seed.report()["score"] for seed in seeds),
-        against_first=against,
     )
+
+
+def _comparisons(config: AblationConfig, asked: Sequence[_Asked]) -> tuple[Comparison, ...]:
+    """Every pair of arms, in two families: on all questions of each benchmark, and on those of each category."""
+    arms, pairs = [arm.name for arm in config.arms], config.pairs()
+    whole = [scores_of(each.name, None, each.runs, each.images) for each in asked]
+    parts = [
+        scores_of(each.name, category, runs, each.images)
+        for each in asked
+        for category, runs in each.categories.items()
+    ]
+    return (*compare(whole, pairs, arms), *compare(parts, pairs, arms))
 
 
 def _averages(scores: Mapping[str, Score]) -> dict[str, Score]:
@@ -147,9 +192,61 @@ def as_text(table: Table) -> str:
         lines.append(_line(cells))
     seeds = ", ".join(map(str, table.seeds))
     lines += ["", f"Means over seeds {seeds}, 95% intervals over questions. Published figures are of Vicuna-1.5-7B."]
+    lines += [*_by_category(table), *_differences(table)]
     if table.encoding is not None:
         lines.append(_saved(table.encoding))
     return "\n".join(lines) + "\n"
+
+
+def _by_category(table: Table) -> list[str]:
+    """The scores by category, and what guessing would score; nothing where questions have none."""
+    names, lines = table.categories, []
+    if names:
+        cells = [f"{name} ({table.rows[0].categories[name].units} questions)" for name in names]
+        lines += ["", "## By category", "", _line(["arm", *cells]), _line(["---"] * (1 + len(names)))]
+        lines += [_line([row.arm, *[str(row.categories[name]) for name in names]]) for row in table.rows]
+        if guessed := table.guessing_by_category:
+            lines.append(_line([GUESSING, *[f"{guessed[name]:.1f}" for name in names]]))
+    return lines + [f"\n{GUESSING}: {name} {score:.1f}." for name, score in table.guessing.items()]
+
+
+def _differences(table: Table) -> list[str]:
+    """What is told of each pair of arms, and beside it what the paper says."""
+    lines: list[str] = []
+    if overall := table.overall:
+        lines += ["", "## What is told apart", "", table.meaning(len(overall)), ""]
+        head = [
+            "difference",
+            "of",
+            "points",
+            "95% together",
+            "each seed",
+            "luck of seeds",
+            "what it tells",
+            "the paper",
+        ]
+        lines += [_line(head), _line(["---"] * len(head))]
+        for each in overall:
+            bounds = "" if each.interval is None else f"[{each.interval[0]:+.1f}, {each.interval[1]:+.1f}]"
+            luck = "" if each.from_seeds is None else f"{100 * each.from_seeds:.0f}%"
+            seeds = ", ".join(f"{value:+.1f}" for value in each.by_seed)
+            cells = [" - ".join(each.arms), each.score, f"{each.difference:+.1f}", bounds, seeds, luck, each.verdict]
+            lines.append(_line([*cells, table.claimed(each)]))
+        lines += ["", LUCK]
+    if parts := table.by_category:
+        count = sum(map(len, parts.values()))
+        lines += ["", "## What is told apart by category", "", f"{table.meaning(count)} {CELLS}", ""]
+        lines += [_line(["difference", *table.categories]), _line(["---"] * (1 + len(table.categories)))]
+        lines += [_line([" - ".join(arms), *map(_cell, found)]) for arms, found in parts.items()]
+    return lines
+
+
+def _cell(each: Comparison) -> str:
+    """A difference on one category."""
+    if each.interval is None or each.missed is None:
+        return f"{each.difference:+.1f}, {each.verdict}"
+    text = f"{each.difference:+.1f} [{each.interval[0]:+.1f}, {each.interval[1]:+.1f}] / {each.missed:.1f}"
+    return f"**{text}**" if each.told_apart else text
 
 
 def _saved(cost: EncodingCost) -> str:

@@ -12,15 +12,18 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import random
+import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
-from training.benchmarks.questions import read_json
+from pipeline.images import find_file
+from training.toy.own_data import read_records
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch import Tensor
     from transformers import CLIPVisionModel, LlamaForCausalLM, PreTrainedModel
@@ -30,9 +33,13 @@ if TYPE_CHECKING:
 
 
 class Training(TypedDict):
-    """How long and how fast: optimizer steps, examples in each, and the peak learning rate."""
+    """How long and how fast: optimizer steps, examples in each, and the peak learning rate.
+
+    Few examples are seen at most `epochs` times: models that know them by heart learn nothing from images any more.
+    """
 
     steps: int
+    epochs: int
     batch: int
     lr: float
 
@@ -56,8 +63,8 @@ LLAMA = {
 }
 TEXT_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
 VOCABULARY = 480
-LLM_TRAINING: Training = {"steps": 300, "batch": 16, "lr": 3e-3}
-CLIP_TRAINING: Training = {"steps": 200, "batch": 64, "lr": 1e-3}
+LLM_TRAINING: Training = {"steps": 300, "epochs": 4, "batch": 16, "lr": 3e-3}
+CLIP_TRAINING: Training = {"steps": 200, "epochs": 20, "batch": 64, "lr": 1e-3}
 WARMUP = 20  # steps in which the learning rate climbs
 MAX_LENGTH = 512  # tokens of an example for the language model
 MAX_CAPTION = 77  # tokens, CLIP's limit
@@ -72,7 +79,10 @@ def main() -> None:
     parser.add_argument("--images", type=Path, required=True, help="the folder that the captions' images are in")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    make_models(arguments.out, arguments.captions, arguments.talk, arguments.images, arguments.seed)
+    try:
+        make_models(arguments.out, arguments.captions, arguments.talk, arguments.images, arguments.seed)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
 
 
 def make_models(out: Path, captions: Path, talk: Path, images: Path, seed: int) -> None:
@@ -91,8 +101,8 @@ def make_models(out: Path, captions: Path, talk: Path, images: Path, seed: int) 
     from training.model.tokenizer import Tokenizer
 
     torch.manual_seed(seed)
-    caption_of = {r["image"]: r["conversations"][1]["value"] for r in read_json(captions)}
-    conversations = [r for r in read_json(talk) if "image" in r]
+    caption_of = {r["image"]: r["conversations"][1]["value"] for r in read_records(captions) if "image" in r}
+    conversations = [r for r in read_records(talk) if "image" in r]
     (out / "llm").mkdir(parents=True, exist_ok=True)
     (out / "llm" / "tokenizer.model").write_bytes(train_tokenizer(caption_of, conversations))
     tokenizer = Tokenizer(out / "llm" / "tokenizer.model", legacy=False)
@@ -150,7 +160,7 @@ def reading_matter(
     collator = Collator(tokenizer, "v1", MAX_LENGTH, image_tokens=0, image_token_id=-1)
     matter = []
     for text in captions.values():
-        ids = tokenizer.encode(f"{text}\n")[1:]
+        ids = tokenizer.encode(f"{text}\n")[1:][: MAX_LENGTH // 2]
         # The caption is given once and learned once: the model learns to repeat what stands in the image's place.
         matter.append(Labelled([tokenizer.bos_id, *ids, *ids], [IGNORE] * (1 + len(ids)) + ids))
     for record in conversations:
@@ -176,13 +186,9 @@ def train_vision_tower(captions: dict[str, str], images: Path, tokenizer: Tokeni
     import torch
     from transformers import CLIPConfig, CLIPModel, CLIPVisionModel
 
-    from pipeline.encoders.clip import Clip
-    from pipeline.encoders.decode import load_image
-
-    size = CLIP["image_size"]
-    pixels = torch.stack(
-        [torch.from_numpy(Clip().pixels(load_image((images / name).read_bytes()), "pad", size)) for name in captions]
-    )
+    seen = read_pixels(images, captions, CLIP["image_size"])
+    captions = {name: captions[name] for name in seen}
+    pixels = torch.stack(list(seen.values()))
     texts = [[*tokenizer.encode(text)[: MAX_CAPTION - 1], tokenizer.eos_id] for text in captions.values()]
     ids = torch.full((len(texts), max(map(len, texts))), tokenizer.eos_id)  # (captions, longest), padded with </s>
     for row, text in enumerate(texts):
@@ -201,6 +207,41 @@ def train_vision_tower(captions: dict[str, str], images: Path, tokenizer: Tokeni
     return tower
 
 
+def read_pixels(images: Path, names: Iterable[str], size: int) -> dict[str, Tensor]:
+    """Every image that can be read, as the store's encoder gets it: (3, size, size), by name; decoded once.
+
+    Raises:
+        ValueError: if none can be read, with what is wrong with the first.
+    """
+    import torch
+
+    from pipeline.encoders.clip import Clip
+    from pipeline.encoders.decode import open_image
+
+    pixels: dict[str, Tensor] = {}
+    wrong: list[str] = []
+    for name in names:
+        path = find_file(images, name)
+        try:
+            if path is None:
+                raise ValueError(f"{name} is not there")
+            pixels[name] = torch.from_numpy(Clip().pixels(open_image(path), "pad", size))
+        except ValueError as error:
+            wrong.append(str(error))
+    if wrong:
+        said = f"{len(wrong)} of {len(wrong) + len(pixels)} images in {images} cannot be read, first {wrong[0]}"
+        if not pixels:
+            raise ValueError(f"{said}; give images that can be read")
+        print(f"{said}; they are left out", flush=True)
+    return pixels
+
+
+def steps_for(how: Training, examples: int) -> int:
+    """Optimizer steps: all of them, or what sees few examples `epochs` times, and no fewer than the warm-up."""
+    seen = how["epochs"] * examples / min(how["batch"], examples)
+    return min(how["steps"], max(WARMUP, math.ceil(seen)))
+
+
 def _train(
     name: str, model: PreTrainedModel, loss_of: Callable[[list[int]], Tensor], examples: int, how: Training, seed: int
 ) -> None:
@@ -213,7 +254,7 @@ def _train(
     """
     import torch
 
-    steps, batch = how["steps"], min(how["batch"], examples)
+    steps, batch = steps_for(how, examples), min(how["batch"], examples)
     optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
     shuffled = random.Random(seed)
     order: list[int] = []

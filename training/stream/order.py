@@ -148,8 +148,11 @@ def epoch_of(examples: Examples, order: Order, epoch: int) -> Epoch:
         indices.append(index)
     count = batches_per_epoch(examples, order)
     rows = [_cut(sequence, order.part, count) for sequence in sequences]
-    together = Examples(*(np.concatenate([getattr(due, n) for due in found]) for n in Examples.__dataclass_fields__))
-    return Epoch(together, np.concatenate(indices), np.concatenate(rows, axis=1))
+    index = np.concatenate(indices)
+    shard = np.concatenate([due.shard for due in found])
+    if order.weights or order.epochs:  # numbers of passes and shards: many, if a small store comes often
+        shard = np.unique(shard, return_inverse=True)[1]
+    return Epoch(replace(examples[index], shard=shard), index, np.concatenate(rows, axis=1))
 
 
 def epoch_batches(examples: Examples, order: Order, epoch: int) -> Ints:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.release.card import CardFiles
-from training.release.connector import load_connector
+from training.release.connector import export_connector, load_connector
 from training.release.folder import export_model
 from training.release.records import SUMMARY, HeldOut, Summary, read_as, read_config
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def export_run(
     run: Path, out: Path, checkpoint: Path | None = None, dtype: str | None = None, scores: Sequence[Path] = ()
 ) -> None:
-    """Write the model that a training run has come to.
+    """Write the model that a training run has come to; of a checkpoint of stage 1 also `connector/`, for stage 2.
 
     Raises:
         ValueError: if there is no run, no checkpoint, or the parts do not fit. OSError: if one cannot be read.

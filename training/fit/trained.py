@@ -43,6 +43,8 @@ def export_run(
     beside, at = ([], FOLDER.fullmatch(checkpoint.name)) if checkpoint else (sorted(run.glob("*.scores.json")), None)
     files = CardFiles(run, [*beside, *scores], int(at[1]) if at else None)
     export_model(model, load_tokenizer(config), stores, out, target, files)
+    if checkpoint is not None and "llm" not in config.train:  # what stage 2 starts from: the end of a run has it
+        export_connector(model.connector, out / "connector")
 
 
 def best_checkpoint(run: Path) -> Path:

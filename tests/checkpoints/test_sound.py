@@ -272,6 +272,15 @@ def test_overtaken_uploads_do_not_stay_in_a_bucket(
     assert {key["Key"].split("/")[1] for key in keys} == left
 
 
+def test_a_bucket_keeps_the_best_beside_the_newest(tmp_path: Path, remote: Callable[[Path], str], bucket: Any) -> None:
+    for step in (2, 4, 6, 8):
+        ddp(tmp_path / f"ba{step:08d}")
+    url = remote(tmp_path)
+    Remote(url).drop_old(FOLDER, MARK, 1, lambda whole: {whole[1]})
+    keys = bucket.list_objects_v2(Bucket=BUCKET, Prefix=url.rpartition("/")[2])["Contents"]
+    assert {key["Key"].split("/")[1] for key in keys} == {"ba00000004", "ba00000008"}
+
+
 @pytest.mark.parametrize(
     ("write", "poison", "name"),
     [

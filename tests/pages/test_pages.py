@@ -120,6 +120,16 @@ def test_bars_are_percent_of_the_longest_and_curves_rise_with_the_loss() -> None
     assert heights[0] < heights[1]  # SVG counts from the top
 
 
+def test_a_held_out_curve_has_the_scale_of_the_training_loss_and_lies_over_the_same_steps() -> None:
+    chart = loss_chart({"loss": ([1, 2, 3], [4.0, 2.0, 1.0])}, ([2, 3], [5.0, float("nan")]))
+    (point,) = chart.held_out.split()
+    x, y = map(float, point.split(","))
+    (line,) = chart.lines
+    assert x == float(line.raw.split()[1].split(",")[0])
+    assert 0 < y < float(line.raw.split()[0].split(",")[1])  # the highest of all
+    assert loss_chart({"loss": ([1], [1.0])}).held_out == ""
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """The files of a run of the main job, which answered two questions."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from training.release.records import IN_EVERY_LINE, LAST, final_loss, read_log
+from training.release.records import IN_EVERY_LINE, LAST, amend_log, final_loss, read_log
 
 
 def test_a_line_that_a_killed_process_left_unfinished_is_skipped(tmp_path: Path) -> None:
@@ -33,3 +33,13 @@ def test_the_final_loss_is_the_mean_of_the_last_steps() -> None:
     lines = [{"loss": float(step)} for step in range(100)]
     assert final_loss(lines) == pytest.approx(sum(range(100 - LAST, 100)) / LAST)
     assert final_loss(lines[:2]) == 0.5
+
+
+def test_values_come_into_the_line_of_their_step_and_nowhere_else(tmp_path: Path) -> None:
+    amend_log(tmp_path, 1, {"heldout_loss": 2.0})  # no log, as on a new disk
+    assert not (tmp_path / "log.jsonl").exists()
+    lines = [dict.fromkeys(IN_EVERY_LINE, 1.0) | {"step": step} for step in (1, 2)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    amend_log(tmp_path, 2, {"heldout_loss": 2.0})
+    amend_log(tmp_path, 3, {"heldout_loss": 3.0})
+    assert read_log(tmp_path) == [lines[0], {**lines[1], "heldout_loss": 2.0}]

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, cast
 
 from training.answers.answer_file import AnswerFile, AnswerLine, as_line
 from training.answers.processes import AnsweringProcess
@@ -32,6 +32,9 @@ class Asked(Protocol):
     @property
     def line(self) -> Mapping[str, Any]:
         """What its answer's line begins with: `question_id`, `image`, `text`, and what else is known of it."""
+
+
+A = TypeVar("A", bound=Asked)
 
 
 class Questions(Protocol):
@@ -78,7 +81,7 @@ def answer_all(model: str, questions: Questions, out: Path, batch_size: int, max
         with file.part(process).open("a", encoding="utf-8") as part:
             for first in range(0, len(mine), batch_size):
                 batch = mine[first : first + batch_size]
-                sound = _with_pictures(batch, questions)
+                sound = with_pictures(batch, questions)
                 if sound:
                     texts = reply(*loaded, [q.text for q, _ in sound], [picture for _, picture in sound], longest)
                     part.writelines(as_line(_answered(q, text)) for (q, _), text in zip(sound, texts, strict=True))
@@ -100,7 +103,7 @@ def _answered(question: Asked, text: str) -> AnswerLine:
     return cast(AnswerLine, {**question.line, "prompt": question.text, "text": text})
 
 
-def _with_pictures(batch: Sequence[Asked], questions: Questions) -> list[tuple[Asked, Image | None]]:
+def with_pictures(batch: Sequence[A], questions: Questions) -> list[tuple[A, Image | None]]:
     """Questions with their images decoded, None for one that has none. One with a damaged image is named and left out.
 
     Raises:
@@ -108,7 +111,7 @@ def _with_pictures(batch: Sequence[Asked], questions: Questions) -> list[tuple[A
     """
     from pipeline.encoders.decode import load_image
 
-    sound: list[tuple[Asked, Image | None]] = []
+    sound: list[tuple[A, Image | None]] = []
     for question in batch:
         try:  # as the features were made
             sound.append((question, None if question.image is None else load_image(questions.image(question.image))))

@@ -46,14 +46,15 @@ class History:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
             measured = [Measured(int(step), float(loss), float(right)) for step, loss, right in found["measured"]]
-            same = self.examples in ("", found["examples"])
+            examples = str(found["examples"])
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(
-                f"{path} is damaged ({error!r}); remove {checkpoint} to go on from an older one"
+                f"{path} is damaged ({error!r}); remove {checkpoint}, then an older one is taken"
             ) from error
-        if same:
-            self.measured = measured
-        return same
+        if self.examples not in ("", examples):
+            return False
+        self.examples, self.measured = examples, measured
+        return True
 
     def write(self, checkpoint: Path) -> None:
         """Write it into a checkpoint's folder, before that is marked as whole."""

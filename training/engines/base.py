@@ -39,6 +39,7 @@ class Engine(ABC):
     on_one_rank: ClassVar[str | None] = None  # the engine that takes its place on one rank; None: it works there too
     any_ranks: ClassVar[bool] = True  # whether another number of ranks can resume its checkpoints
     bf16_on_cpu: ClassVar[bool] = False  # whether precision amp_bf16 works without a GPU
+    whole_everywhere: ClassVar[bool] = True  # whether each rank has all weights whole, between two steps
     finds_microbatch: ClassVar[bool] = False  # whether microbatch_size auto works on a GPU
 
     def __init__(self, name: str, config: TrainConfig, ranks: int) -> None:

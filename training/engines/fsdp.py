@@ -21,6 +21,7 @@ class Fsdp(Engine):
     """PyTorch's FSDP2: each layer of the LLM and the connector are gathered before use and dropped after it."""
 
     on_one_rank = "ddp"
+    whole_everywhere = False
 
     @classmethod
     def check(cls, config: TrainConfig) -> None:

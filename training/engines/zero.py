@@ -130,6 +130,7 @@ class Zero3(Zero):
     """Weights are sharded too: each layer's are gathered for its use."""
 
     stage = 3
+    whole_everywhere = False
 
     def place(self, model: CompactVisionForConditionalGeneration) -> None:
         """Fill in a weight, keep this rank's part of it, and go on to the next. A collective."""

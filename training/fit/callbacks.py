@@ -36,8 +36,8 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
     this rank waited for data), step_s, eta_s, memory_gb (peak; of the process where there is no GPU), mfu (of this
     rank; on a known GPU), padding (share of the positions of this rank's microbatches that hold no token). After an
     evaluation also heldout_loss and heldout_accuracy (over all supervised tokens of the held-out examples), and
-    heldout_s, which is no part of the step's seconds. Of several stores also loss_store0, tokens_store0 (supervised
-    ones), ..., of those with any in the global batch.
+    heldout_s, which is no part of the step's seconds; at an epoch's end questions_right, a share of the own questions.
+    Of several stores also loss_store0, tokens_store0 (supervised ones), ..., of those with any in the global batch.
 
     Args:
         run: folder of the run.
@@ -154,6 +154,8 @@ def _one_line(line: dict[str, float], total: int) -> str:
     text += f"  MFU {line['mfu']:.1%}" if "mfu" in line else ""
     if "heldout_loss" in line:
         text += f"  held-out loss {line['heldout_loss']:.4f} ({line['heldout_accuracy']:.1%} of its tokens right)"
+    if "questions_right" in line:
+        text += f"  own questions {line['questions_right']:.1%} right"
     return f"{text}  ETA {line['eta_s']:.0f} s"
 
 

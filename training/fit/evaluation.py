@@ -36,6 +36,7 @@ from training.engines.base import Engine
 from training.fit.callbacks import StepLog
 from training.fit.composer_model import microbatches, token_counts
 from training.fit.parts import Parts
+from training.fit.quiz import Quiz
 from training.fit.watch import Watch
 from training.model.markers import IGNORE
 from training.release.records import amend_log
@@ -50,6 +51,7 @@ class Plan:
     every: int
     steps: int
     patience: int | None = None  # end after so many evaluations without a lower loss
+    epoch: int = 0  # steps in one, at whose end own questions are asked; 0 if there are none
 
     @classmethod
     def of(cls, config: TrainConfig, parts: Parts, steps: int) -> Plan | None:
@@ -58,15 +60,21 @@ class Plan:
         if settings is None:
             return None
         number, unit = int(settings.interval[:-2]), settings.interval[-2:]
-        return cls(number * (len(parts.stream) if unit == "ep" else 1), steps, settings.patience)
+        epoch = len(parts.stream)
+        every = number * (epoch if unit == "ep" else 1)
+        return cls(every, steps, settings.patience, 0 if settings.questions is None else epoch)
 
     def due(self, step: int) -> bool:
         """Whether it is measured after this step."""
-        return step > 0 and (step % self.every == 0 or step == self.steps)
+        return step > 0 and (step % self.every == 0 or self.asks(step) or step == self.steps)
+
+    def asks(self, step: int) -> bool:
+        """Whether own questions are asked after this step: the last of an epoch, or of all."""
+        return self.epoch > 0 and (step % self.epoch == 0 or step == self.steps)
 
     def left(self, step: int) -> int:
         """How many evaluations come after this step."""
-        return -(-self.steps // self.every) - step // self.every - (step == self.steps and step % self.every > 0)
+        return sum(self.due(later) for later in range(step + 1, self.steps + 1))
 
 
 class Evaluation(Callback):  # type: ignore[misc]
@@ -85,6 +93,7 @@ class Evaluation(Callback):  # type: ignore[misc]
 
     Attributes:
         history: all evaluations of the run.
+        quiz: own questions, if there are any.
     """
 
     def __init__(self, parts: Parts, plan: Plan, engine: Engine, stop: StopRequest, watch: Watch, log: StepLog) -> None:
@@ -96,6 +105,7 @@ class Evaluation(Callback):  # type: ignore[misc]
         self.watch = watch
         self.log = log
         self.history = History(identity(self.stream))
+        self.quiz: Quiz | None = None
         self._image_token_id = parts.model.config.image_token_id
         self._filling = self.stream.filling()
 
@@ -133,6 +143,10 @@ class Evaluation(Callback):  # type: ignore[misc]
         start = time.perf_counter()
         with random_states_kept(), torch.no_grad(), model_eval_mode(state.model):
             sums = self._sums(state, size)
+            more = {}
+            if sums is not None and self.quiz is not None and self.plan.asks(state.timestamp.batch.value):
+                right = self.quiz.right(state, size, self._go_on)
+                sums, more = (None, {}) if right is None else (sums, {"questions_right": right})
         if sums is None:
             return None
         entropy, right, tokens = sums
@@ -147,7 +161,14 @@ class Evaluation(Callback):  # type: ignore[misc]
                     flush=True,
                 )
         seconds = time.perf_counter() - start
-        return {"heldout_loss": measured.loss, "heldout_accuracy": measured.accuracy, "heldout_s": seconds}
+        found = {"heldout_loss": measured.loss, "heldout_accuracy": measured.accuracy, "heldout_s": seconds}
+        return found | more
+
+    def _go_on(self) -> bool:
+        """Give a sign of life, and hear whether any rank is to stop. A collective."""
+        self.watch.evaluated += 1
+        self.stop.agree(0)
+        return not self.stop.agreed
 
     def _sums(self, state: State, size: int) -> list[float] | None:
         """Over the held-out examples of all ranks: the sum of cross-entropies, right tokens, supervised tokens."""
@@ -155,9 +176,7 @@ class Evaluation(Callback):  # type: ignore[misc]
         sums = torch.zeros(3, dtype=torch.float64, device=self.engine.device())
         with contextlib.closing(iter(self.stream)) as batches:
             for number, batch in enumerate(batches):
-                self.watch.evaluated += 1
-                self.stop.agree(0)
-                if self.stop.agreed:
+                if not self._go_on():
                     return None
                 if number == len(self.stream) - 1:  # the rows that fill it up were counted before
                     batch["labels"][self._filling] = IGNORE

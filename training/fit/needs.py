@@ -241,17 +241,23 @@ def _revision(store: StoreSpec) -> str | None:
 def export(config: TrainConfig, store: StoreSpec) -> Iterator[Finding]:
     """What a finished stage 2 reads: the store's own vision encoder, the tokenizer's file, what stage 1 says of itself.
 
+    Own questions at an epoch's end need the encoder too.
+
     The digest of an encoder in a folder is taken anew: some seconds for a ViT-L.
     """
     from pipeline.encoder import describe_encoder
     from training.fit.build import load_tokenizer
     from training.release.card import trained
 
-    if "llm" not in config.train:
+    asks = config.data.validation is not None and config.data.validation.questions is not None
+    if "llm" not in config.train and not asks:
         yield Finding("ok", "export", "the connector; nothing else is read for it")
         return
     spec = store.encoder
-    there = f"the store's features are of {spec.id} at {spec.revision[:12]}, which goes into the exported model"
+    use = (
+        "goes into the exported model" if "llm" in config.train else "looks at the images of data.validation.questions"
+    )
+    there = f"the store's features are of {spec.id} at {spec.revision[:12]}, which {use}"
     try:
         found = describe_encoder(spec.id, _revision(store)).revision
     except ValueError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from training.fit.needs import end_needs, host_memory, needs, refuse_unready
 from training.fit.optimizer import build_optimizer
 from training.fit.parts import Parts, open_parts
 from training.fit.preview import preview
+from training.fit.quiz import open_quiz
 from training.fit.run_folder import begin_anew, claim, finish, held, what_it_holds
 from training.fit.trainer import build_trainer, wait_s
 from training.fit.watch import Watch
@@ -60,6 +61,8 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         parts = open_parts(config, rank, ranks)
         if parts.held_out is not None:
             refuse_unlearnable(parts.held_out)
+        engine = engine_of(config, ranks)
+        open_quiz(config, parts, engine)  # what is wrong with it is said before anything is loaded
         steps = config.steps or config.epochs * len(parts.stream)
         if rank == 0:
             print(describe(config, parts, steps, ranks), flush=True)
@@ -73,7 +76,6 @@ def _train(config: TrainConfig, stop: StopRequest | None, until_the_end: ExitSta
         refuse_unready(ending)
         if stop is None:
             return
-        engine = engine_of(config, ranks)
         with memory_returned():
             trainer, checkpoints, evaluation = build_trainer(config, parts, engine, steps, stop, watch)
         if not trainer.state.timestamp.batch.value:
@@ -97,7 +99,8 @@ def all_done(config: TrainConfig, steps: int) -> bool:
     if not marked:
         return False
     history, validation = History(), config.data.validation
-    history.take_up(marked[-1])
+    with suppress(ValueError):  # a damaged file: that is found, and said, when the checkpoint is looked at
+        history.take_up(marked[-1])
     early = validation is not None and history.over(validation.patience)
     return early or marked[-1].name == f"ba{steps:08d}"
 
@@ -174,7 +177,7 @@ def _held_out(config: TrainConfig, parts: Parts, steps: int) -> str:
     both = sorted(images & parts.stream.images())
     text = (
         f"\nheld out  {len(parts.held_out.examples)} examples, {len(images)} images; measured {times} times, "
-        f"{len(parts.held_out)} batches each, {batches / (steps + batches):.1%} of all batches that are read"
+        f"{len(parts.held_out)} batches each, {batches / (steps + batches):.1%} of all batches, without a backward pass"
     )
     if both:
         text += f"\nheld out  {len(both)} of these images are learned from too: {', '.join(map(repr, both[:3]))}"

@@ -24,6 +24,7 @@ from training.fit.mixture import LossByStore
 from training.fit.optimizer import build_optimizer, build_schedule
 from training.fit.pace import SlowRanks
 from training.fit.parts import Parts
+from training.fit.quiz import open_quiz
 from training.fit.skipped import SkippedExamples
 from training.fit.watch import Watch
 from training.stream.batch import Batch
@@ -52,6 +53,8 @@ def build_trainer(
     log = StepLog(run, parts.stream, steps, engine, StepFlops(model, config.train), by_store)
     plan = Plan.of(config, parts, steps)
     evaluation = None if plan is None else Evaluation(parts, plan, engine, stop, watch, log)
+    if evaluation is not None:
+        evaluation.quiz = open_quiz(config, parts, engine)
     history = History() if evaluation is None else evaluation.history
     if latest is not None and not history.take_up(latest.parent) and dist.get_global_rank() == 0:
         print("held out  other examples than before: which checkpoint is the best begins anew", flush=True)

@@ -78,6 +78,7 @@ def _stage(run: Path, stage: str, summary: dict[str, Any]) -> dict[str, Any]:
         "samples_per_s": median_high(line["samples_per_s"] for line in lines),
         "data_wait": summary["data_wait"][stage],
         "held_out": measured,
+        "right": [line["questions_right"] for line in lines if "questions_right" in line],
         "chart": loss_chart({TITLES[stage]: ([line["step"] for line in lines], losses)}, held_out),
     }
 

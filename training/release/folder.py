@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from pipeline.schema import StoreSpec
     from training.model.model import CompactVisionForConditionalGeneration
+    from training.model.processor import CompactVisionProcessor
     from training.model.tokenizer import Tokenizer
 
 
@@ -86,28 +87,10 @@ def write_model(
         dtype: of the weights; None keeps each one's own.
         contents: of weights that are on `meta` in `whole`, by name, one after another; None if there are none.
     """
-    from transformers import GenerationConfig
-
-    from training.model.decoders import decoder_of
-    from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
     from training.release.code import write_code
     from training.release.shards import write_weights
 
-    assert whole.vision_tower is not None, "a model that is written sees"
-    text = CompactVisionTokenizer(
-        str(tokenizer.model_file), legacy=tokenizer.legacy, image_token_id=whole.config.image_token_id
-    )
-    vision = whole.vision_tower.config
-    images = CompactVisionImageProcessor(whole.config.aspect, vision.image_size, vision.model_type)
-    processor = CompactVisionProcessor(
-        images,
-        text,
-        image_tokens=whole.config.image_tokens,
-        chat_template=decoder_of(whole.config.text_config.model_type).chat_template,
-    )
-    whole.generation_config = GenerationConfig(
-        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
-    )
+    processor = processor_of(whole, tokenizer)
     here = ((name, weight) for name, weight in whole.state_dict().items() if not weight.is_meta)
     if dtype is not None:
         whole.config.dtype = dtype
@@ -116,6 +99,29 @@ def write_model(
         write_weights(whole, chain(here, contents or ()), target, dtype)
         write_code(whole, target)
         (target / "README.md").write_text(card, encoding="utf-8")
+
+
+def processor_of(whole: CompactVisionForConditionalGeneration, tokenizer: Tokenizer) -> CompactVisionProcessor:
+    """What makes the inputs of a whole model, whose generation settings are put in order for this tokenizer."""
+    from transformers import GenerationConfig
+
+    from training.model.decoders import decoder_of
+    from training.model.processor import CompactVisionImageProcessor, CompactVisionProcessor, CompactVisionTokenizer
+
+    assert whole.vision_tower is not None, "it sees"
+    text = CompactVisionTokenizer(
+        str(tokenizer.model_file), legacy=tokenizer.legacy, image_token_id=whole.config.image_token_id
+    )
+    vision = whole.vision_tower.config
+    whole.generation_config = GenerationConfig(
+        bos_token_id=text.bos_token_id, eos_token_id=text.eos_token_id, pad_token_id=text.pad_token_id
+    )
+    return CompactVisionProcessor(
+        CompactVisionImageProcessor(whole.config.aspect, vision.image_size, vision.model_type),
+        text,
+        image_tokens=whole.config.image_tokens,
+        chat_template=decoder_of(whole.config.text_config.model_type).chat_template,
+    )
 
 
 @contextmanager

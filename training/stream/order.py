@@ -131,8 +131,9 @@ def epoch_of(examples: Examples, order: Order, epoch: int) -> Epoch:
     """The global batches of an epoch.
 
     Each example that is due appears exactly once, except at the end of the epoch, where fewer than B examples may be
-    left over (with groups: of each store one more). With `drop` they are not seen in this epoch. With `pad` the last
-    batch is the last B examples of the order: every example is seen, and as few are seen twice.
+    left over. With `drop` they are not seen in this epoch. With `pad` the last batch is the last B examples of the
+    order: every example is seen, and fewer than B are seen twice. All this holds of each group and its part of B, but
+    that a group may have an example more than others of each store, as often as that store comes.
     """
     found: list[Examples] = []
     indices, sequences = [], []  # of each group

@@ -90,8 +90,9 @@ def open_stream(
     if len(stream) == 0:
         what = " and ".join(entry.store for entry in config.data.mixture)
         groups = f" in {order.groups} groups" if order.groups > 1 else ""
+        there = sum(due for _, due in stream.due())
         raise ValueError(
-            f"{what} gives {sum(due for _, due in stream.due())} examples to learn from, fewer than one global batch of "
+            f"{what} gives {there} examples to learn from, fewer than one global batch of "
             f"{config.global_batch_size}{groups}; lower global_batch_size or set data.last_batch=pad"
         )
     return stream

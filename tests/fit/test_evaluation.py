@@ -205,6 +205,8 @@ def test_where_it_learns_by_heart_the_best_is_kept_and_exported(runs: Path, read
     assert all(found[name].equal(weight) for name, weight in saved.items())
     assert not all(found[f"connector.{name}"].equal(weight) for name, weight in last.items())
     assert f"after step {best}." in (run / "best" / "README.md").read_text()
+    stage_2 = load_file(run / "best" / "connector" / "connector.safetensors")
+    assert all(found[f"connector.{name}"].equal(weight) for name, weight in stage_2.items())
 
 
 @pytest.mark.needs("learned-by-heart", "patient", "patient-killed", "patient-stopped")

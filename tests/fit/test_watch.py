@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 
 from training.fit.pace import outliers
-from training.fit.watch import HUNG
+from training.fit.watch import HUNG, Watch
 
 pytestmark = [pytest.mark.slow, pytest.mark.minutes(2)]
 SHORT = {"checkpoint.interval": "2ba", "steps": 12}
@@ -55,6 +56,16 @@ def test_a_read_that_never_returns_is_named_with_its_place(
     assert code == HUNG, said
     assert "no rank has moved" in said
     assert "a thread at training/stream/tars.py" in said
+
+
+def test_a_batch_of_an_evaluation_is_a_sign_of_life() -> None:
+    watch = Watch(hang_s=600, wait_s=600)
+    said = {"beat": 1, "step": 7, "evaluated": 1, "moves": 5}
+    watch._hear(0, json.dumps(said))
+    for change, moved in (({"beat": 2}, False), ({"evaluated": 2}, True)):
+        watch._moved = 0.0
+        watch._hear(0, json.dumps(said | change))
+        assert (watch._moved > 0) is moved
 
 
 def test_the_slow_rank_is_named_by_what_it_takes_long_for() -> None:

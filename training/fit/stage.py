@@ -177,7 +177,7 @@ def _held_out(config: TrainConfig, parts: Parts, steps: int) -> str:
     both = sorted(images & parts.stream.images())
     text = (
         f"\nheld out  {len(parts.held_out.examples)} examples, {len(images)} images; measured {times} times, "
-        f"{len(parts.held_out)} batches each, {batches / (steps + batches):.1%} of all batches that are read"
+        f"{len(parts.held_out)} batches each, {batches / (steps + batches):.1%} of all batches, without a backward pass"
     )
     if both:
         text += f"\nheld out  {len(both)} of these images are learned from too: {', '.join(map(repr, both[:3]))}"

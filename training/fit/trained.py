@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from training.release.card import CardFiles
-from training.release.connector import load_connector
+from training.release.connector import export_connector, load_connector
 from training.release.folder import export_model
 from training.release.records import SUMMARY, HeldOut, Summary, read_as, read_config
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def export_run(
     run: Path, out: Path, checkpoint: Path | None = None, dtype: str | None = None, scores: Sequence[Path] = ()
 ) -> None:
-    """Write the model that a training run has come to.
+    """Write the model that a training run has come to; of a checkpoint of stage 1 also `connector/`, for stage 2.
 
     Raises:
         ValueError: if there is no run, no checkpoint, or the parts do not fit. OSError: if one cannot be read.
@@ -43,6 +43,8 @@ def export_run(
     beside, at = ([], FOLDER.fullmatch(checkpoint.name)) if checkpoint else (sorted(run.glob("*.scores.json")), None)
     files = CardFiles(run, [*beside, *scores], int(at[1]) if at else None)
     export_model(model, load_tokenizer(config), stores, out, target, files)
+    if checkpoint is not None and "llm" not in config.train:  # what stage 2 starts from: the end of a run has it
+        export_connector(model.connector, out / "connector")
 
 
 def best_checkpoint(run: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -67,7 +68,7 @@ def runs(
         config = mixture(folder / name, stage, {"checkpoint.interval": "100ba", **changes})
         if name == "killed":
             jobs.append({"config": config, "ranks": ranks, "signal": signal.SIGKILL, "at": 6})
-        jobs.append({"config": config, "ranks": ranks})
+        jobs.append({"config": config, "ranks": ranks, **({"waits": True} if name == "two" else {})})
     for job, codes in zip(jobs, run_jobs(folder, jobs), strict=True):
         run = Path(job["config"]["run"])
         assert any(codes) is ("signal" in job), (run / "output").read_text()[-4000:]
@@ -140,8 +141,17 @@ def test_what_was_seen_of_each_store_is_counted(runs: Path, mixture: Callable[..
 
 
 @pytest.mark.needs("two")
+def test_the_losses_of_the_stores_are_read_with_the_others_in_one_wait(runs: Path) -> None:
+    for rank in (0, 1):
+        waits = json.loads((runs / "two" / f"waits-{rank}.json").read_text())
+        assert not [entry for entry in waits if entry[0] == "ours" and entry[2] == "microbatch"]
+        ours = {place: times // STEPS for owner, place, _, times in waits if owner == "ours"}
+        assert sum(ours.values()) == 2, ours  # the losses; and the ranks agree on when to stop
+
+
+@pytest.mark.needs("two")
 def test_a_run_belongs_to_its_mixture(
-    runs: Path, mixture: Callable[..., dict[str, Any]], run_store: Path, second_store: Path
+    runs: Path, mixture: Callable[..., dict[str, Any]], run_store: Path, second_store: Path, tmp_path: Path
 ) -> None:
     def with_stores(stores: list[dict[str, Any]]) -> TrainConfig:
         changes = {"checkpoint.interval": "1ba", "data.stores": stores}
@@ -150,6 +160,8 @@ def test_a_run_belongs_to_its_mixture(
     first, second = {"store": str(run_store), "weight": 3}, {"store": str(second_store), "weight": 1}
     assert len((runs / "two" / STORE).read_text().split()) == 2
     refuse_another(with_stores([first, second]))
+    moved = shutil.copytree(second_store, tmp_path / "moved")
+    refuse_another(with_stores([first, {**second, "store": str(moved)}]))
     for other, words in (
         ([second, first], "data.stores.0.store: .* which holds another store"),
         ([first, {**second, "weight": 2}], r"data.stores.1.weight: 1.0 -> 2.0"),

@@ -208,6 +208,14 @@ def test_a_store_that_gives_nothing_is_refused(stores: list[Path], tmp_path: Pat
         open_mixture(stores, side=Side(split))
 
 
+def test_a_store_that_is_smaller_than_the_groups_is_refused(
+    make_store: Callable[..., Path], stores: list[Path], tmp_path: Path
+) -> None:
+    tiny = make_store(tmp_path, [1], first=900)
+    with pytest.raises(ValueError, match=f"data.groups: {tiny} has 1 examples to learn from, fewer than 2 groups"):
+        open_mixture([stores[0], tiny], groups=2)
+
+
 def test_a_text_only_store_is_a_source_like_others(
     make_store: Callable[..., Path], stores: list[Path], tmp_path: Path
 ) -> None:
@@ -226,6 +234,7 @@ def test_a_text_only_store_is_a_source_like_others(
         ({"stores": [{"store": "a", "weight": 0}]}, r"stores.0.weight\n.*greater than 0"),
         ({"stores": [{"store": "a", "weight": -1}]}, r"stores.0.weight\n.*greater than 0"),
         ({"stores": [{"store": "a", "epochs": 0}]}, r"stores.0.epochs\n.*greater than 0"),
+        ({"stores": [{"store": "a", "epochs": 1e9}]}, r"stores.0.epochs\n.*less than or equal to 1000"),
         ({"stores": [{"store": "a", "weight": 1}, {"store": "b", "epochs": 1}]}, "a has a weight and b has epochs"),
         ({"stores": [{"store": "a"}, {"store": "b", "weight": 1}]}, "b has a weight and a has none; give all"),
         ({"stores": [{"store": "a", "weight": 1, "epochs": 1}]}, "a has a weight and a has epochs"),
@@ -275,6 +284,17 @@ def test_remote_stores_share_a_cache_and_give_the_same_batches(
     assert keys_of(Stream(beside, ("block03",), local.order, reading, lambda examples: {})) == keys_of(
         open_mixture(stores, **order)
     )
+
+
+def test_a_list_of_names_may_lie_in_a_bucket(stores: list[Path], remote: list[str]) -> None:
+    boto3.client("s3").put_object(Bucket="mixture", Key="lists/names.txt", Body=b"\xef\xbb\xbf3.jpg\r\n000000005-0\r\n")
+    split = Split.of(ValidationSettings(names="s3://mixture/lists/names.txt"))
+    for places in (stores, remote):
+        stream = open_mixture(places, side=Side(split, True), last_batch="pad")
+        assert sorted({key.partition("#")[0] for keys in keys_of(stream) for key in keys}) == [
+            "store0:000000003",
+            "store0:000000005",
+        ]
 
 
 def test_a_node_whose_ranks_hold_whole_groups_fetches_only_their_shards(

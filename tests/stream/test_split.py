@@ -145,6 +145,9 @@ def test_what_cannot_be_split_is_said(store: Path, names: Names, tmp_path: Path)
         split(names=str(names("", " ")))
     with pytest.raises(ValueError, match=r"none.txt does not exist; give"):
         split(names=str(tmp_path / "none.txt"))
+    for other in (str(tmp_path), "/", "", "http://host/names"):
+        with pytest.raises(ValueError, match=r"data.validation.names: .* is no file that can be read .*; give a text"):
+            split(names=other)
     (tmp_path / "names.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"names.txt is not UTF-8"):
         split(names=str(tmp_path / "names.txt"))

@@ -98,7 +98,7 @@ def batch(config: TrainConfig, model: CompactVisionForConditionalGeneration, ran
     per_rank = config.per_rank(ranks.planned)
     shards = shards_at_start(config)
     stream = open_stream(config, model.connector.columns, 0, ranks.planned, lambda examples: {}, shards)
-    examples, steps = len(stream.examples), config.steps or config.epochs * len(stream)
+    examples, steps = sum(due for _, due in stream.due()), config.steps or config.epochs * len(stream)
     text = f"{config.global_batch_size} examples / {ranks.planned} rank(s) = {per_rank} each"
     if config.microbatch_size != "auto":
         parts = -(-per_rank // config.microbatch_size)  # rounded up

@@ -89,9 +89,11 @@ def open_stream(
     stream = Stream(sources(config, shards), columns, order, reading, collate, side)
     if len(stream) == 0:
         what = " and ".join(entry.store for entry in config.data.mixture)
+        groups = f" in {order.groups} groups" if order.groups > 1 else ""
+        there = sum(due for _, due in stream.due())
         raise ValueError(
-            f"{what} gives {len(stream.examples)} examples, fewer than one global batch of "
-            f"{config.global_batch_size}; lower global_batch_size or set data.last_batch=pad"
+            f"{what} gives {there} examples to learn from, fewer than one global batch of "
+            f"{config.global_batch_size}{groups}; lower global_batch_size or set data.last_batch=pad"
         )
     return stream
 

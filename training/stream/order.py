@@ -131,8 +131,9 @@ def epoch_of(examples: Examples, order: Order, epoch: int) -> Epoch:
     """The global batches of an epoch.
 
     Each example that is due appears exactly once, except at the end of the epoch, where fewer than B examples may be
-    left over (with groups: of each store one more). With `drop` they are not seen in this epoch. With `pad` the last
-    batch is the last B examples of the order: every example is seen, and as few are seen twice.
+    left over. With `drop` they are not seen in this epoch. With `pad` the last batch is the last B examples of the
+    order: every example is seen, and fewer than B are seen twice. All this holds of each group and its part of B, but
+    that a group may have an example more than others of each store, as often as that store comes.
     """
     found: list[Examples] = []
     indices, sequences = [], []  # of each group
@@ -148,8 +149,11 @@ def epoch_of(examples: Examples, order: Order, epoch: int) -> Epoch:
         indices.append(index)
     count = batches_per_epoch(examples, order)
     rows = [_cut(sequence, order.part, count) for sequence in sequences]
-    together = Examples(*(np.concatenate([getattr(due, n) for due in found]) for n in Examples.__dataclass_fields__))
-    return Epoch(together, np.concatenate(indices), np.concatenate(rows, axis=1))
+    index = np.concatenate(indices)
+    shard = np.concatenate([due.shard for due in found])
+    if order.weights or order.epochs:  # numbers of passes and shards: many, if a small store comes often
+        shard = np.unique(shard, return_inverse=True)[1]
+    return Epoch(replace(examples[index], shard=shard), index, np.concatenate(rows, axis=1))
 
 
 def epoch_batches(examples: Examples, order: Order, epoch: int) -> Ints:

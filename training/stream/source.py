@@ -122,6 +122,11 @@ def _refuse_unused(sources: Sequence[Source], examples: Examples, order: Order) 
     for number, (source, (there, chosen)) in enumerate(zip(sources, due, strict=True)):
         if not there:
             raise ValueError(f"all examples of {source.url} are held out by data.validation; leave this store out")
+        if there < order.groups:
+            raise ValueError(
+                f"data.groups: {source.url} has {there} examples to learn from, fewer than {order.groups} groups; take "
+                "fewer groups"
+            )
         if not chosen:
             raise ValueError(
                 f"data.stores.{number}: an epoch has none of the {there:,} examples of {source.url}; raise its weight "

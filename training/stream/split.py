@@ -79,12 +79,15 @@ def draws(names: Sequence[str | None], seed: int) -> npt.NDArray[np.float64]:
 def _listed(path: str) -> frozenset[str]:
     """The names in a file, a name a line; spaces around them and empty lines do not count."""
     folder, _, file = path.rpartition("/")
+    cure = "give a text file with a name a line"
     try:
         text = Storage(folder or ("/" if path.startswith("/") else ".")).read(file).decode("utf-8-sig")
     except FileNotFoundError as error:
-        raise ValueError(f"data.validation.names: {path} does not exist; give a file with a name a line") from error
+        raise ValueError(f"data.validation.names: {path} does not exist; {cure}") from error
     except UnicodeDecodeError as error:
-        raise ValueError(f"data.validation.names: {path} is not UTF-8 text ({error}); save it as UTF-8") from error
+        raise ValueError(f"data.validation.names: {path} is not UTF-8 text ({error}); {cure}") from error
+    except (ValueError, IsADirectoryError) as error:  # a folder, a pipe, no name, another scheme
+        raise ValueError(f"data.validation.names: {path!r} is no file that can be read ({error}); {cure}") from error
     names = frozenset(line.strip() for line in text.splitlines() if line.strip())
     if not names:
         raise ValueError(f"data.validation.names: {path} names nothing; write a name of an image a line")
@@ -161,7 +164,7 @@ def refuse_one_side(split: Split, samples: Bools, examples: Bools) -> None:
     if split == Split.whole(split.seed) or 0 < out < len(examples):
         return
     side = "held out" if out == 0 else "left to learn from"
-    asked = "data.validation.names" if split.share is None else f"data.validation.share={split.share:g}"
+    asked = "data.validation.names" if split.share is None else f"data.validation.share={split.share!r}"
     raise ValueError(
         f"{asked} leaves nothing {side}: {out:,} of {len(examples):,} examples ({int(samples.sum()):,} of "
         f"{len(samples):,} images and text-only records) are held out; choose another "

@@ -17,7 +17,7 @@ class StoreSettings(Settings):
     weight: float | None = Field(
         default=None, gt=0, description="its part of an epoch, which has as many examples as all stores together"
     )
-    epochs: float | None = Field(default=None, gt=0, description="how often an epoch has each of its examples")
+    epochs: float | None = Field(default=None, gt=0, le=1000, description="how often an epoch has each of its examples")
     template: str | None = Field(default=None, description="instead of data.template")
 
     @field_validator("template")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import boto3
 import pytest
 
+from training.config import TrainConfig
+from training.fit.parts import held_out_stream
 from training.stream.ahead import most_bytes_in_use
 from training.stream.order import Order, epoch_of
 from training.stream.reader import Reading
@@ -49,6 +53,22 @@ def test_a_remote_store_gives_the_same_batches_whatever_the_cache_holds(
         assert contents(stream) == contents(local)
     if state == "small":
         assert sum(path.stat().st_size for path in tmp_path.rglob("*.tar")) <= cache["cache_gb"] * 1e9
+
+
+def test_what_is_held_out_of_a_remote_store_is_read_without_whole_tars(
+    store: Path, remote: str, tmp_path: Path, settings: Callable[..., Any]
+) -> None:
+    cache = tmp_path / "cache"
+
+    def held_out(place: str) -> Stream:
+        changes = {"data.store": place, "data.cache_dir": str(cache), "data.validation": {"share": 0.3}}
+        config = TrainConfig.model_validate(settings(tmp_path / "run", 1, changes))
+        stream = held_out_stream(config, COLUMNS, 0, 1, lambda examples: {})
+        assert stream is not None
+        return stream
+
+    assert contents(held_out(remote)) == contents(held_out(str(store)))
+    assert not list(cache.rglob("*.tar"))
 
 
 def tars_in_use(stream: Stream) -> int:

@@ -1,11 +1,10 @@
 """The loss on held-out examples, every so many steps and at the end: is the run still learning, or learning by heart?
 
-Composer has an evaluation loop. This one is a callback of ours, because that one
+Composer has an evaluation loop. This is a callback instead, because that one
 
-    calls the model past the engine, which DeepSpeed's ZeRO-3 needs around it;
-    draws from the random states with its DataLoader, and puts its own batch, dataloader and clock into the state;
-    runs behind the step's line of metrics, cannot be left when a scheduler wants the node back, and takes the mean of
-    what ranks and batches found, where the sum over all tokens is meant.
+    draws its DataLoader's seed from the random states of training, and leaves a batch and outputs in Composer's state;
+    runs when the step's line of metrics is written already, and cannot be left when a scheduler wants the node back;
+    calls the model within DeepSpeed's engine, and not the engine.
 
 What is measured is a sum over all supervised tokens of all examples, each counted once, divided by their number.
 """

@@ -129,7 +129,9 @@ def held_out_stream(
             collate = replace(collate, by_store=())  # it has data.template
     order = Order(global_batch_size=config.global_batch_size, shuffle=False, last_batch="pad")
     reading = Reading.of(config.data, rank, ranks, pin_memory=torch.cuda.is_available())
-    reading = reading.model_copy(update={"prefetch": HELD_OUT_AHEAD})
+    # A few examples of each tar are not worth a download of the whole: of a remote store they are read by ranges.
+    ranges = {} if validation.store is not None else {"cache_dir": None}
+    reading = reading.model_copy(update={"prefetch": HELD_OUT_AHEAD, **ranges})
     return Stream(read, columns, order, reading, collate, Side(split, True, validation.limit))
 
 

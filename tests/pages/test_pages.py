@@ -34,6 +34,16 @@ STORE = StoreSpec(
 )
 
 
+PAIR = {
+    "score": "accuracy",
+    "arms": ["MLP", "STF"],
+    "units": 90,
+    "clusters": 90,
+    "by_seed": [-50.0],
+    "difference": -5.0,
+}
+
+
 def row(arm: str, score: float) -> dict[str, object]:
     """One arm with one seed, as `table.json` of an older version keeps it."""
     scored = {"score": score, "interval": [score - 5, score + 5], "units": 2, "by_seed": [score]}
@@ -109,7 +119,7 @@ def test_an_ablations_page_holds_its_table_and_the_questions_on_which_arms_diffe
 def test_an_ablations_page_says_which_arms_differ_and_by_how_much_it_may_be_wrong(ablation: Path) -> None:
     assert "is of an older version, which compared no arms" in ablation_page(ablation, None)
     table = json.loads((ablation / "table.json").read_text())
-    pair = {"score": "accuracy", "arms": ["MLP", "STF"], "units": 90, "clusters": 90, "by_seed": [-50.0], "missed": 9.0}
+    pair = {**PAIR, "missed": 9.0}
     told = {**pair, "difference": -50.0, "interval": [-60.0, -40.0]}
     untold = {**pair, "category": "<count>", "difference": 1.0, "interval": [-3.0, 5.0]}
     table |= {"comparisons": [told, untold], "guessing": {"accuracy": 25.0}, "guessing_by_category": {"<count>": 30.0}}
@@ -280,6 +290,8 @@ def test_an_ablation_whose_truth_nobody_tells_has_a_page(ablation: Path, images:
             [row("STF", 1.0), {**row("MLP", 1.0), "scores": {}}],
             r"MLP has the scores \[\], STF has \['accuracy'\]",
         ),
+        ("comparisons", [PAIR | {"arms": ["STF", "nobody"]}], "STF and nobody are compared on None, which no row has"),
+        ("comparisons", [PAIR | {"category": "count"}], "MLP and STF are compared on count, which no row has"),
     ],
 )
 def test_damaged_tables_are_named(ablation: Path, key: str, value: object, said: str) -> None:

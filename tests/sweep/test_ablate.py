@@ -150,6 +150,28 @@ def test_a_table_in_words() -> None:
     assert "15 s against 30 s in all, 2.00 times as long" in text
 
 
+def test_a_table_in_words_says_what_is_told_apart(tmp_path: Path) -> None:
+    from training.sweep.table import as_text
+
+    scored = ROW["scores"]["gqa"]
+    rows = [{**ROW, "arm": arm, "categories": {"color": scored, "count": scored}} for arm in ("STF | b", "MLP")]
+    rows[1] |= {"published": {"gqa": 62.0}}
+    pair = {"score": "gqa", "arms": ("STF | b", "MLP"), "by_seed": (1.0, 3.0), "units": 90, "clusters": 90}
+    told = {**pair, "difference": 2.0, "interval": (1.0, 3.0), "missed": 1.5, "from_seeds": 0.4}
+    found = [told, {**told, "category": "count"}, {**pair, "difference": 2.0, "category": "color"}]
+    table = Table.model_validate(
+        {"title": "T", "seeds": [0, 1], "patches": 576, "rows": rows, "stores": [], "comparisons": found}
+        | {"guessing": {"gqa": 40.0}, "guessing_by_category": {"color": 25.0, "count": 55.0}}
+    )
+    table.write(tmp_path)
+    text = as_text(Table.read(tmp_path))
+    better = "STF \\| b is better by 2.0 [1.0, 3.0]"
+    assert f"| STF \\| b - MLP | gqa | +2.0 | [+1.0, +3.0] | +1.0, +3.0 | 40% | {better} | -0.2 (gqa) |\n" in text
+    assert "| STF \\| b - MLP | +2.0, too few questions: 90 independent ones | **+2.0 [+1.0, +3.0] / 1.5** |\n" in text
+    assert "| always the most frequent answer of the category | 25.0 | 55.0 |\n" in text
+    assert "over questions and seeds, hold for all 2 together" in text
+
+
 def test_a_table_comes_back_from_its_file_and_so_does_one_of_an_older_version(tmp_path: Path) -> None:
     older = {"title": "T", "seeds": [0], "patches": 576, "rows": [ROW], "encoding": None, "stores": []}
     (tmp_path / "table.json").write_text(json.dumps(older))

@@ -153,12 +153,16 @@ class Table(_Part):
 
     @model_validator(mode="after")
     def _square(self) -> Table:
-        """Every row has the scores of the first one."""
+        """Every row has the scores of the first one, and what is compared is there."""
         first = self.rows[0]
         for row in self.rows:
             for mine, others in ((row.scores, first.scores), (row.categories, first.categories)):
                 if mine.keys() != others.keys():
                     raise ValueError(f"{row.arm} has the scores {list(mine)}, {first.arm} has {list(others)}")
+        arms, categories = [row.arm for row in self.rows], (None, *first.categories)
+        for each in self.comparisons or ():
+            if not {*each.arms} <= {*arms} or each.category not in categories:
+                raise ValueError(f"{' and '.join(each.arms)} are compared on {each.category}, which no row has")
         return self
 
     @classmethod

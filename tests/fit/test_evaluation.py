@@ -236,6 +236,7 @@ def test_a_run_whose_held_out_loss_does_not_fall_ends_early_and_whole(
     assert load_file(run / "connector" / "connector.safetensors").keys()
     said = (run / "output").read_text()
     assert said.count(f"step {last}/40") == 1
+    assert f"step {last + 1} is next" not in said
     assert ("what is left is to export" in said) is (name == "patient-killed")
 
 

@@ -87,7 +87,11 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
 
         together(dist.get_global_rank() == 0, cut)
         if dist.get_global_rank() == 0 and done:
-            print(f"resumed   from the checkpoint of step {done}; step {done + 1} is next", flush=True)
+            ended = (
+                state.max_duration is not None and state.timestamp >= state.max_duration
+            )  # by what was caught up with
+            following = "" if ended else f"; step {done + 1} is next"
+            print(f"resumed   from the checkpoint of step {done}{following}", flush=True)
         self._step_start = time.perf_counter()
 
     def batch_start(self, state: State, logger: Logger) -> None:

@@ -55,7 +55,7 @@ LLAMA = {
     "initializer_range": 0.08,  # about width**-0.5: with Llama's 0.02 so narrow a model starts far more slowly
 }
 TEXT_TOWER = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
-VOCABULARY = 480
+VOCABULARY = 640
 LLM_TRAINING: Training = {"steps": 300, "batch": 16, "lr": 3e-3}
 CLIP_TRAINING: Training = {"steps": 200, "batch": 64, "lr": 1e-3}
 WARMUP = 20  # steps in which the learning rate climbs
@@ -112,9 +112,10 @@ def train_tokenizer(captions: dict[str, str], conversations: list[dict[str, Any]
     from training.model.markers import IMAGE
     from training.text.templates import prompt_for
 
-    texts = set(captions.values())
-    texts |= {turn["value"].replace(IMAGE, "").strip() for r in conversations for turn in r["conversations"]}
-    sentences = [*sorted(texts), *[prompt_for("")] * 300]  # the frame of every prompt gets whole words
+    texts = list(captions.values())
+    texts += [turn["value"].replace(IMAGE, "").strip() for r in conversations for turn in r["conversations"]]
+    # Each as often as it is said: frequent words become one piece. So do those of the frame of every prompt.
+    sentences = [*texts, *[prompt_for("")] * 300]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences),

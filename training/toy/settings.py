@@ -1,8 +1,72 @@
 """What `training/demo.py` passes to the real commands: sizes and settings for two CPU cores."""
 
-BLOCKS = (1, 2, 3, 4, 5, 6, 7, 8)  # every block of the tiny CLIP
+from typing import TypedDict
 
-DRAW = ["--images", "2000", "--heldout", "200", "--seed", "0"]
+
+class Training(TypedDict):
+    """How long and how fast: optimizer steps, examples in each, and the peak learning rate."""
+
+    steps: int
+    batch: int
+    lr: float
+
+
+class Size(TypedDict):
+    """How much of everything: what is drawn, how the models are made, and how long each stage is."""
+
+    images: int
+    heldout: int
+    outliers: int  # channels of the vision tower with activations far larger than those of the others
+    tower: Training
+    reading: Training  # the language model: captions,
+    talking: Training  # then conversations
+    pretrain_epochs: int
+    finetune_epochs: int
+
+
+SIZES: dict[str, Size] = {
+    "small": {  # five minutes on two cores
+        "images": 4000,
+        "heldout": 1050,
+        "outliers": 0,
+        "tower": {"steps": 750, "batch": 32, "lr": 3e-3},
+        "reading": {"steps": 500, "batch": 16, "lr": 4e-3},
+        "talking": {"steps": 500, "batch": 8, "lr": 3e-3},
+        "pretrain_epochs": 1,
+        "finetune_epochs": 1,
+    },
+    "large": {  # about an hour
+        "images": 20000,
+        "heldout": 4200,
+        "outliers": 3,
+        "tower": {"steps": 6000, "batch": 32, "lr": 2e-3},
+        "reading": {"steps": 3000, "batch": 16, "lr": 3e-3},
+        "talking": {"steps": 5000, "batch": 8, "lr": 2e-3},
+        "pretrain_epochs": 1,
+        "finetune_epochs": 3,
+    },
+}
+
+CLIP = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 2,
+    "image_size": 64,
+    "patch_size": 8,  # 64 patch tokens, of which the demo's method makes 16
+}
+LLAMA = {
+    "hidden_size": 96,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "initializer_range": 0.08,  # about width**-0.5: with Llama's 0.02 so narrow a model starts far more slowly
+}
+VOCABULARY = 640
+
+BLOCKS = (1, 2, 3, 4, 5, 6, 7, 8)  # every block of the tiny CLIP
 
 COMMON = [
     "precision=fp32",
@@ -10,19 +74,18 @@ COMMON = [
     "device=cpu",
     "checkpoint.interval=1ep",
     "data.max_length=512",
-    "global_batch_size=16",
     "optimizer.betas=[0.9,0.98]",
     "optimizer.clip_grad_norm=1.0",
 ]
 
-PRETRAIN = [*COMMON, "epochs=3", "optimizer.lr=2e-3"]
+PRETRAIN = [*COMMON, "global_batch_size=16", "optimizer.lr=2e-3"]
 
 FINETUNE = [
     *COMMON,
-    "epochs=3",
-    "optimizer.lr=8e-4",
+    "global_batch_size=8",
+    "optimizer.lr=1.5e-3",
     "microbatch_size=auto",
     "model.activation_checkpointing=false",
 ]
 
-GENERATE = ["--batch-size", "32", "--max-new-tokens", "16"]
+GENERATE = ["--batch-size", "128", "--max-new-tokens", "8"]

@@ -67,19 +67,25 @@ def reading_matter(
 
 
 def _phrases(text: str, tokenizer: Tokenizer) -> list[list[int]]:
-    """TOKENS phrases as ids: the text, cut at its commas; what is more than these hold is left out."""
-    cut = [tokenizer.encode(phrase.strip())[1:] for phrase in text.rstrip(" .").split(",")]
+    """TOKENS phrases as ids: the text, cut at its commas; what is more than these hold is left out.
+
+    What stands before a colon sums up what follows: that is for the model to find out.
+    """
+    cut = [tokenizer.encode(phrase.strip())[1:] for phrase in text.rstrip(" .").split(" : ")[-1].split(",")]
     return [*cut, *[[]] * TOKENS][:TOKENS]
 
 
 def train_llm(
     llm: LlamaForCausalLM, matter: tuple[list[Reading], list[Reading]], pad_id: int, size: Size, seed: int
 ) -> None:
-    """Ordinary language modelling: first the captions, then the answers, given what stands before them."""
-    for name, examples, how in zip(("captions", "talk"), matter, (size["reading"], size["talking"]), strict=True):
-        if examples:
-            loss_of = _loss_of(llm, examples, pad_id)
-            train(f"llm, {name}", list(llm.parameters()), loss_of, len(examples), how, seed)
+    """Ordinary language modelling of what follows the condensed tokens: captions, then answers and some captions.
+
+    Without the latter the captions would be forgotten, with which stage 1 shows the connector what to say.
+    """
+    captions, talk = matter
+    both = talk + captions[: len(talk) // 4]
+    for name, examples, how in (("captions", captions, size["reading"]), ("talk", both, size["talking"])):
+        train(f"llm, {name}", list(llm.parameters()), _loss_of(llm, examples, pad_id), len(examples), how, seed)
 
 
 def _loss_of(llm: LlamaForCausalLM, examples: Sequence[Reading], pad_id: int) -> Any:

@@ -31,8 +31,8 @@ SIZES: dict[str, Size] = {
         "outliers": 0,
         "tower": {"steps": 750, "batch": 32, "lr": 3e-3},
         "reading": {"steps": 500, "batch": 16, "lr": 4e-3},
-        "talking": {"steps": 500, "batch": 8, "lr": 3e-3},
-        "pretrain_epochs": 1,
+        "talking": {"steps": 650, "batch": 8, "lr": 3e-3},
+        "pretrain_epochs": 2,
         "finetune_epochs": 1,
     },
     "large": {  # about an hour

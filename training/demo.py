@@ -98,7 +98,7 @@ class Demo:
             ValueError: if a question cannot be asked, or the folder holds a run on other data. OSError: if a file
                 cannot be read.
         """
-        mine: dict[str, Any] = {}  # nothing of what is drawn
+        mine: dict[str, Any] = {} if self.size == "small" else {"size": self.size}  # nothing of what is drawn
         if not self.drawn:
             for name in ("chat", "instruct", "questions"):
                 check_regular(self.data[name])

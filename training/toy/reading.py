@@ -85,7 +85,7 @@ def train_llm(
     captions, talk = matter
     both = talk + captions[: len(talk) // 4]
     for name, examples, how in (("captions", captions, size["reading"]), ("talk", both, size["talking"])):
-        train(f"llm, {name}", list(llm.parameters()), _loss_of(llm, examples, pad_id), len(examples), how, seed)
+        train(f"llm, {name}", [llm], _loss_of(llm, examples, pad_id), len(examples), how, seed)
 
 
 def _loss_of(llm: LlamaForCausalLM, examples: Sequence[Reading], pad_id: int) -> Any:

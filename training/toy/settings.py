@@ -29,10 +29,10 @@ SIZES: dict[str, Size] = {
         "images": 4000,
         "heldout": 1050,
         "outliers": 0,
-        "tower": {"steps": 750, "batch": 32, "lr": 3e-3},
+        "tower": {"steps": 600, "batch": 32, "lr": 3e-3},
         "reading": {"steps": 500, "batch": 16, "lr": 4e-3},
-        "talking": {"steps": 650, "batch": 8, "lr": 3e-3},
-        "pretrain_epochs": 2,
+        "talking": {"steps": 700, "batch": 8, "lr": 3e-3},
+        "pretrain_epochs": 1,
         "finetune_epochs": 1,
     },
     "large": {  # about an hour

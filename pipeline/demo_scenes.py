@@ -7,6 +7,7 @@ it is detail that the mean over a cell loses: in which quarter a dot is, and whi
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -23,10 +24,10 @@ COLORS = {
 SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}  # with the plural
 QUARTERS = ("northwest", "northeast", "southwest", "southeast")
 WORDS = (  # each beside others of the same letters
-    "post", "spot", "stop", "pots", "tops", "opts",
-    "east", "seat", "eats", "teas",
-    "team", "meat", "mate", "tame",
-    "pale", "leap", "plea", "peal",
+    "post", "spot", "stop",
+    "east", "seat", "eats",
+    "team", "meat", "mate",
+    "pale", "leap", "plea",
 )  # fmt: skip
 SIDE = 4  # cells in a row, and rows
 CELLS = tuple(row + column for row in "abcd" for column in "wxyz")  # in reading order
@@ -77,12 +78,22 @@ def _some(names: list[str], rng: np.random.Generator) -> list[str]:
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Everything in the scene, in any order, in CC-595K's spelling (lower case, a space before the full stop)."""
-    said = [f"{cell} {color} {shape}{f' dot {dot}' if dot else ''}" for color, shape, cell, dot in scene.things]
-    said.append(f"{scene.sign} sign {scene.word}")
+    """Everything in the scene, in CC-595K's spelling (lower case, a space before the full stop).
+
+    First how many shapes there are, and how many of each colour or of each kind; then each cell with what is in it, or
+    what is somewhere with its cell, in any order.
+    """
     count = len(scene.things)
-    listed = " , ".join(said[i] for i in rng.permutation(len(said)))
-    return f"{count} shape{'s' if count > 1 else ''} : {listed} ."
+    counted = [f"{count} shape{'s' if count > 1 else ''}"]
+    if rng.random() < 0.5:
+        counted += [f"{n} {color}" for color, n in Counter(thing.color for thing in scene.things).items()]
+    else:
+        shapes = Counter(thing.shape for thing in scene.things)
+        counted += [f"{n} {SHAPES[shape] if n > 1 else shape}" for shape, n in shapes.items()]
+    said = [(cell, f"{color} {shape}{f' dot {dot}' if dot else ''}") for color, shape, cell, dot in scene.things]
+    said.append((scene.sign, f"sign {scene.word}"))
+    listed = [" ".join(said[i] if rng.random() < 0.5 else said[i][::-1]) for i in rng.permutation(len(said))]
+    return f"{' , '.join(counted)} : {' , '.join(listed)} ."
 
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:

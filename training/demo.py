@@ -99,7 +99,7 @@ class Demo:
             ValueError: if they cannot be used, or the folder holds a run on other data. OSError: if a file cannot be
                 read.
         """
-        mine: dict[str, Any] = {}  # nothing of what is drawn
+        mine: dict[str, Any] = {} if self.size == "small" else {"size": self.size}  # nothing of what is drawn
         if not self.drawn:
             for remark in look_through(**{name: Path(path) for name, path in self.data.items()}):
                 print(remark)

@@ -51,38 +51,45 @@ def reading_matter(
     plain, v1 = (Collator(tokenizer, template, MAX_LENGTH, TOKENS, _HERE) for template in ("plain", "v1"))
     phrases = {image: _phrases(text, tokenizer) for image, text in captions.items()}
 
-    def matter(collator: Collator, image: str, turns: list[Turn]) -> Reading:
-        return Reading(collator.labelled(turns, has_image=True), chance.sample(phrases[image], TOKENS))
+    def matter(collator: Collator, image: str, turns: list[Turn]) -> list[Reading]:
+        try:
+            text = collator.labelled(turns, has_image=True)
+        except ValueError:  # nothing to learn from: the stage that the record is for says which it is, and why
+            return []
+        whole = text.input_ids.count(_HERE) == TOKENS and any(label != IGNORE for label in text.labels)
+        return [Reading(text, chance.sample(phrases[image], TOKENS))] if whole else []
 
-    read = [
-        matter(plain, image, [Turn(speaker="human", value=IMAGE), Turn(speaker="gpt", value=text)])
-        for image, text in captions.items()
-    ]
-    talk = [
-        matter(v1, record["image"], [Turn(speaker=t["from"], value=t["value"]) for t in record["conversations"]])
-        for record in conversations
-        if record["image"] in captions
-    ]
-    return (  # a text so long that its answer is cut off teaches nothing
-        [each for each in read if any(label != IGNORE for label in each.text.labels)],
-        [each for each in talk if any(label != IGNORE for label in each.text.labels)],
-    )
+    read, talk = [], []
+    for image, caption in captions.items():
+        read += matter(plain, image, [Turn(speaker="human", value=IMAGE), Turn(speaker="gpt", value=caption)])
+    for record in conversations:
+        if record["image"] in captions:
+            turns = [Turn(speaker=turn["from"], value=turn["value"]) for turn in record["conversations"]]
+            talk += matter(v1, record["image"], turns)
+    return read, talk
 
 
 def _phrases(text: str, tokenizer: Tokenizer) -> list[list[int]]:
-    """TOKENS phrases as ids: the text, cut at its commas; what is more than these hold is left out."""
-    cut = [tokenizer.encode(phrase.strip())[1:] for phrase in text.rstrip(" .").split(",")]
+    """TOKENS phrases as ids: the text, cut at its commas; what is more than these hold is left out.
+
+    What stands before a colon sums up what follows: that is for the model to find out.
+    """
+    cut = [tokenizer.encode(phrase.strip())[1:] for phrase in text.rstrip(" .").split(" : ")[-1].split(",")]
     return [*cut, *[[]] * TOKENS][:TOKENS]
 
 
 def train_llm(
     llm: LlamaForCausalLM, matter: tuple[list[Reading], list[Reading]], pad_id: int, size: Size, seed: int
 ) -> None:
-    """Ordinary language modelling: first the captions, then the answers, given what stands before them."""
-    for name, examples, how in zip(("captions", "talk"), matter, (size["reading"], size["talking"]), strict=True):
-        if examples:
-            loss_of = _loss_of(llm, examples, pad_id)
-            train(f"llm, {name}", list(llm.parameters()), loss_of, len(examples), how, seed)
+    """Ordinary language modelling of what follows the condensed tokens: captions, then answers and some captions.
+
+    Without the latter the captions would be forgotten, with which stage 1 shows the connector what to say.
+    """
+    captions, talk = matter
+    both = talk + captions[: len(talk) // 4]
+    for name, examples, how in (("captions", captions, size["reading"]), ("talk", both, size["talking"])):
+        if examples:  # your own data may have nothing for one of the two
+            train(f"llm, {name}", [llm], _loss_of(llm, examples, pad_id), len(examples), how, seed)
 
 
 def _loss_of(llm: LlamaForCausalLM, examples: Sequence[Reading], pad_id: int) -> Any:

@@ -52,6 +52,33 @@ def test_files_are_those_of_the_folder_that_the_command_was_typed_in(
         demo.main()
 
 
+def test_a_run_of_another_size_is_not_taken_up(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo.Demo, "step", lambda *_, **__: (_ for _ in ()).throw(ValueError("it goes on")))
+    for size, said in (("small", "it goes on"), ("large", r"a run on other data \(size\)"), ("small", "it goes on")):
+        monkeypatch.setattr(sys, "argv", [*asked, "--size", size])
+        with pytest.raises(SystemExit, match=said):
+            demo.main()
+        (tmp_path / "mine" / "seconds.json").write_text("{}")  # as if a step were done
+
+
+def test_steps_side_by_side_all_end_and_the_failed_one_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = demo.Demo(tmp_path, {}, drawn=True)
+    write = "import pathlib, sys; pathlib.Path(sys.argv[1]).touch()"
+    good = ("good", [sys.executable, "-c", write, str(tmp_path / "good")], tmp_path / "good")
+    bad = ("bad", [sys.executable, "-c", "raise ValueError('broken')"], tmp_path / "bad")
+    with pytest.raises(SystemExit, match=r"ValueError: broken[\s\S]*step 'bad' ended with 1"):
+        job.side_by_side(bad, good)
+    assert (tmp_path / "good").exists()
+    again = ("bad", [sys.executable, "-c", write, str(tmp_path / "bad")], tmp_path / "bad")
+    job.side_by_side(again, good)
+    assert "good                   done before" in capsys.readouterr().out
+    assert set(json.loads((tmp_path / "seconds.json").read_text())) == {"good", "bad"}
+
+
 @pytest.mark.parametrize("shown_in", ["questions.jsonl", "chat.json", "instruct.json"])
 def test_other_images_in_another_folder_are_noticed_the_same_ones_are_not(
     asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shown_in: str

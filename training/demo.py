@@ -16,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from pipeline.images import find_file
 from training.benchmarks.own import OwnQuestions
 from training.release.records import SUMMARY, Summary, read_as, write_whole
 from training.toy.meaning import meaning, shuffled_tells
-from training.toy.own_data import look_through, raw_records
-from training.toy.settings import BLOCKS, DRAW, FINETUNE, GENERATE, PRETRAIN
+from training.toy.own_data import look_through, raw_records, read_records
+from training.toy.settings import BATCHES, BLOCKS, FINETUNE, GENERATE, PRETRAIN, SIZES, epochs_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PER_STAGE = ("loss_first", "loss_last", "steps", "data_wait")  # of the summary: one figure for each of the two stages
@@ -38,14 +39,20 @@ PER_STAGE = ("loss_first", "loss_last", "steps", "data_wait")  # of the summary:
 class Demo:
     """Runs the steps in `run`, keeping the seconds each took."""
 
-    def __init__(self, run: Path, data: dict[str, str], drawn: bool) -> None:
+    def __init__(self, run: Path, data: dict[str, str], drawn: bool, size: str = "small") -> None:
         self.run = run
         self.data = data
         self.drawn = drawn
+        self.size = size
         self.seconds: dict[str, float] = {}
         bin_folder = Path(sys.executable).parent
         self.python = [sys.executable]
-        self.composer = [sys.executable, str(bin_folder / "composer"), "-n", "1"]
+        self.composer = [
+            sys.executable,
+            str(bin_folder / "composer"),
+            "-n",
+            "2",
+        ]  # a rank a core: small matrices hardly profit from two threads
 
     def step(self, name: str, command: list[str], done: Path | None = None) -> None:
         """Run one command, its output into `logs/<name>.log`; skip it if `done` exists.
@@ -59,18 +66,27 @@ class Demo:
             return
         log = self.run / "logs" / f"{name.replace(' ', '-')}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        print(f"  {name:<22} ...", end="", flush=True)
         start = time.perf_counter()
         with log.open("w", encoding="utf-8") as out:
             code = subprocess.call(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT, env=_environment())
         self.seconds[name] = round(time.perf_counter() - start, 1)
-        print(f"\b\b\b{self.seconds[name]:6.1f} s", flush=True)
+        print(f"  {name:<22} {self.seconds[name]:6.1f} s", flush=True)
         if code:
             tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-30:])
             text = f"step {name!r} ended with {code}; its whole output is in {log}"
             sys.exit(f"{tail}\nerror: {text}; correct what it names, and run the same command again")
         known = {**self._known_seconds(), **self.seconds}
         write_whole(self.run / "seconds.json", json.dumps(known, indent=1))
+
+    def side_by_side(self, *steps: tuple[str, list[str], Path]) -> None:
+        """Steps that do not need each other, at the same time.
+
+        Raises:
+            SystemExit: if one of them fails, once all have ended.
+        """
+        with ThreadPoolExecutor(len(steps)) as threads:
+            for started in [threads.submit(self.step, *step) for step in steps]:
+                started.result()
 
     def _known_seconds(self) -> dict[str, float]:
         path = self.run / "seconds.json"
@@ -83,7 +99,7 @@ class Demo:
             ValueError: if they cannot be used, or the folder holds a run on other data. OSError: if a file cannot be
                 read.
         """
-        mine: dict[str, Any] = {}  # nothing of what is drawn
+        mine: dict[str, Any] = {} if self.size == "small" else {"size": self.size}  # nothing of what is drawn
         if not self.drawn:
             for remark in look_through(**{name: Path(path) for name, path in self.data.items()}):
                 print(remark)
@@ -126,29 +142,43 @@ class Demo:
 
     def all_steps(self) -> None:
         """The main job, in the order of the flow."""
-        run, models = self.run, self.run / "models"
+        run, models, size = self.run, self.run / "models", SIZES[self.size]
         if self.drawn:
-            draw = [*self.python, "pipeline/demo_data.py", str(run / "data"), *DRAW]
+            draw = [*self.python, "pipeline/demo_data.py", str(run / "data")]
+            draw += ["--images", str(size["images"]), "--heldout", str(size["heldout"]), "--seed", "0"]
             self.step("draw scenes", draw, done=run / "data" / "heldout.jsonl")
-        make = [*self.python, "-m", "training.toy.models", str(models)]
+        make = [*self.python, "-m", "training.toy.models", str(models), "--size", self.size]
         make += ["--captions", self.data["chat"], "--talk", self.data["instruct"], "--images", self.data["images"]]
         self.step("make tiny models", make, done=models / "done")
-        for stage, source in (("pretrain", "chat"), ("finetune", "instruct")):
-            build = [*self.python, "pipeline/build_shards.py"]
-            build += [f"data={self.data[source]}", f"images={self.data['images']}", f"store={run}/{stage}-store"]
-            build += [
-                f"encoder={models}/clip",
-                f"blocks={list(BLOCKS)}",
-                "shard_size=64",
-                "compute=float32",
-                "workers=2",
-            ]
-            self.step(f"build {source} store", build, done=run / f"{stage}-store" / "manifest.parquet")
-        self._train("pretrain", "stage 1", PRETRAIN)
-        self._train("finetune", "stage 2", [*FINETUNE, f"model.connector_from={run}/pretrain/connector"])
-        self._evaluate("answers", "answer questions", [])
+        self.side_by_side(self._build("pretrain", "chat"), self._build("finetune", "instruct"))
+        self._train("pretrain", "stage 1", [*PRETRAIN, self._epochs("pretrain", "chat")])
+        connector = f"model.connector_from={run}/pretrain/connector"
+        self._train("finetune", "stage 2", [*FINETUNE, self._epochs("finetune", "instruct"), connector])
+        evaluations = [self._evaluate("answers", "answer questions", [])]
         if shuffled_tells(self._questions()):
-            self._evaluate("answers_shuffled", "with shuffled images", ["--shuffle-images", "0"])
+            evaluations.append(self._evaluate("answers_shuffled", "with shuffled images", ["--shuffle-images", "0"]))
+        self.side_by_side(*evaluations)
+
+    def _epochs(self, stage: str, source: str) -> str:
+        """How often a stage sees its data: few of your own are seen more often."""
+        least = {"pretrain": SIZES[self.size]["pretrain_epochs"], "finetune": SIZES[self.size]["finetune_epochs"]}[
+            stage
+        ]
+        examples = len(read_records(Path(self.data[source])))
+        return f"epochs={least if self.drawn else epochs_for(least, examples, BATCHES[stage])}"
+
+    def _build(self, stage: str, source: str) -> tuple[str, list[str], Path]:
+        run = self.run
+        build = [*self.python, "pipeline/build_shards.py"]
+        build += [f"data={self.data[source]}", f"images={self.data['images']}", f"store={run}/{stage}-store"]
+        build += [
+            f"encoder={run}/models/clip",
+            f"blocks={list(BLOCKS)}",
+            "shard_size=64",
+            "compute=float32",
+            "workers=1",
+        ]
+        return f"build {source} store", build, run / f"{stage}-store" / "manifest.parquet"
 
     def _train(self, stage: str, name: str, settings: list[str]) -> None:
         command = [*self.composer, f"training/{stage}.yaml", f"run={self.run}/{stage}", *settings]
@@ -156,11 +186,11 @@ class Demo:
         command += [f"model.connector.blocks={list(BLOCKS)}"]
         self.step(name, command, done=self.run / stage / "summary.json")
 
-    def _evaluate(self, out: str, name: str, extra: list[str]) -> None:
+    def _evaluate(self, out: str, name: str, extra: list[str]) -> tuple[str, list[str], Path]:
         command = [*self.python, "training/evaluate.py", f"{self.run}/finetune/model", *GENERATE, *extra]
         command += ["--questions", self.data["questions"], "--images", self.data["images"]]
         command += ["--out", f"{self.run}/{out}.jsonl"]
-        self.step(name, command, done=self.run / f"{out}.scores.json")
+        return name, command, self.run / f"{out}.scores.json"
 
     def _questions(self) -> OwnQuestions:
         return OwnQuestions(Path(self.data["questions"]), images=Path(self.data["images"]))
@@ -199,14 +229,18 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _environment() -> dict[str, str]:
-    """No step of the demo goes to the network."""
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+    """No step of the demo goes to the network; what runs side by side has one thread each."""
+    mine = {"HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **mine}
 
 
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run (default: runs/demo)")
+    parser.add_argument(
+        "--size", choices=SIZES, default="small", help="minutes (small, the default), or an hour and tighter intervals"
+    )
     own = parser.add_argument_group("your own data instead of the drawn scenes (all four)")
     own.add_argument("--chat", type=Path, help="LLaVA JSON of captions, for stage 1")
     own.add_argument("--instruct", type=Path, help="LLaVA JSON of conversations, for stage 2")
@@ -227,7 +261,7 @@ def main() -> None:
         "images": str((arguments.images or folder / "images").resolve()),
         "questions": str((arguments.questions or folder / "heldout.jsonl").resolve()),
     }
-    demo = Demo(run, data, drawn=not any(given))
+    demo = Demo(run, data, drawn=not any(given), size=arguments.size)
     try:
         demo.claim()
         print(f"the main job, in {arguments.run}:")

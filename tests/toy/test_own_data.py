@@ -132,31 +132,35 @@ def test_a_conversation_begins_with_its_question(own: dict[str, Path]) -> None:
 
 
 def test_few_examples_are_seen_a_few_times_and_many_as_the_demo_sees_its_own() -> None:
-    from training.toy.models import CLIP_TRAINING, LLM_TRAINING, WARMUP, steps_for
+    from training.toy.settings import SIZES
+    from training.toy.steps import WARMUP, steps_for
 
-    for how in (CLIP_TRAINING, LLM_TRAINING):
+    small = SIZES["small"]
+    for how in (small["tower"], small["reading"], small["talking"]):
         many = how["steps"] * how["batch"]
         assert steps_for(how, many) == how["steps"]
         assert steps_for(how, 230) == max(WARMUP, -(-230 * how["epochs"] // min(how["batch"], 230)))
         assert steps_for(how, 230) < how["steps"]
         assert steps_for(how, 1) == WARMUP
+        assert steps_for(how, 0) == 0
 
 
 def test_a_text_of_any_length_is_an_example_of_bounded_length(tiny_tokenizer: Path) -> None:
     from training.model.tokenizer import Tokenizer
-    from training.toy.models import MAX_LENGTH, reading_matter
+    from training.toy.reading import MAX_LENGTH, reading_matter
 
     tokenizer = Tokenizer(tiny_tokenizer / "tokenizer.model", legacy=False)
     long = "A square. " * 2000
-    matter = reading_matter({"a.png": long}, [about("b.png", "<image>\nWhat?", long)], tokenizer)
-    assert len(matter) == 2
-    assert all(len(example.input_ids) <= MAX_LENGTH + 1 for example in matter)
+    conversations = [about("a.png", "<image>\nWhat?", long), about("a.png", f"<image>\n{long}?", "Cut off.")]
+    for matter in reading_matter({"a.png": long}, conversations, tokenizer, 0):
+        assert len(matter) == 1
+        assert len(matter[0].text.input_ids) <= MAX_LENGTH
 
 
 def test_images_that_cannot_be_read_are_left_out_of_the_towers_training(
     own: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from training.toy.models import read_pixels
+    from training.toy.tower import read_pixels
 
     (own["images"] / "text.png").write_text("no image")
     pixels = read_pixels(own["images"], ["text.png", *NAMES, "lost.png"], 16)

@@ -15,9 +15,9 @@ from training.toy.tower import train_tower
 
 BRIEF: Size = {
     **SIZES["large"],
-    "tower": {"steps": 3, "epochs": 20, "batch": 4, "lr": 1e-3},
-    "reading": {"steps": 3, "epochs": 20, "batch": 4, "lr": 1e-3},
-    "talking": {"steps": 3, "epochs": 20, "batch": 4, "lr": 1e-3},
+    "tower": {"steps": 3, "epochs": 20, "batch": 4, "lr": 1e-3, "muon_lr": 2e-2},
+    "reading": {"steps": 3, "epochs": 20, "batch": 4, "lr": 1e-3, "muon_lr": 2e-2},
+    "talking": {"steps": 3, "epochs": 20, "batch": 4, "lr": 1e-3, "muon_lr": 2e-2},
 }
 
 

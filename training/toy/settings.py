@@ -4,7 +4,7 @@ from typing import TypedDict
 
 
 class Training(TypedDict):
-    """How long and how fast: optimizer steps, examples in each, and the peak learning rate.
+    """How long and how fast: optimizer steps, examples in each, and the peak learning rates.
 
     Few examples are seen at most `epochs` times: models that know them by heart learn nothing from images any more.
     """
@@ -12,7 +12,8 @@ class Training(TypedDict):
     steps: int
     epochs: int
     batch: int
-    lr: float
+    lr: float  # of Adam
+    muon_lr: float  # of Muon, for the matrices inside the layers
 
 
 class Size(TypedDict):
@@ -33,9 +34,9 @@ SIZES: dict[str, Size] = {
         "images": 4000,
         "heldout": 1050,
         "outliers": 0,
-        "tower": {"steps": 600, "epochs": 20, "batch": 32, "lr": 3e-3},
-        "reading": {"steps": 500, "epochs": 4, "batch": 16, "lr": 4e-3},
-        "talking": {"steps": 700, "epochs": 4, "batch": 8, "lr": 3e-3},
+        "tower": {"steps": 600, "epochs": 20, "batch": 32, "lr": 3e-3, "muon_lr": 2e-2},
+        "reading": {"steps": 500, "epochs": 4, "batch": 16, "lr": 4e-3, "muon_lr": 2e-2},
+        "talking": {"steps": 700, "epochs": 4, "batch": 8, "lr": 3e-3, "muon_lr": 5e-3},
         "pretrain_epochs": 1,
         "finetune_epochs": 1,
     },
@@ -43,9 +44,9 @@ SIZES: dict[str, Size] = {
         "images": 20000,
         "heldout": 4200,
         "outliers": 3,
-        "tower": {"steps": 6000, "epochs": 20, "batch": 32, "lr": 2e-3},
-        "reading": {"steps": 3000, "epochs": 4, "batch": 16, "lr": 3e-3},
-        "talking": {"steps": 5000, "epochs": 4, "batch": 8, "lr": 2e-3},
+        "tower": {"steps": 6000, "epochs": 20, "batch": 32, "lr": 2e-3, "muon_lr": 2e-2},
+        "reading": {"steps": 3000, "epochs": 4, "batch": 16, "lr": 3e-3, "muon_lr": 2e-2},
+        "talking": {"steps": 5000, "epochs": 4, "batch": 8, "lr": 2e-3, "muon_lr": 5e-3},
         "pretrain_epochs": 1,
         "finetune_epochs": 3,
     },

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 WARMUP = 30  # steps in which the learning rate climbs
-MUON_LR = 0.02  # of Muon's matrices; the rest has AdamW with each training's own rate
 MOMENTUM = 0.95
 
 
@@ -61,7 +60,7 @@ def train(
         loss = loss_of([order.pop() for _ in range(batch)])
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_([*inside, *others], 1.0)
-        _muon(inside, momenta, MUON_LR * share)
+        _muon(inside, momenta, how["muon_lr"] * share)
         adam.step()
         for parameter in (*inside, *others):
             parameter.grad = None

@@ -121,7 +121,7 @@ def test_the_readmes_first_hour_runs(demo: Path, tmp_path: Path) -> None:
         path.unlink()
     (tmp_path / "readme.py").write_text(script)
     said = shell(sys.executable, str(tmp_path / "readme.py")).splitlines()
-    assert {"1", "2", "3"} & {line.strip() for line in said}
+    assert set("123456789") & {line.strip() for line in said}
 
 
 def test_a_misspelt_setting_is_named_with_what_was_meant(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from training.toy.tower import train_tower
 
 BRIEF: Size = {
     **SIZES["large"],
-    "tower": {"steps": 3, "batch": 4, "lr": 1e-3},
-    "reading": {"steps": 3, "batch": 4, "lr": 1e-3},
-    "talking": {"steps": 3, "batch": 4, "lr": 1e-3},
+    "tower": {"steps": 3, "batch": 4, "lr": 1e-3, "muon_lr": 2e-2},
+    "reading": {"steps": 3, "batch": 4, "lr": 1e-3, "muon_lr": 2e-2},
+    "talking": {"steps": 3, "batch": 4, "lr": 1e-3, "muon_lr": 2e-2},
 }
 
 
@@ -53,6 +53,26 @@ def test_the_model_reads_the_phrases_of_a_caption_in_any_order_but_not_what_sums
         assert sorted(tokenizer.decode(ids).strip() for ids in example.phrases if ids) == sorted(phrases)
     for example in read + talk:
         assert len(example.phrases) == example.text.input_ids.count(-1) == TOKENS
+
+
+def test_what_teaches_nothing_is_left_out(captions: dict[str, str], tokenizer: Tokenizer) -> None:
+    """No caption, no answer, an image beyond what is read; a caption of many phrases is cut, not left out."""
+    image = next(iter(captions))
+
+    def record(question: str, answer: str, image: str = image) -> dict[str, object]:
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
+        return {"image": image, "conversations": turns}
+
+    good, long = record("<image>\nWhat?", "red"), "a word " * 600
+    others = [
+        record("<image>\nWhat?", "red", "absent.jpg"),
+        record("<image>\nWhat?", ""),
+        record(long + "<image>", "red"),
+    ]
+    for other in others:
+        assert len(reading_matter({image: "a dog"}, [good, other], tokenizer, seed=0)[1]) == 1
+    (many,), _ = reading_matter({image: " , ".join(["a dog"] * 40)}, [], tokenizer, seed=0)
+    assert all(many.phrases)
 
 
 def test_the_large_demos_tower_has_outlier_channels_in_every_block(

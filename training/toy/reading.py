@@ -44,25 +44,28 @@ def reading_matter(
         seed: of the order of the phrases in the image's place, where any cell of a scene may come first.
     """
     from pipeline.schema import Turn
-    from training.model.markers import IMAGE
+    from training.model.markers import IGNORE, IMAGE
     from training.text.collate import Collator
 
     chance = random.Random(seed)
     plain, v1 = (Collator(tokenizer, template, MAX_LENGTH, TOKENS, _HERE) for template in ("plain", "v1"))
     phrases = {image: _phrases(text, tokenizer) for image, text in captions.items()}
 
-    def matter(collator: Collator, image: str, turns: list[Turn]) -> Reading:
-        return Reading(collator.labelled(turns, has_image=True), chance.sample(phrases[image], TOKENS))
+    def matter(collator: Collator, image: str, turns: list[Turn]) -> list[Reading]:
+        try:
+            text = collator.labelled(turns, has_image=True)
+        except ValueError:  # nothing to learn from: the stage that the record is for says which it is, and why
+            return []
+        whole = text.input_ids.count(_HERE) == TOKENS and any(label != IGNORE for label in text.labels)
+        return [Reading(text, chance.sample(phrases[image], TOKENS))] if whole else []
 
-    read = [
-        matter(plain, image, [Turn(speaker="human", value=IMAGE), Turn(speaker="gpt", value=text)])
-        for image, text in captions.items()
-    ]
-    talk = [
-        matter(v1, record["image"], [Turn(speaker=t["from"], value=t["value"]) for t in record["conversations"]])
-        for record in conversations
-        if record["image"] in captions
-    ]
+    read, talk = [], []
+    for image, caption in captions.items():
+        read += matter(plain, image, [Turn(speaker="human", value=IMAGE), Turn(speaker="gpt", value=caption)])
+    for record in conversations:
+        if record["image"] in captions:
+            turns = [Turn(speaker=turn["from"], value=turn["value"]) for turn in record["conversations"]]
+            talk += matter(v1, record["image"], turns)
     return read, talk
 
 
@@ -85,7 +88,8 @@ def train_llm(
     captions, talk = matter
     both = talk + captions[: len(talk) // 4]
     for name, examples, how in (("captions", captions, size["reading"]), ("talk", both, size["talking"])):
-        train(f"llm, {name}", list(llm.parameters()), _loss_of(llm, examples, pad_id), len(examples), how, seed)
+        if examples:  # your own data may have nothing for one of the two
+            train(f"llm, {name}", [llm], _loss_of(llm, examples, pad_id), len(examples), how, seed)
 
 
 def _loss_of(llm: LlamaForCausalLM, examples: Sequence[Reading], pad_id: int) -> Any:

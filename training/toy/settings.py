@@ -4,11 +4,12 @@ from typing import TypedDict
 
 
 class Training(TypedDict):
-    """How long and how fast: optimizer steps, examples in each, and the peak learning rate."""
+    """How long and how fast: optimizer steps, examples in each, and the peak learning rates."""
 
     steps: int
     batch: int
-    lr: float
+    lr: float  # of Adam
+    muon_lr: float  # of Muon, for the matrices inside the layers
 
 
 class Size(TypedDict):
@@ -29,19 +30,19 @@ SIZES: dict[str, Size] = {
         "images": 4000,
         "heldout": 1050,
         "outliers": 0,
-        "tower": {"steps": 750, "batch": 32, "lr": 3e-3},
-        "reading": {"steps": 500, "batch": 16, "lr": 4e-3},
-        "talking": {"steps": 650, "batch": 8, "lr": 3e-3},
-        "pretrain_epochs": 2,
+        "tower": {"steps": 600, "batch": 32, "lr": 3e-3, "muon_lr": 2e-2},
+        "reading": {"steps": 500, "batch": 16, "lr": 4e-3, "muon_lr": 2e-2},
+        "talking": {"steps": 700, "batch": 8, "lr": 3e-3, "muon_lr": 5e-3},
+        "pretrain_epochs": 1,
         "finetune_epochs": 1,
     },
     "large": {  # about an hour
         "images": 20000,
         "heldout": 4200,
         "outliers": 3,
-        "tower": {"steps": 6000, "batch": 32, "lr": 2e-3},
-        "reading": {"steps": 3000, "batch": 16, "lr": 3e-3},
-        "talking": {"steps": 5000, "batch": 8, "lr": 2e-3},
+        "tower": {"steps": 6000, "batch": 32, "lr": 2e-3, "muon_lr": 2e-2},
+        "reading": {"steps": 3000, "batch": 16, "lr": 3e-3, "muon_lr": 2e-2},
+        "talking": {"steps": 5000, "batch": 8, "lr": 2e-3, "muon_lr": 5e-3},
         "pretrain_epochs": 1,
         "finetune_epochs": 3,
     },

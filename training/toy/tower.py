@@ -64,7 +64,7 @@ def train_tower(
         scores = captioner(told[:, :-1].clamp(min=0), tower(pixel_values=pixels[chosen]).last_hidden_state[:, 1:])
         return nn.functional.cross_entropy(scores.flatten(0, 1), told[:, 1:].flatten(), ignore_index=-1)
 
-    train("clip", [*tower.parameters(), *captioner.parameters()], loss, len(texts), size["tower"], seed)
+    train("clip", [tower, captioner], loss, len(texts), size["tower"], seed)
     return tower
 
 

@@ -1,13 +1,12 @@
 """The scenes of the embedded demo data: what is in one, how it is told in a caption, and how it is drawn.
 
-A board of four rows (a to d) and four columns (w to z). One to nine shapes stand on it, each in a cell, some with a
-small black dot in one of their quarters; one more cell holds a sign with a word of four letters in two lines. All of
-it is detail that the mean over a cell loses: in which quarter a dot is, and which of the words of the same letters.
+Four corners, each of 2 x 2 patches, and in each one thing: a sign with a word of four letters, a die with one to nine
+pips, and two shapes, one of which has a black dot in one of its quarters. All of it is detail that the mean over a
+corner loses: in which quarter the dot is, how many pips there are, and which of the words of the same letters it is.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -21,79 +20,65 @@ COLORS = {
     "purple": (160, 60, 190),
     "white": (245, 245, 245),
 }
-SHAPES = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}  # with the plural
-QUARTERS = ("northwest", "northeast", "southwest", "southeast")
-WORDS = (  # each beside others of the same letters
-    "post", "spot", "stop",
-    "east", "seat", "eats",
-    "team", "meat", "mate",
-    "pale", "leap", "plea",
-)  # fmt: skip
-SIDE = 4  # cells in a row, and rows
-CELLS = tuple(row + column for row in "abcd" for column in "wxyz")  # in reading order
-MOST = 9  # shapes in a scene
+SHAPES = ("circle", "square", "triangle", "cross")
+CORNERS = ("northwest", "northeast", "southwest", "southeast")  # of a scene, in reading order
+QUARTERS = ("upper-left", "upper-right", "lower-left", "lower-right")  # of a shape
+WORDS = ("post", "spot", "stop", "tops", "east", "seat", "eats", "teas")  # each beside others of the same letters
+MOST = 9  # pips
 
 _SUPERSAMPLING = 4  # drawn four times larger, then averaged down: smooth edges
 _DOT = (15, 15, 15)
 _PLATE = (250, 250, 250)
+_PIPS = (255, 140, 200)
+_DIE = (30, 30, 60)
 
 
 class Thing(NamedTuple):
-    """One shape of a scene: its colour, its shape, the cell it stands in, and the quarter its dot is in, if any."""
+    """A shape: its colour, its shape, and the corner it is in."""
 
     color: str
     shape: str
-    cell: str
-    dot: str | None = None
+    corner: str
 
 
 class Scene(NamedTuple):
-    """What there is to see: things in reading order, and a sign with a word in a cell where no thing stands."""
+    """What there is to see, each in another corner; the two shapes have different shapes and colours.
 
-    things: tuple[Thing, ...]
+    `dotted` is which of the two has the dot, in its `quarter`.
+    """
+
+    things: tuple[Thing, Thing]
+    dotted: int
+    quarter: str
     word: str
     sign: str
+    pips: int
+    die: str
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Any scene; every number of things is as frequent as any other.
-
-    Shapes and colours come from a small pool per scene, so that repetitions (counts above one) are common.
-    """
-    count = int(rng.integers(1, MOST + 1))
-    cells = rng.permutation(len(CELLS))[: count + 1].tolist()
-    shapes = _some(list(SHAPES), rng)
-    colors = _some(list(COLORS), rng)
-    drawn = rng.integers((len(colors), len(shapes), 2 * len(QUARTERS)), size=(count, 3)).tolist()
-    things = tuple(
-        Thing(colors[color], shapes[shape], CELLS[cell], QUARTERS[dot] if dot < len(QUARTERS) else None)
-        for cell, (color, shape, dot) in zip(sorted(cells[1:]), drawn, strict=True)
+    """Any scene; all are as frequent as any other."""
+    first, second, sign, die = (CORNERS[i] for i in rng.permutation(4))
+    colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2]]
+    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:2]]
+    return Scene(
+        things=(Thing(colors[0], shapes[0], first), Thing(colors[1], shapes[1], second)),
+        dotted=int(rng.integers(2)),
+        quarter=QUARTERS[rng.integers(4)],
+        word=WORDS[rng.integers(len(WORDS))],
+        sign=sign,
+        pips=int(rng.integers(1, MOST + 1)),
+        die=die,
     )
-    return Scene(things, WORDS[rng.integers(len(WORDS))], CELLS[cells[0]])
-
-
-def _some(names: list[str], rng: np.random.Generator) -> list[str]:
-    """At least one of the names."""
-    return [names[i] for i in rng.permutation(len(names))[: rng.integers(1, len(names) + 1)]]
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Everything in the scene, in CC-595K's spelling (lower case, a space before the full stop).
-
-    First how many shapes there are, and how many of each colour or of each kind; then each cell with what is in it, or
-    what is somewhere with its cell, in any order.
-    """
-    count = len(scene.things)
-    counted = [f"{count} shape{'s' if count > 1 else ''}"]
-    if rng.random() < 0.5:
-        counted += [f"{n} {color}" for color, n in Counter(thing.color for thing in scene.things).items()]
-    else:
-        shapes = Counter(thing.shape for thing in scene.things)
-        counted += [f"{n} {SHAPES[shape] if n > 1 else shape}" for shape, n in shapes.items()]
-    said = [(cell, f"{color} {shape}{f' dot {dot}' if dot else ''}") for color, shape, cell, dot in scene.things]
-    said.append((scene.sign, f"sign {scene.word}"))
-    listed = [" ".join(said[i] if rng.random() < 0.5 else said[i][::-1]) for i in rng.permutation(len(said))]
-    return f"{' , '.join(counted)} : {' , '.join(listed)} ."
+    """Every corner with what is in it, in any order, in CC-595K's spelling (lower case, a space before the full stop)."""
+    said = [f"{scene.sign} sign {scene.word}", f"{scene.die} die {scene.pips}"]
+    for number, (color, shape, corner) in enumerate(scene.things):
+        dot = f" dot {scene.quarter}" if number == scene.dotted else ""
+        said.append(f"{corner} {color} {shape}{dot}")
+    return " , ".join(said[i] for i in rng.permutation(len(said))) + " ."
 
 
 def render(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
@@ -102,26 +87,39 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
     ground = tuple(int(level) for level in rng.integers(95, 135) + rng.integers(-8, 9, size=3))
     picture = Image.new("RGB", (side, side), ground)
     pencil = ImageDraw.Draw(picture)
-    cell = side / SIDE
-    for thing in scene.things:
-        x, y = _centre(thing.cell, cell, rng)
-        radius = cell * rng.uniform(0.36, 0.43)
+    corner = side / 2
+    for number, thing in enumerate(scene.things):
+        x, y = _centre(thing.corner, corner, rng)
+        radius = corner * rng.uniform(0.34, 0.42)
         shade = rng.integers(-12, 13, size=3).tolist()
         fill = tuple(min(max(level + more, 0), 255) for level, more in zip(COLORS[thing.color], shade, strict=True))
         _draw_shape(pencil, thing.shape, x, y, radius, fill)
-        if thing.dot is not None:
-            right, low = QUARTERS.index(thing.dot) % 2, QUARTERS.index(thing.dot) // 2
-            dx, dy, r = (2 * right - 1) * 0.2 * cell, (2 * low - 1) * 0.2 * cell, 0.11 * cell
+        if number == scene.dotted:
+            low, right = divmod(QUARTERS.index(scene.quarter), 2)
+            dx, dy, r = (2 * right - 1) * 0.2 * corner, (2 * low - 1) * 0.2 * corner, 0.1 * corner
             pencil.ellipse((x + dx - r, y + dy - r, x + dx + r, y + dy + r), fill=_DOT)
-    _draw_sign(picture, scene.word, *_centre(scene.sign, cell, rng), cell)
+    _draw_die(pencil, scene.pips, *_centre(scene.die, corner, rng), corner, rng)
+    _draw_sign(picture, scene.word, *_centre(scene.sign, corner, rng), corner)
     return picture.reduce(_SUPERSAMPLING)
 
 
-def _centre(name: str, cell: float, rng: np.random.Generator) -> tuple[float, float]:
-    """About the middle of the cell of that name, moved by up to a twentieth of its side."""
-    row, column = divmod(CELLS.index(name), SIDE)
+def _centre(name: str, corner: float, rng: np.random.Generator) -> tuple[float, float]:
+    """About the middle of the corner of that name, moved by up to a twentieth of its side."""
+    row, column = divmod(CORNERS.index(name), 2)
     dx, dy = rng.uniform(-0.05, 0.05, size=2).tolist()
-    return (column + 0.5 + dx) * cell, (row + 0.5 + dy) * cell
+    return (column + 0.5 + dx) * corner, (row + 0.5 + dy) * corner
+
+
+def _draw_die(
+    pencil: ImageDraw.ImageDraw, pips: int, x: float, y: float, corner: float, rng: np.random.Generator
+) -> None:
+    """A dark face around `x`, `y` with so many pips on any of the nine places of a 3 x 3 grid."""
+    half, r = 0.44 * corner, 0.085 * corner
+    pencil.rectangle((x - half, y - half, x + half, y + half), fill=_DIE)
+    for place in rng.permutation(9)[:pips].tolist():
+        row, column = divmod(place, 3)
+        at_x, at_y = x + (column - 1) * 0.28 * corner, y + (row - 1) * 0.28 * corner
+        pencil.ellipse((at_x - r, at_y - r, at_x + r, at_y + r), fill=_PIPS)
 
 
 def _draw_shape(

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from training.model.tokenizer import Tokenizer
     from training.text.labels import Labelled
 
-TOKENS = 16  # in an image's place
+TOKENS = 4  # in an image's place
 MAX_LENGTH = 512  # tokens of an example
 _HERE = -1  # the id of a token in an image's place
 

@@ -58,7 +58,7 @@ CLIP = {
     "num_hidden_layers": 8,
     "num_attention_heads": 2,
     "image_size": 64,
-    "patch_size": 8,  # 64 patch tokens, of which the demo's method makes 16
+    "patch_size": 16,  # 16 patch tokens, of which the demo's method makes 4
 }
 LLAMA = {
     "hidden_size": 96,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pipeline.demo_scenes import COLORS, CORNERS, MOST, QUARTERS, SHAPES, WORDS, Scene
+from pipeline.demo_scenes import COLORS, CORNERS, MOST, QUARTERS, SHAPES, THINGS, WORDS, Scene
 
 
 class Kind(NamedTuple):
@@ -31,49 +31,36 @@ _YES_NO = ("yes", "no")
 KINDS = {
     kind.wording: kind
     for kind in (
-        Kind("color", "What color is the {shape}?", tuple(COLORS)),
-        Kind("color", "What color is the {corner} shape?", tuple(COLORS)),
-        Kind("shape", "What shape is {color}?", SHAPES),
-        Kind("shape", "What shape is at the {corner}?", SHAPES),
-        Kind("position", "Where is the {shape}?", CORNERS),
+        Kind("color", "What color is the shape?", tuple(COLORS)),
+        Kind("shape", "What shape is there?", SHAPES),
         Kind("position", "Where is the sign?", CORNERS),
         Kind("position", "Where is the die?", CORNERS),
+        Kind("position", "Where is the shape?", CORNERS),
+        Kind("position", "Where is the ring?", CORNERS),
         Kind("count", "How many pips are there?", tuple(map(str, range(1, MOST + 1)))),
-        Kind("mark", "Where on its shape is the dot?", QUARTERS),
-        Kind("mark", "Which shape has the dot?", SHAPES),
+        Kind("mark", "Which quarter is the ring in?", QUARTERS),
         Kind("word", "What does the sign say?", WORDS),
         Kind("yes/no", "Is there a {shape}?", _YES_NO),
-        Kind("yes/no", "Is there a {color} shape?", _YES_NO),
-        Kind("yes/no", "Is the dot on the {shape}?", _YES_NO),
+        Kind("yes/no", "Is the shape {color}?", _YES_NO),
+        Kind("yes/no", "Are there more than four pips?", _YES_NO),
     )
 }
 CATEGORIES = tuple(dict.fromkeys(kind.category for kind in KINDS.values()))
 
 
 def possible_questions(scene: Scene) -> list[Question]:
-    """All questions that have exactly one right answer for this scene, in a fixed order."""
-    dotted = scene.things[scene.dotted]
-    questions = [
+    """All questions about this scene, in a fixed order; each has exactly one right answer."""
+    return [
+        _ask("What color is the shape?", scene.color),
+        _ask("What shape is there?", scene.shape),
+        *(_ask(f"Where is the {name}?", place) for name, place in zip(THINGS, scene.corners, strict=True)),
         _ask("How many pips are there?", str(scene.pips)),
-        _ask("Where is the sign?", scene.sign),
-        _ask("Where is the die?", scene.die),
+        _ask("Which quarter is the ring in?", scene.quarter),
         _ask("What does the sign say?", scene.word),
-        _ask("Where on its shape is the dot?", scene.quarter),
-        _ask("Which shape has the dot?", dotted.shape),
+        *(_ask("Is there a {shape}?", _yes(shape == scene.shape), shape=shape) for shape in SHAPES),
+        *(_ask("Is the shape {color}?", _yes(color == scene.color), color=color) for color in COLORS),
+        _ask("Are there more than four pips?", _yes(scene.pips > 4)),
     ]
-    shapes, colors = {thing.shape for thing in scene.things}, {thing.color for thing in scene.things}
-    questions += [_ask("Is there a {shape}?", _yes(shape in shapes), shape=shape) for shape in SHAPES]
-    questions += [_ask("Is there a {color} shape?", _yes(color in colors), color=color) for color in COLORS]
-    for color, shape, corner in scene.things:
-        questions += [
-            _ask("What color is the {shape}?", color, shape=shape),
-            _ask("What color is the {corner} shape?", color, corner=corner),
-            _ask("What shape is {color}?", shape, color=color),
-            _ask("What shape is at the {corner}?", shape, corner=corner),
-            _ask("Where is the {shape}?", corner, shape=shape),
-            _ask("Is the dot on the {shape}?", _yes(shape == dotted.shape), shape=shape),
-        ]
-    return questions
 
 
 def _ask(wording: str, answer: str, **blanks: str) -> Question:

@@ -1,8 +1,8 @@
 """The scenes of the embedded demo data: what is in one, how it is told in a caption, and how it is drawn.
 
 Four corners, each of 2 x 2 patches, and in each one thing: a sign with a word of four letters, a die with one to nine
-pips, and two shapes, one of which has a black dot in one of its quarters. All of it is detail that the mean over a
-corner loses: in which quarter the dot is, how many pips there are, and which of the words of the same letters it is.
+pips, a coloured shape, and a plate with a ring in one of its quarters. Nearly all of it is detail that the mean over a
+corner loses: which of the words of the same letters it is, how many pips there are, and in which quarter the ring is.
 """
 
 from __future__ import annotations
@@ -21,63 +21,58 @@ COLORS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
+THINGS = ("sign", "die", "shape", "ring")
 CORNERS = ("northwest", "northeast", "southwest", "southeast")  # of a scene, in reading order
-QUARTERS = ("upper-left", "upper-right", "lower-left", "lower-right")  # of a shape
+QUARTERS = ("upper-left", "upper-right", "lower-left", "lower-right")  # of a plate
 WORDS = ("post", "spot", "stop", "tops", "east", "seat", "eats", "teas")  # each beside others of the same letters
 MOST = 9  # pips
 
 _SUPERSAMPLING = 4  # drawn four times larger, then averaged down: smooth edges
-_DOT = (15, 15, 15)
+_INK = (15, 15, 15)
 _PLATE = (250, 250, 250)
 _PIPS = (255, 140, 200)
 _DIE = (30, 30, 60)
-
-
-class Thing(NamedTuple):
-    """A shape: its colour, its shape, and the corner it is in."""
-
-    color: str
-    shape: str
-    corner: str
+_TILE = (200, 185, 150)
 
 
 class Scene(NamedTuple):
-    """What there is to see, each in another corner; the two shapes have different shapes and colours.
+    """What there is to see: what each thing shows, and the corners of sign, die, shape and ring, in this order."""
 
-    `dotted` is which of the two has the dot, in its `quarter`.
-    """
-
-    things: tuple[Thing, Thing]
-    dotted: int
-    quarter: str
     word: str
-    sign: str
     pips: int
-    die: str
+    color: str
+    shape: str
+    quarter: str
+    corners: tuple[str, ...]
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
     """Any scene; all are as frequent as any other."""
-    first, second, sign, die = (CORNERS[i] for i in rng.permutation(4))
-    colors = [list(COLORS)[i] for i in rng.permutation(len(COLORS))[:2]]
-    shapes = [SHAPES[i] for i in rng.permutation(len(SHAPES))[:2]]
     return Scene(
-        things=(Thing(colors[0], shapes[0], first), Thing(colors[1], shapes[1], second)),
-        dotted=int(rng.integers(2)),
-        quarter=QUARTERS[rng.integers(4)],
         word=WORDS[rng.integers(len(WORDS))],
-        sign=sign,
         pips=int(rng.integers(1, MOST + 1)),
-        die=die,
+        color=list(COLORS)[rng.integers(len(COLORS))],
+        shape=SHAPES[rng.integers(len(SHAPES))],
+        quarter=QUARTERS[rng.integers(len(QUARTERS))],
+        corners=tuple(CORNERS[i] for i in rng.permutation(len(CORNERS))),
     )
 
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
-    """Every corner with what is in it, in any order, in CC-595K's spelling (lower case, a space before the full stop)."""
-    said = [f"{scene.sign} sign {scene.word}", f"{scene.die} die {scene.pips}"]
-    for number, (color, shape, corner) in enumerate(scene.things):
-        dot = f" dot {scene.quarter}" if number == scene.dotted else ""
-        said.append(f"{corner} {color} {shape}{dot}")
+    """Everything with its corner, in any order, in CC-595K's spelling (lower case, a space before the full stop).
+
+    The corner stands before the thing or behind it: what is where, and where is what.
+    """
+    things = (
+        f"sign {scene.word}",
+        f"die {scene.pips}",
+        f"{scene.color} {scene.shape}",
+        f"ring {scene.quarter}",
+    )
+    said = [
+        f"{corner} {thing}" if rng.random() < 0.5 else f"{thing} {corner}"
+        for thing, corner in zip(things, scene.corners, strict=True)
+    ]
     return " , ".join(said[i] for i in rng.permutation(len(said))) + " ."
 
 
@@ -88,18 +83,13 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
     picture = Image.new("RGB", (side, side), ground)
     pencil = ImageDraw.Draw(picture)
     corner = side / 2
-    for number, thing in enumerate(scene.things):
-        x, y = _centre(thing.corner, corner, rng)
-        radius = corner * rng.uniform(0.34, 0.42)
-        shade = rng.integers(-12, 13, size=3).tolist()
-        fill = tuple(min(max(level + more, 0), 255) for level, more in zip(COLORS[thing.color], shade, strict=True))
-        _draw_shape(pencil, thing.shape, x, y, radius, fill)
-        if number == scene.dotted:
-            low, right = divmod(QUARTERS.index(scene.quarter), 2)
-            dx, dy, r = (2 * right - 1) * 0.2 * corner, (2 * low - 1) * 0.2 * corner, 0.1 * corner
-            pencil.ellipse((x + dx - r, y + dy - r, x + dx + r, y + dy + r), fill=_DOT)
-    _draw_die(pencil, scene.pips, *_centre(scene.die, corner, rng), corner, rng)
-    _draw_sign(picture, scene.word, *_centre(scene.sign, corner, rng), corner)
+    sign, die, shape, ring = (_centre(name, corner, rng) for name in scene.corners)
+    shade = rng.integers(-12, 13, size=3).tolist()
+    fill = tuple(min(max(level + more, 0), 255) for level, more in zip(COLORS[scene.color], shade, strict=True))
+    _draw_shape(pencil, scene.shape, *shape, corner * rng.uniform(0.34, 0.42), fill)
+    _draw_die(pencil, scene.pips, *die, corner, rng)
+    _draw_ring(pencil, scene.quarter, *ring, corner)
+    _draw_sign(picture, scene.word, *sign, corner)
     return picture.reduce(_SUPERSAMPLING)
 
 
@@ -120,6 +110,15 @@ def _draw_die(
         row, column = divmod(place, 3)
         at_x, at_y = x + (column - 1) * 0.28 * corner, y + (row - 1) * 0.28 * corner
         pencil.ellipse((at_x - r, at_y - r, at_x + r, at_y + r), fill=_PIPS)
+
+
+def _draw_ring(pencil: ImageDraw.ImageDraw, quarter: str, x: float, y: float, corner: float) -> None:
+    """A light plate around `x`, `y` with a black ring in one of its quarters."""
+    low, right = divmod(QUARTERS.index(quarter), 2)
+    half, r = 0.44 * corner, 0.12 * corner
+    pencil.rectangle((x - half, y - half, x + half, y + half), fill=_TILE)
+    at_x, at_y = x + (2 * right - 1) * 0.22 * corner, y + (2 * low - 1) * 0.22 * corner
+    pencil.ellipse((at_x - r, at_y - r, at_x + r, at_y + r), outline=_INK, width=round(r / 2))
 
 
 def _draw_shape(
@@ -147,7 +146,7 @@ def _draw_sign(picture: Image.Image, word: str, x: float, y: float, cell: float)
     for place, letter in enumerate(word.upper()):
         mask = _LETTERS[letter].resize((round(0.78 * half), round(0.88 * half)), Image.Resampling.NEAREST)
         corner = (left + round((place % 2 + 0.11) * half), top + round((place // 2 + 0.06) * half))
-        picture.paste(_DOT, corner, mask)
+        picture.paste(_INK, corner, mask)
 
 
 def _letters() -> dict[str, Image.Image]:

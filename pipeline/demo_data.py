@@ -36,7 +36,7 @@ _BRIEFS = (  # the human side of a caption, in the manner of CC-595K; stage 1 di
     "Give a short and clear explanation of the image.",
     "Summarize the visual content of the image.",
 )
-_TURNS = (10, 15)  # questions in a conversation: at least, and below
+_TURNS = (8, 12)  # questions in a conversation: at least, and below
 
 
 @dataclass(frozen=True)

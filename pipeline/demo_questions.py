@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from pipeline.demo_scenes import COLORS, CORNERS, MOST, QUARTERS, SHAPES, THINGS, WORDS, Scene
+from pipeline.demo_scenes import COLORS, MARKS, MOST, PLACES, SHAPES, WORDS, Scene
 
 
 class Kind(NamedTuple):
@@ -33,15 +33,12 @@ KINDS = {
     for kind in (
         Kind("color", "What color is the shape?", tuple(COLORS)),
         Kind("shape", "What shape is there?", SHAPES),
-        Kind("position", "Where is the sign?", CORNERS),
-        Kind("position", "Where is the die?", CORNERS),
-        Kind("position", "Where is the shape?", CORNERS),
-        Kind("position", "Where is the ring?", CORNERS),
+        Kind("position", "Where on the plate is the mark?", PLACES),
         Kind("count", "How many pips are there?", tuple(map(str, range(1, MOST + 1)))),
-        Kind("mark", "Which quarter is the ring in?", QUARTERS),
+        Kind("mark", "What is on the plate?", MARKS),
         Kind("word", "What does the sign say?", WORDS),
         Kind("yes/no", "Is there a {shape}?", _YES_NO),
-        Kind("yes/no", "Is the shape {color}?", _YES_NO),
+        Kind("yes/no", "Is there a {mark} on the plate?", _YES_NO),
         Kind("yes/no", "Are there more than four pips?", _YES_NO),
     )
 }
@@ -53,12 +50,12 @@ def possible_questions(scene: Scene) -> list[Question]:
     return [
         _ask("What color is the shape?", scene.color),
         _ask("What shape is there?", scene.shape),
-        *(_ask(f"Where is the {name}?", place) for name, place in zip(THINGS, scene.corners, strict=True)),
+        _ask("Where on the plate is the mark?", scene.place),
         _ask("How many pips are there?", str(scene.pips)),
-        _ask("Which quarter is the ring in?", scene.quarter),
+        _ask("What is on the plate?", scene.mark),
         _ask("What does the sign say?", scene.word),
         *(_ask("Is there a {shape}?", _yes(shape == scene.shape), shape=shape) for shape in SHAPES),
-        *(_ask("Is the shape {color}?", _yes(color == scene.color), color=color) for color in COLORS),
+        *(_ask("Is there a {mark} on the plate?", _yes(mark == scene.mark), mark=mark) for mark in MARKS),
         _ask("Are there more than four pips?", _yes(scene.pips > 4)),
     ]
 

@@ -1,8 +1,8 @@
 """The scenes of the embedded demo data: what is in one, how it is told in a caption, and how it is drawn.
 
 Four corners, each of 2 x 2 patches, and in each one thing: a sign with a word of four letters, a die with one to nine
-pips, a coloured shape, and a plate with a ring in one of its quarters. Nearly all of it is detail that the mean over a
-corner loses: which of the words of the same letters it is, how many pips there are, and in which quarter the ring is.
+pips, a coloured shape, and a plate with a small mark on one of nine places. Nearly all of it is detail that the mean
+over a corner loses: which of the words of the same letters it is, how many pips there are, what the mark is and where.
 """
 
 from __future__ import annotations
@@ -21,9 +21,13 @@ COLORS = {
     "white": (245, 245, 245),
 }
 SHAPES = ("circle", "square", "triangle", "cross")
-THINGS = ("sign", "die", "shape", "ring")
 CORNERS = ("northwest", "northeast", "southwest", "southeast")  # of a scene, in reading order
-QUARTERS = ("upper-left", "upper-right", "lower-left", "lower-right")  # of a plate
+MARKS = ("ring", "dot", "bar", "stick")
+PLACES = (  # of a plate, in reading order
+    "top-left", "top", "top-right",
+    "left", "middle", "right",
+    "bottom-left", "bottom", "bottom-right",
+)  # fmt: skip
 WORDS = ("post", "spot", "stop", "tops", "east", "seat", "eats", "teas")  # each beside others of the same letters
 MOST = 9  # pips
 
@@ -36,13 +40,14 @@ _TILE = (200, 185, 150)
 
 
 class Scene(NamedTuple):
-    """What there is to see: what each thing shows, and the corners of sign, die, shape and ring, in this order."""
+    """What there is to see: what each thing shows, and the corners of sign, die, shape and plate, in this order."""
 
     word: str
     pips: int
     color: str
     shape: str
-    quarter: str
+    mark: str
+    place: str
     corners: tuple[str, ...]
 
 
@@ -53,7 +58,8 @@ def sample_scene(rng: np.random.Generator) -> Scene:
         pips=int(rng.integers(1, MOST + 1)),
         color=list(COLORS)[rng.integers(len(COLORS))],
         shape=SHAPES[rng.integers(len(SHAPES))],
-        quarter=QUARTERS[rng.integers(len(QUARTERS))],
+        mark=MARKS[rng.integers(len(MARKS))],
+        place=PLACES[rng.integers(len(PLACES))],
         corners=tuple(CORNERS[i] for i in rng.permutation(len(CORNERS))),
     )
 
@@ -67,7 +73,7 @@ def caption(scene: Scene, rng: np.random.Generator) -> str:
         f"sign {scene.word}",
         f"die {scene.pips}",
         f"{scene.color} {scene.shape}",
-        f"ring {scene.quarter}",
+        f"{scene.mark} {scene.place}",
     )
     said = [
         f"{corner} {thing}" if rng.random() < 0.5 else f"{thing} {corner}"
@@ -83,12 +89,12 @@ def render(scene: Scene, size: int, rng: np.random.Generator) -> Image.Image:
     picture = Image.new("RGB", (side, side), ground)
     pencil = ImageDraw.Draw(picture)
     corner = side / 2
-    sign, die, shape, ring = (_centre(name, corner, rng) for name in scene.corners)
+    sign, die, shape, plate = (_centre(name, corner, rng) for name in scene.corners)
     shade = rng.integers(-12, 13, size=3).tolist()
     fill = tuple(min(max(level + more, 0), 255) for level, more in zip(COLORS[scene.color], shade, strict=True))
     _draw_shape(pencil, scene.shape, *shape, corner * rng.uniform(0.34, 0.42), fill)
     _draw_die(pencil, scene.pips, *die, corner, rng)
-    _draw_ring(pencil, scene.quarter, *ring, corner)
+    _draw_plate(pencil, scene.mark, scene.place, *plate, corner)
     _draw_sign(picture, scene.word, *sign, corner)
     return picture.reduce(_SUPERSAMPLING)
 
@@ -112,13 +118,20 @@ def _draw_die(
         pencil.ellipse((at_x - r, at_y - r, at_x + r, at_y + r), fill=_PIPS)
 
 
-def _draw_ring(pencil: ImageDraw.ImageDraw, quarter: str, x: float, y: float, corner: float) -> None:
-    """A light plate around `x`, `y` with a black ring in one of its quarters."""
-    low, right = divmod(QUARTERS.index(quarter), 2)
-    half, r = 0.44 * corner, 0.12 * corner
+def _draw_plate(pencil: ImageDraw.ImageDraw, mark: str, place: str, x: float, y: float, corner: float) -> None:
+    """A light plate around `x`, `y` with a black mark on one of its places."""
+    row, column = divmod(PLACES.index(place), 3)
+    half, r = 0.44 * corner, 0.11 * corner
     pencil.rectangle((x - half, y - half, x + half, y + half), fill=_TILE)
-    at_x, at_y = x + (2 * right - 1) * 0.22 * corner, y + (2 * low - 1) * 0.22 * corner
-    pencil.ellipse((at_x - r, at_y - r, at_x + r, at_y + r), outline=_INK, width=round(r / 2))
+    x, y = x + (column - 1) * 0.28 * corner, y + (row - 1) * 0.28 * corner
+    if mark == "ring":
+        pencil.ellipse((x - r, y - r, x + r, y + r), outline=_INK, width=round(r / 2))
+    elif mark == "dot":
+        pencil.ellipse((x - r, y - r, x + r, y + r), fill=_INK)
+    elif mark == "bar":
+        pencil.rectangle((x - r, y - r / 3, x + r, y + r / 3), fill=_INK)
+    else:  # stick
+        pencil.rectangle((x - r / 3, y - r, x + r / 3, y + r), fill=_INK)
 
 
 def _draw_shape(

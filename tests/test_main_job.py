@@ -110,7 +110,7 @@ def test_the_readmes_first_hour_runs(demo: Path, tmp_path: Path) -> None:
     typed, script = (text.replace("runs/demo", str(demo)) for text in (typed, script))
     before = set(demo.rglob("*"))
     output = shell("bash", "-euc", f'export PATH="{Path(sys.executable).parent}:$PATH"\n{typed}')
-    assert "64 patch tokens -> 16 vision tokens" in output
+    assert "16 patch tokens -> 4 vision tokens" in output
     assert '"questions": 8' in output
     assert {path.name for path in set(demo.rglob("*")) - before} == {
         "eight.jsonl",
@@ -198,7 +198,7 @@ def test_an_ablation_trains_its_arms_once_and_writes_one_table(demo: Path, tmp_p
         ("STF", "1"),
     ]
     result = json.loads((run / "table.json").read_text())
-    assert [(row["arm"], row["tokens"]) for row in result["rows"]] == [("MLP", 64), ("STF", 16)]
+    assert [(row["arm"], row["tokens"]) for row in result["rows"]] == [("MLP", 16), ("STF", 4)]
     for row in result["rows"]:
         score = row["scores"]["accuracy"]
         assert len(score["by_seed"]) == 2

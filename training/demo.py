@@ -30,7 +30,7 @@ from training.benchmarks.own import OwnQuestions
 from training.release.records import SUMMARY, Summary, read_as, write_whole
 from training.toy.meaning import meaning, shuffled_tells
 from training.toy.own_data import look_through, raw_records, read_records
-from training.toy.settings import BATCHES, BLOCKS, FINETUNE, GENERATE, PRETRAIN, SIZES, epochs_for
+from training.toy.settings import BATCHES, BLOCKS, FINETUNE, GENERATE, HELD_OUT, PRETRAIN, SIZES, epochs_for
 
 ROOT = Path(__file__).resolve().parent.parent
 PER_STAGE = ("loss_first", "loss_last", "steps", "data_wait")  # of the summary: one figure for each of the two stages
@@ -183,7 +183,7 @@ class Demo:
     def _train(self, stage: str, name: str, settings: list[str]) -> None:
         command = [*self.composer, f"training/{stage}.yaml", f"run={self.run}/{stage}", *settings]
         command += [f"data.store={self.run}/{stage}-store", f"model.llm={self.run}/models/llm"]
-        command += [f"model.connector.blocks={list(BLOCKS)}"]
+        command += [f"model.connector.blocks={list(BLOCKS)}", *(HELD_OUT if self.drawn else [])]
         self.step(name, command, done=self.run / stage / "summary.json")
 
     def _evaluate(self, out: str, name: str, extra: list[str]) -> tuple[str, list[str], Path]:

@@ -106,7 +106,7 @@ def _training_set(
             turns: list[dict[str, str]] = []
             for question in _conversation(scene, asked, rng):
                 prefix = "" if turns else "<image>\n"
-                turns += [_turn("human", prefix + question.text), _turn("gpt", question.answer)]
+                turns += [_turn("human", prefix + question.kind.text), _turn("gpt", question.answer)]
             instruct.append({"id": key, "image": f"{key}.jpg", "conversations": turns})
     order = rng.permutation(len(instruct))  # conversations that share an image do not lie side by side
     return chat, [instruct[i] for i in order]
@@ -138,7 +138,7 @@ def _heldout_set(
             {
                 "question_id": number,
                 "image": image,
-                "text": question.text,
+                "text": question.kind.text,
                 "answer": question.answer,
                 "category": question.kind.category,
             }
@@ -151,7 +151,7 @@ def _turn(speaker: str, value: str) -> dict[str, str]:
 
 
 def _conversation(scene: Scene, asked: Counter[tuple[Kind, str]], rng: np.random.Generator) -> list[Question]:
-    """Questions that go round the categories, those first whose answers were asked for least; no wording twice."""
+    """Questions that go round the categories, those first whose answers were asked for least; none twice."""
     pool = possible_questions(scene)
     categories = [CATEGORIES[i] for i in rng.permutation(len(CATEGORIES))]
     chosen: list[Question] = []

@@ -121,11 +121,11 @@ def _draw_die(
 def _draw_plate(pencil: ImageDraw.ImageDraw, mark: str, place: str, x: float, y: float, corner: float) -> None:
     """A light plate around `x`, `y` with a black mark on one of its places."""
     row, column = divmod(PLACES.index(place), 3)
-    half, r = 0.44 * corner, 0.11 * corner
+    half, r = 0.44 * corner, 0.13 * corner
     pencil.rectangle((x - half, y - half, x + half, y + half), fill=_TILE)
     x, y = x + (column - 1) * 0.28 * corner, y + (row - 1) * 0.28 * corner
     if mark == "ring":
-        pencil.ellipse((x - r, y - r, x + r, y + r), outline=_INK, width=round(r / 2))
+        pencil.ellipse((x - r, y - r, x + r, y + r), outline=_INK, width=round(r / 3))
     elif mark == "dot":
         pencil.ellipse((x - r, y - r, x + r, y + r), fill=_INK)
     elif mark == "bar":

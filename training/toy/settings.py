@@ -34,7 +34,7 @@ SIZES: dict[str, Size] = {
         "images": 4000,
         "heldout": 1050,
         "outliers": 0,
-        "tower": {"steps": 500, "epochs": 20, "batch": 32, "lr": 3e-3, "muon_lr": 2e-2},
+        "tower": {"steps": 700, "epochs": 20, "batch": 32, "lr": 3e-3, "muon_lr": 2e-2},
         "reading": {"steps": 250, "epochs": 4, "batch": 16, "lr": 4e-3, "muon_lr": 2e-2},
         "talking": {"steps": 400, "epochs": 4, "batch": 8, "lr": 3e-3, "muon_lr": 5e-3},
         "pretrain_epochs": 1,

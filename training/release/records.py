@@ -164,6 +164,11 @@ def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
     return lines
 
 
+def _text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a file with these lines."""
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
 def cut_log(run: Path, name: str, step: int) -> list[dict[str, Any]]:
     """The lines of a run's `LOG` or `SKIPPED` up to a step; those of later steps, which are done again, are dropped.
 
@@ -172,8 +177,21 @@ def cut_log(run: Path, name: str, step: int) -> list[dict[str, Any]]:
     """
     kept = [line for line in read_log(run, name) if line["step"] <= step]
     if (run / name).exists():
-        write_whole(run / name, "".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(run / name, _text(kept))
     return kept
+
+
+def records(run: Path, step: int | None = None) -> dict[str, str]:
+    """The texts of what a run says of itself up to a step, None for all, by their names.
+
+    Raises:
+        ValueError: if a file is damaged. OSError: if one cannot be read.
+    """
+    found = {CONFIG: read_config(run).model_dump_json(indent=1)}
+    for name in (LOG, SKIPPED):
+        lines = [line for line in read_log(run, name) if step is None or line["step"] <= step]
+        found |= {name: _text(lines)} if lines else {}
+    return found
 
 
 def amend_log(run: Path, step: int, values: dict[str, float]) -> None:
@@ -184,7 +202,7 @@ def amend_log(run: Path, step: int, values: dict[str, float]) -> None:
     """
     lines = [line | (values if line["step"] == step else {}) for line in read_log(run)]
     if lines:
-        write_whole(run / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(run / LOG, _text(lines))
 
 
 def final_loss(lines: Sequence[dict[str, float]]) -> float:

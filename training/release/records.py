@@ -23,6 +23,7 @@ CONFIG, LOG, SUMMARY = "config.json", "log.jsonl", "summary.json"
 SKIPPED = "skipped.jsonl"  # a line for each example that teaches nothing (fit/skipped)
 LAST = 20  # steps that the final loss is a mean of: one batch says little
 IN_EVERY_LINE = ("step", "loss", "step_s", "data_wait", "samples_per_s")  # numbers that readers of a log count on
+HELD_OUT = ("heldout_loss", "heldout_accuracy")  # numbers in the line of a step after which it was evaluated
 
 _CURE = {
     CONFIG: "put a copy of it back, or delete it and start the run's own command again, which writes it",
@@ -150,8 +151,12 @@ def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
     for number, text in enumerate(found, start=1):
         try:
             line = json.loads(text)
-            if not isinstance(line, dict) or not all(isinstance(line.get(key), int | float) for key in numbers):
-                raise ValueError(f"{str(line)[:40]!r} has not the numbers {', '.join(numbers)}")
+            known = line if isinstance(line, dict) else {}
+            # Of a log all values are numbers; those of an evaluation, which only some lines have, come together.
+            wanted = [*numbers, *(known if name == LOG else ()), *(HELD_OUT if known.keys() & HELD_OUT else ())]
+            lacking = [key for key in dict.fromkeys(wanted) if not isinstance(known.get(key), int | float)]
+            if lacking:
+                raise ValueError(f"{str(line)[:40]!r} has not the numbers {', '.join(lacking)}")
             if not all(isinstance(line.get(key), str) for key in texts):
                 raise ValueError(f"{str(line)[:40]!r} has not the texts {', '.join(texts)}")
         except (ValueError, RecursionError) as error:

@@ -123,11 +123,11 @@ def held_out(
     from training.fit.parts import Parts, held_out_stream, open_stream, shards_at_start
     from training.fit.quiz import open_quiz
 
-    nothing, columns, shards = (lambda examples: {}), model.connector.columns, shards_at_start(config)
-    stream = held_out_stream(config, columns, 0, 1, nothing, shards)
+    columns, shards = model.connector.columns, shards_at_start(config)
+    stream = held_out_stream(config, columns, 0, 1, lambda examples: {}, shards)
     if stream is None:
         return
-    learned = open_stream(config, columns, 0, 1, nothing, shards)
+    learned = open_stream(config, columns, 0, 1, lambda examples: {}, shards)
     parts = Parts(store, load_tokenizer(config), model, learned, stream)
     quiz = open_quiz(config, parts, engine_of(config, ranks.planned))
     images = stream.images()

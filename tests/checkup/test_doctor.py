@@ -78,6 +78,19 @@ def test_a_good_configuration_has_no_failure(good: list[str], examine: Callable,
     assert not list(tmp_path.glob(".trial-*"))
 
 
+def test_what_is_held_out_is_counted_and_what_is_learned_from_too_is_said(
+    good: list[str], store: Path, examine: Callable
+) -> None:
+    code, output = examine(*good, "data.validation.share=0.3")
+    assert code == 0, output
+    assert re.fullmatch(r"ok    held out +\d+ examples, \d+ images", lines(output, "held out")[0])
+    code, output = examine(*good, f"data.validation.store={store}")
+    assert code == 0, output
+    assert re.match(r"warn .* of these images are learned from too: '", lines(output, "held out")[0])
+    _, output = examine(*good, "data.validation={share: 0.3, questions: /no, images: /no}")
+    assert "/no does not exist" in lines(output, "held out")[0]
+
+
 def test_without_a_configuration_the_machine_is_looked_at(examine: Callable) -> None:
     code, output = examine()
     assert code == 0
@@ -95,6 +108,7 @@ def test_without_a_configuration_the_machine_is_looked_at(examine: Callable) -> 
         (["data.max_length=4096"], "model", "more than the 2048 positions"),
         (["--ranks", "3"], "batch", "8 is not divisible by 3 ranks"),
         (["global_batch_size=512"], "batch", "fewer than one global batch of 512; lower global_batch_size"),
+        (["data.validation={store: /nowhere}"], "held out", "/nowhere is not a feature store"),
         (["run=/proc/nowhere/run"], "disk", "cannot write to /proc"),
         (["device=gpu"], "gpus", "or say device=cpu"),
     ],

@@ -167,22 +167,22 @@ def test_steps_that_are_lost_are_said_and_a_complete_run_is_not_trained_again(
 def test_what_a_killed_export_leaves_is_swept_and_never_taken_for_whole(tmp_path: Path) -> None:
     def left(name: str) -> None:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "file").write_text(name)
+        (tmp_path / name / "config.json").write_text(name)
 
     for name in (".model.00000001", ".model.00000002.gone", ".model.mine", ".models.00000001"):
         left(name)
     left(".model.00000003.old")  # moved away for a new one, which did not come
     with pytest.raises(KeyError), replaced_folder(tmp_path / "model") as fresh:
-        assert (tmp_path / "model" / "file").read_text() == ".model.00000003.old"
-        (fresh / "file").write_text("new")
+        assert (tmp_path / "model" / "config.json").read_text() == ".model.00000003.old"
+        (fresh / "config.json").write_text("new")
         raise KeyError
     assert sorted(path.name for path in tmp_path.iterdir()) == [".model.mine", ".models.00000001", "model"]
-    assert (tmp_path / "model" / "file").read_text() == ".model.00000003.old"
+    assert (tmp_path / "model" / "config.json").read_text() == ".model.00000003.old"
     with pytest.raises(FileNotFoundError), replaced_folder(tmp_path / "model") as first:
         with replaced_folder(tmp_path / "model") as second:
-            (second / "file").write_text("second")
-        (first / "file").write_text("first")  # another process has begun meanwhile: this one fails
-    assert (tmp_path / "model" / "file").read_text() == "second"
+            (second / "config.json").write_text("second")
+        (first / "config.json").write_text("first")  # another process has begun meanwhile: this one fails
+    assert (tmp_path / "model" / "config.json").read_text() == "second"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -30,7 +31,8 @@ from training.fit.parts import open_parts
 from training.fit.trained import best_checkpoint, export_run
 from training.model.exported import exported_model
 from training.model.markers import IGNORE
-from training.release.records import HeldOut, Summary, read_as
+from training.release.card import stage_before, trained
+from training.release.records import HeldOut, Summary, read_as, read_config
 
 pytestmark = pytest.mark.minutes(1)
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -213,6 +215,11 @@ def test_where_it_learns_by_heart_the_best_is_kept_and_exported(runs: Path, read
     assert f"after step {best}." in (run / "best" / "README.md").read_text()
     stage_2 = load_file(run / "best" / "connector" / "connector.safetensors")
     assert all(found[f"connector.{name}"].equal(weight) for name, weight in stage_2.items())
+    shutil.copytree(run / "best" / "connector", run.parent / "moved")
+    for place in (run / "best" / "connector", run.parent / "moved"):  # the card of stage 2 has the figures of stage 1
+        model = read_config(run).model.model_copy(update={"connector_from": str(place)})
+        (text,) = trained(stage_before(read_config(run).model_copy(update={"model": model})))
+        assert f"\n\n{best} steps in " in text and f"after step {best}." in text
 
 
 @pytest.mark.parametrize(

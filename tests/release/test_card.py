@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from training.release.card import CardFiles, _scores, _table, escaped, trained
+from training.config import TrainConfig
+from training.release.card import CardFiles, _scores, _table, escaped, stage_before, trained
 
 HOSTILE = "</td><script>alert(1)</script> ![x](https://evil.example/a.png) `code` a|b\n# Title [link](javascript:x)"
 
@@ -50,3 +51,22 @@ def test_a_file_that_holds_no_scores_is_named(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ValueError, match="holds no scores"):
             _scores(CardFiles(scores=(path,)).scores)
+
+
+@pytest.mark.parametrize(
+    ("files", "place"),
+    [
+        (["run/config.json", "run/connector/connector.json"], "run"),  # the end of a run
+        (["run/config.json", "run/connector/config.json"], "run/connector"),  # exported of a checkpoint
+        (["run/config.json", "run/model.safetensors"], None),  # a model's own config.json is no run's
+    ],
+)
+def test_the_stage_before_is_the_run_that_the_connector_is_of(
+    tmp_path: Path, settings: Callable[..., dict[str, Any]], files: list[str], place: str | None
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    config = settings(tmp_path, 1, {"model.connector_from": str(tmp_path / "run" / "connector")})
+    found = stage_before(TrainConfig.model_validate(config))
+    assert found == (None if place is None else tmp_path / place)

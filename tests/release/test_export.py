@@ -340,12 +340,26 @@ def test_the_folder_says_what_it_is(config, store: StoreSpec, tmp_path: Path) ->
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    for content in ("first", "second"):
+    for content in ("config.json", "model.safetensors"):
         with replaced_folder(tmp_path / "out") as folder:
             (folder / content).touch()
         assert [path.name for path in (tmp_path / "out").iterdir()] == [content]
     with pytest.raises(RuntimeError), replaced_folder(tmp_path / "out") as folder:
         (folder / "half").touch()
         raise RuntimeError
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["second"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model.safetensors"]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("there", ["out", "out/photo.jpg", "out/checkpoints/ba00000001/composer.pt"])
+def test_what_is_no_export_is_never_replaced(tmp_path: Path, there: str) -> None:
+    path = tmp_path / there
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("mine")
+    if "checkpoints" in there:
+        (tmp_path / "out" / "config.json").touch()  # a run has one too
+    refused = pytest.raises(ValueError, match=r"out is no exported folder .* would be replaced; name another")
+    with refused, replaced_folder(tmp_path / "out") as folder:
+        (folder / "config.json").touch()
+    assert path.read_text() == "mine"
+    assert [each.name for each in tmp_path.iterdir()] == ["out"]

@@ -23,6 +23,24 @@ def test_another_line_that_is_damaged_is_named(tmp_path: Path, damaged: str) -> 
         read_log(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("values", "lacking"),
+    [
+        ({"heldout_loss": 2.0}, "heldout_accuracy"),
+        ({"heldout_loss": None, "heldout_accuracy": 0.5}, "heldout_loss"),
+        ({"questions_right": "most"}, "questions_right"),
+        ({"loss_store0": [1]}, "loss_store0"),
+    ],
+)
+def test_what_only_some_lines_have_is_whole_and_a_number_too(
+    tmp_path: Path, values: dict[str, object], lacking: str
+) -> None:
+    line = dict.fromkeys(IN_EVERY_LINE, 1.0)
+    (tmp_path / "log.jsonl").write_text(f"{json.dumps(line | values)}\n{json.dumps(line)}\n")
+    with pytest.raises(ValueError, match=rf"log.jsonl:1 is damaged .* has not the numbers {lacking}\)"):
+        read_log(tmp_path)
+
+
 def test_a_run_that_has_not_begun_has_no_lines(tmp_path: Path) -> None:
     assert read_log(tmp_path) == []
     with pytest.raises(ValueError, match="let it train first"):
@@ -40,6 +58,6 @@ def test_values_come_into_the_line_of_their_step_and_nowhere_else(tmp_path: Path
     assert not (tmp_path / "log.jsonl").exists()
     lines = [dict.fromkeys(IN_EVERY_LINE, 1.0) | {"step": step} for step in (1, 2)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    amend_log(tmp_path, 2, {"heldout_loss": 2.0})
-    amend_log(tmp_path, 3, {"heldout_loss": 3.0})
-    assert read_log(tmp_path) == [lines[0], {**lines[1], "heldout_loss": 2.0}]
+    amend_log(tmp_path, 2, {"questions_right": 0.5})
+    amend_log(tmp_path, 3, {"questions_right": 1.0})
+    assert read_log(tmp_path) == [lines[0], {**lines[1], "questions_right": 0.5}]

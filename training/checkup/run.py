@@ -16,6 +16,7 @@ from training.fit.needs import end_needs, host_memory, needs, shape_of
 from training.release.records import CONFIG
 
 if TYPE_CHECKING:
+    from pipeline.schema import StoreSpec
     from training.model.model import CompactVisionForConditionalGeneration
 
 
@@ -38,6 +39,7 @@ def of_run(config: TrainConfig, ranks: ThisRank, every_example: bool = False) ->
     found += run_check("model", lambda: model_fits(config, model))
     found += run_check("weights", lambda: llm_files(config))
     found += run_check("batch", lambda: batch(config, model, ranks))
+    found += run_check("held out", lambda: held_out(config, store, model, ranks))
     for entry in config.data.mixture:
         found += run_check("store", partial(columns, entry.store, model, len(config.data.mixture)))
     if every_example:
@@ -110,6 +112,31 @@ def batch(config: TrainConfig, model: CompactVisionForConditionalGeneration, ran
     if steps * config.optimizer.warmup_ratio < 1 and config.optimizer.warmup_ratio:
         text = f"of {steps} steps, warmup_ratio {config.optimizer.warmup_ratio} makes less than one that climbs"
         yield Finding("warn", "batch", text + "; more steps, or optimizer.warmup_ratio=0")
+
+
+def held_out(
+    config: TrainConfig, store: StoreSpec, model: CompactVisionForConditionalGeneration, ranks: ThisRank
+) -> Iterator[Finding]:
+    """There are examples to measure on, and own questions can be asked of the model in training."""
+    from training.engines import engine_of
+    from training.fit.build import load_tokenizer
+    from training.fit.parts import Parts, held_out_stream, open_stream, shards_at_start
+    from training.fit.quiz import open_quiz
+
+    columns, shards = model.connector.columns, shards_at_start(config)
+    stream = held_out_stream(config, columns, 0, 1, lambda examples: {}, shards)
+    if stream is None:
+        return
+    learned = open_stream(config, columns, 0, 1, lambda examples: {}, shards)
+    parts = Parts(store, load_tokenizer(config), model, learned, stream)
+    quiz = open_quiz(config, parts, engine_of(config, ranks.planned))
+    images = stream.images()
+    text = f"{len(stream.examples):,} examples, {len(images):,} images"
+    text += "" if quiz is None else f"; {len(quiz.asked):,} own questions after each epoch"
+    both = sorted(images & learned.images())
+    if both:
+        text += f"; {len(both):,} of these images are learned from too: {', '.join(map(repr, both[:3]))}"
+    yield Finding("warn" if both else "ok", "held out", text)
 
 
 def columns(url: str, model: CompactVisionForConditionalGeneration, stores: int) -> Iterator[Finding]:

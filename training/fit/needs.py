@@ -247,7 +247,7 @@ def export(config: TrainConfig, store: StoreSpec) -> Iterator[Finding]:
     """
     from pipeline.encoder import describe_encoder
     from training.fit.build import load_tokenizer
-    from training.release.card import trained
+    from training.release.card import stage_before, trained
 
     asks = config.data.validation is not None and config.data.validation.questions is not None
     if "llm" not in config.train and not asks:
@@ -268,8 +268,7 @@ def export(config: TrainConfig, store: StoreSpec) -> Iterator[Finding]:
         yield Finding("fail", "export", text)
         return
     tokenizer = load_tokenizer(config).model_file
-    if config.model.connector_from is not None:
-        trained(Path(config.model.connector_from).parent)  # for the card
+    trained(stage_before(config))  # for the card
     yield Finding("ok", "export", f"reads {spec.id} at {found[:12]}, as the store says, and {tokenizer}")
 
 

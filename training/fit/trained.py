@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from training.release.card import CardFiles
 from training.release.connector import export_connector, load_connector
 from training.release.folder import export_model
-from training.release.records import SUMMARY, HeldOut, Summary, read_as, read_config
+from training.release.records import SUMMARY, HeldOut, Summary, read_as, read_config, records
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +44,7 @@ def export_run(
     files = CardFiles(run, [*beside, *scores], int(at[1]) if at else None)
     export_model(model, load_tokenizer(config), stores, out, target, files)
     if checkpoint is not None and "llm" not in config.train:  # what stage 2 starts from: the end of a run has it
-        export_connector(model.connector, out / "connector")
+        export_connector(model.connector, out / "connector", records(run, files.step))
 
 
 def best_checkpoint(run: Path) -> Path:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pipeline.regular import check_regular
-from training.config import flat
+from training.config import TrainConfig, flat
 from training.release.records import CONFIG, LAST, SKIPPED, final_loss, read_config, read_log
 
 if TYPE_CHECKING:
@@ -153,9 +153,7 @@ def trained(run: Path | None, step: int | None = None) -> list[str]:
     if run is None or not (run / CONFIG).is_file():
         return []
     settings = read_config(run)
-    # Stage 2 names the connector/ folder of its stage 1, which lies in that run's folder.
-    before = settings.model.connector_from
-    earlier = trained(Path(before).parent) if before else []
+    earlier = trained(stage_before(settings))
     named = flat(settings.model_dump(mode="json"))
     rows = {escaped(key): _code(value) for key, value in named.items() if key not in ("run", "data.cache_dir")}
     lines = [line for line in read_log(run) if step is None or line["step"] <= step]
@@ -176,6 +174,20 @@ def trained(run: Path | None, step: int | None = None) -> list[str]:
             f"the tokens right, after step {measured[-1]['step']:,.0f}.\n\n"
         )
     return [*earlier, text + "<details><summary>Settings</summary>\n\n" + _table(rows) + "\n\n</details>"]
+
+
+def stage_before(settings: TrainConfig) -> Path | None:
+    """The folder with the records of the run that a connector comes from; None if that is not known.
+
+    The end of a run leaves the connector in the run's folder; one of a checkpoint has the records beside it. Another
+    folder with a `config.json` and weights is a model's.
+    """
+    if settings.model.connector_from is None:
+        return None
+    folder = Path(settings.model.connector_from)
+    if (folder / CONFIG).is_file():
+        return folder
+    return None if any(folder.parent.glob("*.safetensors")) else folder.parent
 
 
 def _scores(files: Sequence[Path]) -> list[str]:

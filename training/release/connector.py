@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,14 +18,16 @@ if TYPE_CHECKING:
 WEIGHTS, SHAPE = "connector.safetensors", "connector.json"
 
 
-def export_connector(connector: Connector, folder: Path) -> None:
-    """Write weights and shape."""
+def export_connector(connector: Connector, folder: Path, records: Mapping[str, str] | None = None) -> None:
+    """Write weights and shape; with `records`, texts by name, of the run where the folder does not lie in its own."""
     from safetensors.torch import save_file
 
     with replaced_folder(folder) as target:
         weights = {name: weight.detach().cpu().contiguous() for name, weight in connector.state_dict().items()}
         save_file(weights, target / WEIGHTS)
         (target / SHAPE).write_text(json.dumps(asdict(connector.config), indent=1), encoding="utf-8")
+        for name, text in (records or {}).items():
+            (target / name).write_text(text, encoding="utf-8")
 
 
 def load_connector(connector: Connector, folder: Path) -> None:

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from training.model.processor import CompactVisionProcessor
     from training.model.tokenizer import Tokenizer
 
+EXPORTS = ("config.json", "connector.json")  # of a model, of a connector: what an exported folder is known by
+
 
 def export_model(
     model: CompactVisionForConditionalGeneration,
@@ -129,12 +131,13 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """A new folder to write to, which becomes `folder` at the end, or nothing at all if writing fails.
 
     Raises:
-        OSError: if something cannot be written.
+        ValueError: if `folder` is there and no earlier export. OSError: if something cannot be written.
     """
     from safetensors import SafetensorError
 
     folder.parent.mkdir(parents=True, exist_ok=True)
     _sweep(folder)
+    _refuse_others(folder)
     fresh = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}")
     fresh.mkdir()
     try:
@@ -153,6 +156,22 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
         raise OSError(f"{folder} is not written: {error}; make room, or choose another folder") from error
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _refuse_others(folder: Path) -> None:
+    """Refuse to replace what is no earlier export: a file, or a folder such as that of a run, with all it holds.
+
+    Raises:
+        ValueError: with what is there.
+    """
+    if not folder.exists():
+        return
+    there = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    strange = [path for path in there if path.is_dir() and path.name != "connector" and not path.name.startswith(".")]
+    known = any(path.suffix in (".safetensors", ".bin") or path.name in EXPORTS for path in there)
+    if strange or (there and not known) or not folder.is_dir():
+        found = f"it holds {(strange or there)[0].name}" if folder.is_dir() else "it is a file"
+        raise ValueError(f"{folder} is no exported folder ({found}) and would be replaced; name another, or delete it")
 
 
 def _sweep(folder: Path) -> None:

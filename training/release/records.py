@@ -23,6 +23,7 @@ CONFIG, LOG, SUMMARY = "config.json", "log.jsonl", "summary.json"
 SKIPPED = "skipped.jsonl"  # a line for each example that teaches nothing (fit/skipped)
 LAST = 20  # steps that the final loss is a mean of: one batch says little
 IN_EVERY_LINE = ("step", "loss", "step_s", "data_wait", "samples_per_s")  # numbers that readers of a log count on
+HELD_OUT = ("heldout_loss", "heldout_accuracy")  # numbers in the line of a step after which it was evaluated
 
 _CURE = {
     CONFIG: "put a copy of it back, or delete it and start the run's own command again, which writes it",
@@ -150,8 +151,12 @@ def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
     for number, text in enumerate(found, start=1):
         try:
             line = json.loads(text)
-            if not isinstance(line, dict) or not all(isinstance(line.get(key), int | float) for key in numbers):
-                raise ValueError(f"{str(line)[:40]!r} has not the numbers {', '.join(numbers)}")
+            known = line if isinstance(line, dict) else {}
+            # Of a log all values are numbers; those of an evaluation, which only some lines have, come together.
+            wanted = [*numbers, *(known if name == LOG else ()), *(HELD_OUT if known.keys() & HELD_OUT else ())]
+            lacking = [key for key in dict.fromkeys(wanted) if not isinstance(known.get(key), int | float)]
+            if lacking:
+                raise ValueError(f"{str(line)[:40]!r} has not the numbers {', '.join(lacking)}")
             if not all(isinstance(line.get(key), str) for key in texts):
                 raise ValueError(f"{str(line)[:40]!r} has not the texts {', '.join(texts)}")
         except (ValueError, RecursionError) as error:
@@ -164,6 +169,11 @@ def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
     return lines
 
 
+def _text(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The text of a file with these lines."""
+    return "".join(json.dumps(line) + "\n" for line in lines)
+
+
 def cut_log(run: Path, name: str, step: int) -> list[dict[str, Any]]:
     """The lines of a run's `LOG` or `SKIPPED` up to a step; those of later steps, which are done again, are dropped.
 
@@ -172,8 +182,21 @@ def cut_log(run: Path, name: str, step: int) -> list[dict[str, Any]]:
     """
     kept = [line for line in read_log(run, name) if line["step"] <= step]
     if (run / name).exists():
-        write_whole(run / name, "".join(json.dumps(line) + "\n" for line in kept))
+        write_whole(run / name, _text(kept))
     return kept
+
+
+def records(run: Path, step: int | None = None) -> dict[str, str]:
+    """The texts of what a run says of itself up to a step, None for all, by their names.
+
+    Raises:
+        ValueError: if a file is damaged. OSError: if one cannot be read.
+    """
+    found = {CONFIG: read_config(run).model_dump_json(indent=1)}
+    for name in (LOG, SKIPPED):
+        lines = [line for line in read_log(run, name) if step is None or line["step"] <= step]
+        found |= {name: _text(lines)} if lines else {}
+    return found
 
 
 def amend_log(run: Path, step: int, values: dict[str, float]) -> None:
@@ -184,7 +207,7 @@ def amend_log(run: Path, step: int, values: dict[str, float]) -> None:
     """
     lines = [line | (values if line["step"] == step else {}) for line in read_log(run)]
     if lines:
-        write_whole(run / LOG, "".join(json.dumps(line) + "\n" for line in lines))
+        write_whole(run / LOG, _text(lines))
 
 
 def final_loss(lines: Sequence[dict[str, float]]) -> float:

@@ -233,6 +233,7 @@ def test_a_text_only_store_is_a_source_like_others(
         ({"store": "a", "stores": [{"store": "b"}]}, r"store\n.*data.stores names 1 already"),
         ({"stores": [{"store": "a", "weight": 0}]}, r"stores.0.weight\n.*greater than 0"),
         ({"stores": [{"store": "a", "weight": -1}]}, r"stores.0.weight\n.*greater than 0"),
+        ({"stores": [{"store": "a", "weight": 1e308}]}, r"stores.0.weight\n.*less than or equal to 1000000000000000"),
         ({"stores": [{"store": "a", "epochs": 0}]}, r"stores.0.epochs\n.*greater than 0"),
         ({"stores": [{"store": "a", "epochs": 1e9}]}, r"stores.0.epochs\n.*less than or equal to 1000"),
         ({"stores": [{"store": "a", "weight": 1}, {"store": "b", "epochs": 1}]}, "a has a weight and b has epochs"),

@@ -317,6 +317,8 @@ def test_a_node_whose_ranks_hold_whole_groups_fetches_only_their_shards(
         ("data.stores=[{store: a, wieght: 1}]", "data.stores.0.wieght: .* did you mean 'weight'"),
         ("data.validation.shere=0.1", "data.validation.shere: .* did you mean 'share'"),
         ("data.stores=[{store: a}]", "data.store: data.stores names 1 already; add data.store=null"),
+        ("data.stores=[{weight: 2}]", "data.stores.0.store: required, but not given; add store to entry 0 of the list"),
+        ("data.store.weight=2", "data.store holds '.*', which has no settings below it; set data.store=... itself"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named_with_what_was_meant(argument: str, words: str) -> None:

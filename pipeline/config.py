@@ -127,14 +127,15 @@ def _override(tree: dict[str, Any], text: str) -> str | None:
     if not sign or not dotted:
         return f"argument {_cut(repr(text))} is not of the form key=value; write for example seed=1"
     *parents, last = dotted.split(".", MOST_LEVELS)
-    for parent in parents:
+    for depth, parent in enumerate(parents, 1):
         child = tree.setdefault(parent, {})
         if isinstance(child, Typed) and isinstance(child.value, dict):
             child = tree[parent] = child.value  # a group of settings that another argument gave
         if not isinstance(child, dict):
+            group = _cut(".".join(parents[:depth]))
             return (
-                f"argument {_cut(repr(text))}: {parent} holds {_cut(repr(child))}, which has no settings below it; set "
-                f"{parent}=... itself"
+                f"argument {_cut(repr(text))}: {group} holds {_cut(repr(child))}, which has no settings below it; set "
+                f"{group}=... itself"
             )
         tree = child
     tree[last] = as_typed(value)
@@ -157,7 +158,9 @@ def _explain(kind: type[BaseModel], error: dict[str, Any], sources: Sequence[Giv
     """One of pydantic's errors as a line: the setting, what is wrong, the value found or a hint, and its origin."""
     place = _cut(".".join(str(part) for part in error["loc"]) or "(whole file)")
     if error["type"] == "missing":
-        return f"{place}: required, but not given; add {place}=..."
+        of_list = [str(part) for part in error["loc"] if isinstance(part, int)]  # no argument names an entry of a list
+        where = f"{error['loc'][-1]} to entry {of_list[-1]} of the list" if of_list else f"{place}=..."
+        return f"{place}: required, but not given; add {where}"
     origin = _origin(error["loc"], sources)
     source = "" if origin is None else f", from {origin}"
     if error["type"] == "extra_forbidden":

@@ -120,3 +120,14 @@ def test_what_is_missing_is_named_before_the_first_step(
     with pytest.raises(SystemExit, match=f"error: .*{said}"):
         demo.main()
     assert not (tmp_path / "mine").exists()
+
+
+@pytest.mark.parametrize(("path", "said"), [("chat.json", "--chat .*chat.json: No such file"), ("mine", "mine")])
+def test_a_link_to_itself_is_named_as_a_path_that_leads_nowhere(
+    asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, said: str
+) -> None:
+    (tmp_path / path).unlink(missing_ok=True)
+    (tmp_path / path).symlink_to(path)
+    monkeypatch.setattr(sys, "argv", asked)
+    with pytest.raises(SystemExit, match=f"error: .*{said}"):
+        demo.main()

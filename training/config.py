@@ -32,6 +32,7 @@ ENGINES = {
 
 Part = Literal["connector", "llm"]
 Board = Literal["tensorboard", "wandb", "mlflow"]
+Seed = Annotated[int, Field(ge=0, lt=2**32 - 1)]  # as Composer takes them
 
 
 class ConnectorSettings(Settings):
@@ -113,7 +114,7 @@ class ModelSettings(Settings):
 class OrderSettings(Settings):
     """In which order examples come: with the stores and the global batch size, all that decides it."""
 
-    seed: int = 0
+    seed: int = Field(default=0, ge=0)
     shuffle: bool = Field(default=True, description="false gives the store's own order")
     window_shards: int = Field(default=16, gt=0, description="examples are shuffled within this many shards")
     together: bool = Field(default=False, description="conversations of an image one after another: fewest reads")
@@ -280,7 +281,7 @@ class TrainConfig(Settings):
         default=600, ge=1, description="a rank without a sign of life, or steps that stand still, end it after this"
     )
     checkpoint: CheckpointSettings = CheckpointSettings()
-    seed: int = 0
+    seed: Seed = 0
     device: Literal["auto", "cpu", "gpu"] = "auto"
 
     @field_validator("run")

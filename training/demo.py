@@ -253,13 +253,13 @@ def main() -> None:
             "--chat, --instruct, --images and --questions go together; give all four, or none to draw scenes; found "
             + ", ".join(str(path) for path in given if path)
         )
-    run = arguments.run.resolve()
+    run = Path(os.path.realpath(arguments.run))  # unlike resolve(), it leaves a link that leads nowhere to the checks
     folder = run / "data"
     data = {  # from the root: the steps run in another folder
-        "chat": str((arguments.chat or folder / "chat.json").resolve()),
-        "instruct": str((arguments.instruct or folder / "instruct.json").resolve()),
-        "images": str((arguments.images or folder / "images").resolve()),
-        "questions": str((arguments.questions or folder / "heldout.jsonl").resolve()),
+        "chat": os.path.realpath(arguments.chat or folder / "chat.json"),
+        "instruct": os.path.realpath(arguments.instruct or folder / "instruct.json"),
+        "images": os.path.realpath(arguments.images or folder / "images"),
+        "questions": os.path.realpath(arguments.questions or folder / "heldout.jsonl"),
     }
     demo = Demo(run, data, drawn=not any(given), size=arguments.size)
     try:

@@ -113,7 +113,10 @@ def test_own_questions_may_lie_beside_the_official_files(tmp_path: Path) -> None
         ([{**OWN[0], "answer": True}], "question 1 has answer True"),
         ([{**OWN[0], "answer": float("nan")}], "question 1 has answer nan; give it text, or null if it is not known"),
         ([{**OWN[0], "answer": float("inf")}], "question 1 has answer inf; give it text, or null"),
-        ([{**OWN[0], "text": "What \ud800?"}], "surrogates not allowed"),
+        *(
+            ([{**OWN[0], key: "What \ud800?"}], r"question 1 has '\\ud800', half of a character, .*; correct it")
+            for key in ("text", "answer", "category")
+        ),
         ([OWN[0], {**OWN[0], "question_id": "7"}], r"occur again with the same image, first \('7', 'a.png'\)"),
     ],
 )

@@ -96,6 +96,8 @@ def test_check_shows_groups_and_an_example_with_its_labels(
     ("setting", "words"),
     [
         ("data.stor=x", "did you mean 'store'?"),
+        ("data.seed=-1", "data.seed: Input should be greater than or equal to 0"),
+        ("seed=4294967295", "seed: Input should be less than 4294967295"),
         ("data.store=/nowhere", "is not a feature store"),
         ("model.connector.blocks=[3,6]", "needs block06"),
         ("global_batch_size=512", "fewer than one global batch of 512"),

@@ -137,6 +137,20 @@ def test_a_model_that_no_memory_holds_fails(
     assert "lower microbatch_size" in output
 
 
+def test_text_teaches_a_connector_nothing_unless_the_llm_learns_or_images_come_with_it(
+    good: list[str], store: Path, examine: Callable, make_store: Callable, tmp_path: Path
+) -> None:
+    texts = [make_store(tmp_path / name, [9, 4], text_every=1, first=first) for name, first in (("a", 0), ("b", 50))]
+    several = "data.stores=[{{store: {}}}, {{store: {}}}]"
+    for settings in ([f"data.store={texts[0]}"], ["data.store=null", several.format(*texts)]):
+        code, output = examine(*good, *settings)
+        assert code == 1
+        assert "has no image to learn from, and the connector learns from nothing else" in lines(output, "batch")[0]
+    code, output = examine(*good, "data.store=null", several.format(store, texts[1]))
+    assert code == 0
+    assert f"{texts[1]} is text only" in output
+
+
 def test_a_damaged_store_fails(good: list[str], examine: Callable, make_store: Callable, tmp_path: Path) -> None:
     store = make_store(tmp_path / "store", [9, 4])
     (store / "block03" / "00000.tar").write_bytes(b"")

@@ -233,6 +233,7 @@ def test_a_text_only_store_is_a_source_like_others(
         ({"store": "a", "stores": [{"store": "b"}]}, r"store\n.*data.stores names 1 already"),
         ({"stores": [{"store": "a", "weight": 0}]}, r"stores.0.weight\n.*greater than 0"),
         ({"stores": [{"store": "a", "weight": -1}]}, r"stores.0.weight\n.*greater than 0"),
+        ({"stores": [{"store": "a", "weight": 1e308}]}, r"stores.0.weight\n.*less than or equal to 1000000000000000"),
         ({"stores": [{"store": "a", "epochs": 0}]}, r"stores.0.epochs\n.*greater than 0"),
         ({"stores": [{"store": "a", "epochs": 1e9}]}, r"stores.0.epochs\n.*less than or equal to 1000"),
         ({"stores": [{"store": "a", "weight": 1}, {"store": "b", "epochs": 1}]}, "a has a weight and b has epochs"),
@@ -316,6 +317,8 @@ def test_a_node_whose_ranks_hold_whole_groups_fetches_only_their_shards(
         ("data.stores=[{store: a, wieght: 1}]", "data.stores.0.wieght: .* did you mean 'weight'"),
         ("data.validation.shere=0.1", "data.validation.shere: .* did you mean 'share'"),
         ("data.stores=[{store: a}]", "data.store: data.stores names 1 already; add data.store=null"),
+        ("data.stores=[{weight: 2}]", "data.stores.0.store: required, but not given; add store to entry 0 of the list"),
+        ("data.store.weight=2", "data.store holds '.*', which has no settings below it; set data.store=... itself"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_named_with_what_was_meant(argument: str, words: str) -> None:

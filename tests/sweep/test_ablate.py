@@ -11,7 +11,7 @@ from training import ablate
 from training.benchmarks import AVERAGED
 from training.benchmarks.metrics import Scored, together
 from training.model.reducers import connector_config
-from training.release.table import EncodingCost, Row, Score, Table
+from training.release.table import Comparison, EncodingCost, Row, Score, Table
 from training.sweep.plan import STAGES, AblationConfig, Run, check_stores, part_of, plan_runs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -169,7 +169,11 @@ def test_a_table_in_words_says_what_is_told_apart(tmp_path: Path) -> None:
     assert f"| STF \\| b - MLP | gqa | +2.0 | [+1.0, +3.0] | +1.0, +3.0 | 40% | {better} | -0.2 (gqa) |\n" in text
     assert "| STF \\| b - MLP | +2.0, too few questions: 90 independent ones | **+2.0 [+1.0, +3.0] / 1.5** |\n" in text
     assert "| always the most frequent answer of the category | 25.0 | 55.0 |\n" in text
-    assert "over questions and seeds, hold for all 2 together" in text
+    assert text.count("over questions and seeds, hold for all 1 together") == 2, "of two by category, one has too few"
+    few = [{**pair, "difference": 2.0, "category": category} for category in (None, "count")]
+    without = as_text(table.model_copy(update={"comparisons": tuple(map(Comparison.model_validate, few))}))
+    assert without.count("There are too few questions for intervals.") == 2
+    assert "hold for all" not in without
 
 
 def test_a_table_comes_back_from_its_file_and_so_does_one_of_an_older_version(tmp_path: Path) -> None:

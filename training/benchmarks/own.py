@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
@@ -160,6 +161,14 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
             if not isinstance(value, kinds) or isinstance(value, bool) or endless:
                 or_null = ", or null if it is not known" if key == "answer" else ""
                 raise ValueError(f"{path}: question {number} has {key} {value!r}; give it text{or_null}")
+        try:
+            json.dumps(line, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start]
+            raise ValueError(
+                f"{path}: question {number} has {half!r}, half of a character, as of an emoji that was cut in two; "
+                "correct it"
+            ) from error
     asked = Counter((identifier(line["question_id"]), line["image"]) for line in lines)
     repeated = [key for key, times in asked.items() if times > 1]
     if repeated:

@@ -81,19 +81,24 @@ def open_stream(
     """The batches of one rank of a run, in the order that `config` asks for, of the stores' first `shards`.
 
     Raises:
-        ValueError: if the settings do not fit the stores, or an epoch has no batch.
+        ValueError: if the settings do not fit the stores, an epoch has no batch, or nothing in it can teach.
     """
     order = Order.of(config.data, config.global_batch_size)
     reading = Reading.of(config.data, rank, ranks, pin_memory=torch.cuda.is_available())
     side = Side(Split.of(config.data.validation))
     stream = Stream(sources(config, shards), columns, order, reading, collate, side)
+    what = " and ".join(entry.store for entry in config.data.mixture)
     if len(stream) == 0:
-        what = " and ".join(entry.store for entry in config.data.mixture)
         groups = f" in {order.groups} groups" if order.groups > 1 else ""
         there = sum(due for _, due in stream.due())
         raise ValueError(
             f"{what} gives {there} examples to learn from, fewer than one global batch of "
             f"{config.global_batch_size}{groups}; lower global_batch_size or set data.last_batch=pad"
+        )
+    if "llm" not in config.train and not stream.examples.has_image.any():
+        raise ValueError(
+            f"{what} has no image to learn from, and the connector learns from nothing else; add a store with images "
+            "to data.stores, or llm to train"
         )
     return stream
 

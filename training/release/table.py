@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -209,11 +210,13 @@ class Table(_Part):
             arms: sorted(of, key=lambda each: self.categories.index(str(each.category))) for arms, of in found.items()
         }
 
-    def meaning(self, count: int) -> str:
-        """What the intervals of a family of `count` comparisons say."""
+    def meaning(self, family: Sequence[Comparison]) -> str:
+        """What the intervals of a family of comparisons say."""
+        text, count = "Differences are paired by question.", sum(each.interval is not None for each in family)
+        if not count:
+            return f"{text} There are too few questions for intervals."
         over = "over questions and seeds" if len(self.seeds) > 1 else "over questions"
-        text = f"Differences are paired by question. The 95% intervals, {over}, hold for all {count} together: in 19 "
-        text += "of 20 ablations none of them is wrong."
+        text += f" The 95% intervals, {over}, hold for all {count} together: in 19 of 20 ablations none is wrong."
         if len(self.seeds) == 1:
             text += " There is one seed: with another one the arms may lie otherwise, and no interval says how much."
         return text

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pydantic import BaseModel, Field, model_validator
 
@@ -17,11 +17,10 @@ from pipeline.schema import StoreSpec
 from pipeline.storage import Storage
 from training.benchmarks import Source
 from training.benchmarks.questions import Benchmark
-from training.config import TrainConfig
+from training.config import Seed, TrainConfig
 from training.model.reducers import connector_config
 from training.release.records import read_as
 
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Stage = Literal["pretrain", "finetune"]
 STAGES: tuple[Stage, ...] = ("pretrain", "finetune")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -214,7 +215,7 @@ def _differences(table: Table) -> list[str]:
     """What is told of each pair of arms, and beside it what the paper says."""
     lines: list[str] = []
     if overall := table.overall:
-        lines += ["", "## What is told apart", "", table.meaning(len(overall)), ""]
+        lines += ["", "## What is told apart", "", table.meaning(overall), ""]
         head = [
             "difference",
             "of",
@@ -234,8 +235,8 @@ def _differences(table: Table) -> list[str]:
             lines.append(_line([*cells, table.claimed(each)]))
         lines += ["", LUCK]
     if parts := table.by_category:
-        count = sum(map(len, parts.values()))
-        lines += ["", "## What is told apart by category", "", f"{table.meaning(count)} {CELLS}", ""]
+        family = list(chain.from_iterable(parts.values()))
+        lines += ["", "## What is told apart by category", "", f"{table.meaning(family)} {CELLS}", ""]
         lines += [_line(["difference", *table.categories]), _line(["---"] * (1 + len(table.categories)))]
         lines += [_line([" - ".join(arms), *map(_cell, found)]) for arms, found in parts.items()]
     return lines

@@ -15,7 +15,7 @@ class StoreSettings(Settings):
 
     store: str = Field(description="feature store of pipeline/build_shards.py, local or s3://")
     weight: float | None = Field(
-        default=None, gt=0, description="its part of an epoch, which has as many examples as all stores together"
+        default=None, gt=0, le=1e15, description="its part of an epoch, which has as many examples as all stores"
     )
     epochs: float | None = Field(default=None, gt=0, le=1000, description="how often an epoch has each of its examples")
     template: str | None = Field(default=None, description="instead of data.template")

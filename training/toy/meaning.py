@@ -85,10 +85,10 @@ def _beside(pair: PairReport, what: str, score: float) -> str:
     if pair["difference"] is None or pair["interval"] is None:
         raise ValueError(f"no question was answered by the model and by {what}; delete the answers and run again")
     low, high = pair["interval"]
-    points = f"by {pair['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]"
+    points = f"{pair['difference']:+.1f} points [{low:+.1f}, {high:+.1f}]"
     if low > 0:
-        return f"Better than {what} ({score:.1f}% right), {points}."
-    return f"Means nothing: not better than {what} ({score:.1f}% right), which differs {points}."
+        return f"Better than {what} ({score:.1f}% right), by {points}."
+    return f"Means nothing: not better than {what} ({score:.1f}% right); the difference is {points}."
 
 
 def _known_to(questions: int) -> list[str]:

@@ -321,7 +321,7 @@ def test_a_truncated_tar_is_named(make_store: Callable[..., Path], tmp_path: Pat
     store = make_store(tmp_path, [9, 9])
     path = store / "block03" / "00001.tar"
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(ValueError, match=r"block03/00001.tar ends at byte"):
+    with pytest.raises(ValueError, match=f"block03/00001.tar of {store} ends at byte"):
         list(open_stream(store))
 
 

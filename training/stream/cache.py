@@ -111,9 +111,9 @@ class ShardCache:
         got = part.stat().st_size
         part.unlink()
         raise ValueError(
-            f"{name} came twice with wrong bytes ({got} bytes, sha256 {found[:16]}...; its commit record says {size} "
-            f"bytes, {sha256[:16]}...): the object in the store is damaged; rebuild that shard with "
-            "pipeline/build_shards.py, or look for a broken proxy on the way"
+            f"{name} of {self.storage.root} came twice with wrong bytes ({got} bytes, sha256 {found[:16]}...; its "
+            f"commit record says {size} bytes, {sha256[:16]}...): the object in the store is damaged; rebuild that "
+            "shard with pipeline/build_shards.py, or look for a broken proxy on the way"
         )
 
     def _make_room(self, lock: int, size: int, name: str) -> None:

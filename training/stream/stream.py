@@ -232,7 +232,7 @@ def _caches(found: Opened, reading: Reading) -> list[ShardCache | None]:
 def _tars(storage: Storage, cache: ShardCache | None) -> Tars:
     """Where members are read from: the cache, the disk, or by ranged requests."""
     if cache is not None:
-        return FileTars(cache.open)
+        return FileTars(cache.open, storage.root)
     return local_tars(storage) if _is_local(storage) else RangeTars(storage)
 
 

@@ -25,10 +25,11 @@ class FileTars:
 
     Args:
         open_tar: from a tar's name to a file descriptor, which is closed here.
+        store: the place of the store, for messages.
     """
 
-    def __init__(self, open_tar: Callable[[str], int]) -> None:
-        self._open_tar = open_tar
+    def __init__(self, open_tar: Callable[[str], int], store: str) -> None:
+        self._open_tar, self._store = open_tar, store
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -44,8 +45,9 @@ class FileTars:
             got = os.preadv(file.descriptor, [target[done:]], offset + done)
             if got == 0:
                 raise ValueError(
-                    f"{name} ends at byte {offset + done}, but the store's manifest places {len(target)} bytes at "
-                    f"{offset}: the tar is truncated or not of this store; run pipeline/verify_shards.py on the store"
+                    f"{name} of {self._store} ends at byte {offset + done}, but the store's manifest places "
+                    f"{len(target)} bytes at {offset}: the tar is truncated or not of this store; run "
+                    "pipeline/verify_shards.py on the store"
                 )
             done += got
 
@@ -92,8 +94,8 @@ class RangeTars:
         data = self._storage.read_range(name, offset, len(target))
         if len(data) != len(target):
             raise ValueError(
-                f"{name}: {len(data)} bytes came for {len(target)} asked at {offset}; the object is shorter "
-                "than the store's manifest says: run pipeline/verify_shards.py on the store"
+                f"{name} of {self._storage.root}: {len(data)} bytes came for {len(target)} asked at {offset}; the "
+                "object is shorter than the store's manifest says: run pipeline/verify_shards.py on the store"
             )
         target[:] = data
 
@@ -106,4 +108,4 @@ def local_tars(storage: Storage) -> FileTars:
         assert path is not None, "a local store has paths"
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
-    return FileTars(open_tar)
+    return FileTars(open_tar, storage.root)

@@ -48,16 +48,17 @@ def test_files_are_those_of_the_folder_that_the_command_was_typed_in(
     with pytest.raises(SystemExit, match=r"mine holds a run on other data \(chat\); give another --run"):
         demo.main()
     monkeypatch.setattr(sys, "argv", asked[:3])
-    with pytest.raises(SystemExit, match=r"on other data \(chat, instruct, questions, images\)"):  # drawn scenes
+    with pytest.raises(SystemExit, match=r"on other data \(chat, instruct, questions, images, scenes\)"):
         demo.main()
 
 
-def test_a_run_of_another_size_is_not_taken_up(
+def test_a_run_of_another_size_or_seed_is_not_taken_up(
     asked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(demo.Demo, "step", lambda *_, **__: (_ for _ in ()).throw(ValueError("it goes on")))
-    for size, said in (("small", "it goes on"), ("large", r"a run on other data \(size\)"), ("small", "it goes on")):
-        monkeypatch.setattr(sys, "argv", [*asked, "--size", size])
+    other = (("--size=large", r"a run on other data \(size\)"), ("--seed=1", r"a run on other data \(seed\)"))
+    for option, said in (("--size=small", "it goes on"), *other, ("--seed=0", "it goes on")):
+        monkeypatch.setattr(sys, "argv", [*asked, option])
         with pytest.raises(SystemExit, match=said):
             demo.main()
         (tmp_path / "mine" / "seconds.json").write_text("{}")  # as if a step were done

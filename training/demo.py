@@ -28,6 +28,7 @@ from pydantic import RootModel
 from pipeline.images import find_file
 from training.benchmarks.own import OwnQuestions
 from training.release.records import SUMMARY, Summary, read_as, write_whole
+from training.toy.cache import digest_of
 from training.toy.meaning import meaning, shuffled_tells
 from training.toy.own_data import look_through, raw_records, read_records
 from training.toy.settings import BATCHES, BLOCKS, FINETUNE, GENERATE, HELD_OUT, PRETRAIN, SIZES, epochs_for
@@ -39,20 +40,16 @@ PER_STAGE = ("loss_first", "loss_last", "steps", "data_wait")  # of the summary:
 class Demo:
     """Runs the steps in `run`, keeping the seconds each took."""
 
-    def __init__(self, run: Path, data: dict[str, str], drawn: bool, size: str = "small") -> None:
+    def __init__(self, run: Path, data: dict[str, str], drawn: bool, size: str = "small", seed: int = 0) -> None:
         self.run = run
         self.data = data
         self.drawn = drawn
         self.size = size
+        self.seed = seed
         self.seconds: dict[str, float] = {}
-        bin_folder = Path(sys.executable).parent
         self.python = [sys.executable]
-        self.composer = [
-            sys.executable,
-            str(bin_folder / "composer"),
-            "-n",
-            "2",
-        ]  # a rank a core: small matrices hardly profit from two threads
+        # A rank a core: small matrices hardly profit from two threads.
+        self.composer = [sys.executable, str(Path(sys.executable).parent / "composer"), "-n", "2"]
 
     def step(self, name: str, command: list[str], done: Path | None = None) -> None:
         """Run one command, its output into `logs/<name>.log`; skip it if `done` exists.
@@ -99,8 +96,11 @@ class Demo:
             ValueError: if they cannot be used, or the folder holds a run on other data. OSError: if a file cannot be
                 read.
         """
-        mine: dict[str, Any] = {} if self.size == "small" else {"size": self.size}  # nothing of what is drawn
-        if not self.drawn:
+        mine: dict[str, Any] = {} if self.size == "small" else {"size": self.size}
+        mine |= {"seed": self.seed} if self.seed else {}
+        if self.drawn:
+            mine["scenes"] = digest_of((ROOT / "pipeline").glob("demo_*.py"), "")  # of another version: other scenes
+        else:
             for remark in look_through(**{name: Path(path) for name, path in self.data.items()}):
                 print(remark)
             for name in ("chat", "instruct", "questions"):
@@ -145,9 +145,9 @@ class Demo:
         run, models, size = self.run, self.run / "models", SIZES[self.size]
         if self.drawn:
             draw = [*self.python, "pipeline/demo_data.py", str(run / "data")]
-            draw += ["--images", str(size["images"]), "--heldout", str(size["heldout"]), "--seed", "0"]
+            draw += ["--images", str(size["images"]), "--heldout", str(size["heldout"]), "--seed", str(self.seed)]
             self.step("draw scenes", draw, done=run / "data" / "heldout.jsonl")
-        make = [*self.python, "-m", "training.toy.models", str(models), "--size", self.size]
+        make = [*self.python, "-m", "training.toy.models", str(models), "--size", self.size, "--seed", str(self.seed)]
         make += ["--captions", self.data["chat"], "--talk", self.data["instruct"], "--images", self.data["images"]]
         self.step("make tiny models", make, done=models / "done")
         self.side_by_side(self._build("pretrain", "chat"), self._build("finetune", "instruct"))
@@ -161,9 +161,8 @@ class Demo:
 
     def _epochs(self, stage: str, source: str) -> str:
         """How often a stage sees its data: few of your own are seen more often."""
-        least = {"pretrain": SIZES[self.size]["pretrain_epochs"], "finetune": SIZES[self.size]["finetune_epochs"]}[
-            stage
-        ]
+        size = SIZES[self.size]
+        least = size["pretrain_epochs"] if stage == "pretrain" else size["finetune_epochs"]
         examples = len(read_records(Path(self.data[source])))
         return f"epochs={least if self.drawn else epochs_for(least, examples, BATCHES[stage])}"
 
@@ -184,6 +183,7 @@ class Demo:
         command = [*self.composer, f"training/{stage}.yaml", f"run={self.run}/{stage}", *settings]
         command += [f"data.store={self.run}/{stage}-store", f"model.llm={self.run}/models/llm"]
         command += [f"model.connector.blocks={list(BLOCKS)}", *(HELD_OUT if self.drawn else [])]
+        command += [f"seed={self.seed}", f"data.seed={self.seed}"]
         self.step(name, command, done=self.run / stage / "summary.json")
 
     def _evaluate(self, out: str, name: str, extra: list[str]) -> tuple[str, list[str], Path]:
@@ -241,12 +241,15 @@ def main() -> None:
     parser.add_argument(
         "--size", choices=SIZES, default="small", help="minutes (small, the default), or an hour and tighter intervals"
     )
+    parser.add_argument("--seed", type=int, default=0, help="of scenes, models and training (default %(default)s)")
     own = parser.add_argument_group("your own data instead of the drawn scenes (all four)")
     own.add_argument("--chat", type=Path, help="LLaVA JSON of captions, for stage 1")
     own.add_argument("--instruct", type=Path, help="LLaVA JSON of conversations, for stage 2")
     own.add_argument("--images", type=Path, help="the folder their images are relative to")
     own.add_argument("--questions", type=Path, help="JSON lines to answer at the end")
     arguments = parser.parse_args()
+    if not 0 <= arguments.seed < 2**32:
+        parser.error(f"--seed {arguments.seed}: a seed is a number from 0 to 2**32 - 1")
     given = [arguments.chat, arguments.instruct, arguments.images, arguments.questions]
     if any(given) and not all(given):
         parser.error(
@@ -261,7 +264,7 @@ def main() -> None:
         "images": os.path.realpath(arguments.images or folder / "images"),
         "questions": os.path.realpath(arguments.questions or folder / "heldout.jsonl"),
     }
-    demo = Demo(run, data, drawn=not any(given), size=arguments.size)
+    demo = Demo(run, data, drawn=not any(given), size=arguments.size, seed=arguments.seed)
     try:
         demo.claim()
         print(f"the main job, in {arguments.run}:")
@@ -293,7 +296,7 @@ def _table(summary: dict[str, Any], run: Path) -> str:
         lines.append(f"  ... images shuffled       {summary['accuracy_shuffled_images']:.1%}")
     lines += [
         f"  feature stores            {summary['store_images']} images, {summary['store_bytes'] / 1e6:.0f} MB",
-        f"  seconds in all            {sum(summary['seconds'].values()):.0f}",
+        f"  seconds of all steps      {sum(summary['seconds'].values()):.0f}, some side by side",
         f"  report                    {run / 'report.html'}",
         f"  talk to it                python training/chat.py {run / 'finetune/model'} IMAGE",
         "",

@@ -70,11 +70,8 @@ def reading_matter(
 
 
 def _phrases(text: str, tokenizer: Tokenizer) -> list[list[int]]:
-    """TOKENS phrases as ids: the text, cut at its commas; what is more than these hold is left out.
-
-    What stands before a colon sums up what follows: that is for the model to find out.
-    """
-    cut = [tokenizer.encode(phrase.strip())[1:] for phrase in text.rstrip(" .").split(" : ")[-1].split(",")]
+    """TOKENS phrases as ids: the text, cut at its commas; what is more than these hold is left out."""
+    cut = [tokenizer.encode(phrase.strip())[1:] for phrase in text.rstrip(" .").split(",")]
     return [*cut, *[[]] * TOKENS][:TOKENS]
 
 

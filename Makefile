@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml $(LOCK)
 SIZE   ?= small
 RUN    := runs/demo$(if $(filter-out small,$(SIZE)),-$(SIZE))
 
-demo: $(STAMP)   ## the main job on drawn scenes, from data to report (5 minutes; SIZE=large: about an hour)
+demo: $(STAMP)   ## the main job on drawn scenes, from data to report (5 minutes; SIZE=large: some 40)
 	$(BIN)/python training/demo.py --run $(RUN) --size $(SIZE)
 
 # Two halves side by side, each with one thread: small matrices hardly profit from a second. The later one writes the table.

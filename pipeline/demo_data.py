@@ -1,4 +1,4 @@
-"""Draw the embedded demo data: scenes on a small board, written in LLaVA's own formats.
+"""Draw the embedded demo data: scenes of a few things, written in LLaVA's own formats.
 
     python pipeline/demo_data.py data/demo --images 2000 --heldout 200 --seed 0
 

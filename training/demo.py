@@ -239,7 +239,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, default=Path("runs/demo"), help="folder of the run (default: runs/demo)")
     parser.add_argument(
-        "--size", choices=SIZES, default="small", help="minutes (small, the default), or an hour and tighter intervals"
+        "--size", choices=SIZES, default="small", help="minutes (small, the default), or more and tighter intervals"
     )
     parser.add_argument("--seed", type=int, default=0, help="of scenes, models and training (default %(default)s)")
     own = parser.add_argument_group("your own data instead of the drawn scenes (all four)")

@@ -176,7 +176,7 @@ def _held_out(config: TrainConfig, parts: Parts, steps: int) -> str:
     images = parts.held_out.images()
     both = sorted(images & parts.stream.images())
     text = (
-        f"\nheld out  {len(parts.held_out.examples)} examples, {len(images)} images; measured {times} times, "
+        f"\nheld out  {len(parts.held_out.examples)} examples, {len(images)} images; evaluations: {times}, "
         f"{len(parts.held_out)} batches each, {batches / (steps + batches):.1%} of all batches, without a backward pass"
     )
     if both:

@@ -40,7 +40,7 @@ SIZES: dict[str, Size] = {
         "pretrain_epochs": 1,
         "finetune_epochs": 1,
     },
-    "large": {  # about an hour
+    "large": {  # some 40 minutes
         "images": 20000,
         "heldout": 4200,
         "outliers": 3,

@@ -182,7 +182,14 @@ def test_the_photos_go_through_the_same_commands(photos: Path, demo: Path, tmp_p
 @pytest.mark.slow
 def test_an_ablation_trains_its_arms_once_and_writes_one_table(demo: Path, tmp_path: Path) -> None:
     run = tmp_path / "ablation"
-    command = [sys.executable, "training/ablate.py", "training/ablations/demo.yaml", f"run={run}", "limit=16"]
+    command = [
+        sys.executable,
+        "training/ablate.py",
+        "training/ablations/demo.yaml",
+        f"run={run}",
+        "limit=16",
+        "seeds=[0,1]",
+    ]
     for stage in ("pretrain", "finetune"):
         command.append(f"{stage}.settings.data.store={demo}/{stage}-store")
         command += [f"{stage}.settings.model.llm={demo}/models/llm", f"{stage}.settings.steps=3"]

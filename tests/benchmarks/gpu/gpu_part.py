@@ -147,12 +147,12 @@ def llama_folder(job: Job, size: str) -> Path:
     """A folder with a configuration and a tokenizer, and no weights: `random_llama` makes them."""
     from transformers import LlamaConfig
 
-    from training.toy.models import train_tokenizer
+    from training.toy.models import VOCABULARY, train_tokenizer
 
     folder = job.scratch / f"llm-{size}"
     if not folder.exists():
         shape = TINY_LLAMA if job.cpu else LLAMA[size]
-        words = 480 if job.cpu else 32000
+        words = VOCABULARY if job.cpu else 32000
         LlamaConfig(vocab_size=words, pad_token_id=0, max_position_embeddings=4096, **shape).save_pretrained(folder)
         texts = {str(n): " ".join(WORDS[(n * k) % len(WORDS)] for k in range(1, 9)) + "." for n in range(1, 200)}
         (folder / "tokenizer.model").write_bytes(train_tokenizer(texts, []))

@@ -62,7 +62,7 @@ def resumed(job: Job, ranks: int) -> dict[str, Any]:
     """A small run three times: undisturbed; killed in the middle; and the killed one once more. Equal losses?"""
     from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-    from training.toy.models import train_tokenizer
+    from training.toy.models import VOCABULARY, train_tokenizer
 
     small = replace(job, cpu=True)
     llm, clip = job.scratch / "small-llm", job.scratch / "small-clip"
@@ -70,7 +70,7 @@ def resumed(job: Job, ranks: int) -> dict[str, Any]:
     store = write_store(small, "small", 64, (8, 20), str(clip))
     shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4}
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(vocab_size=480, pad_token_id=0, **shape)).save_pretrained(llm)
+    LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, pad_token_id=0, **shape)).save_pretrained(llm)
     (llm / "tokenizer.model").write_bytes(train_tokenizer({str(n): f"one two {n}" for n in range(99)}, []))
     engine = "fsdp" if ranks > 1 else "ddp"
     tree = {

@@ -60,7 +60,12 @@ RUNS: dict[str, tuple[int, int, dict[str, Any], dict[str, Any]]] = {
     "learned-by-heart": (1, 1, HEART, {}),
     "patient": (1, 1, {**HEART, "data.validation": PATIENT}, {}),
     "patient-killed": (1, 1, {**HEART, "data.validation": PATIENT}, {"killed_writing": "connector.json"}),
-    "patient-stopped": (1, 1, {**HEART, "data.validation": PATIENT}, {"in_evaluation": [35, signal.SIGTERM]}),
+    "patient-stopped": (
+        1,
+        1,
+        {**HEART, "data.validation": PATIENT},
+        {"in_evaluation": [23, signal.SIGTERM]},
+    ),  # the 8th, of 3 batches
     "ddp-stopped-at-the-end": (2, 2, {**DROPOUT}, {"in_evaluation": [8, signal.SIGTERM]}),
     **{
         f"{engine}-stopped": (2, 2, {**DROPOUT, "parallelism": engine}, {"in_evaluation": [5, signal.SIGTERM]})

@@ -13,6 +13,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from fixtures.batches import joined
 from pipeline.config import ConfigError, load_config
 from training.config import DataSettings, TrainConfig, ValidationSettings
 from training.stream.order import Order
@@ -60,16 +61,6 @@ def open_mixture(
 
 def keys_of(stream: Stream) -> list[list[str]]:
     return [batch["keys"] for batch in stream]
-
-
-def joined(parts: list[list[list[str]]], stream: Stream) -> list[list[str]]:
-    """The global batches that the ranks' batches are the shares of."""
-    whole = []
-    for shares in zip(*parts, strict=True):
-        whole.append([""] * stream.global_batch_size)
-        for rank, share in enumerate(shares):
-            whole[-1][stream.order.share(rank, len(parts))] = share
-    return whole
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)

@@ -22,6 +22,7 @@ from training.stream.order import (
     epoch_of,
     filtered,
     grouped,
+    one_after_another,
     shuffled,
     weighed,
 )
@@ -47,14 +48,7 @@ def mixed(*stores: list[int]) -> Examples:
     parts = [make_examples(shards) for shards in stores]
     samples = np.cumsum([0, *(sum(shards) for shards in stores)])
     first = np.cumsum([0, *(len(shards) for shards in stores)])
-    return Examples(
-        sample=np.concatenate([part.sample + samples[i] for i, part in enumerate(parts)]),
-        conversation=np.concatenate([part.conversation for part in parts]),
-        shard=np.concatenate([part.shard + first[i] for i, part in enumerate(parts)]),
-        words=np.concatenate([part.words for part in parts]),
-        has_image=np.concatenate([part.has_image for part in parts]),
-        store=np.concatenate([part.store + i for i, part in enumerate(parts)]),
-    )
+    return one_after_another(parts, samples, first)
 
 
 def changed(order: Order, **settings: object) -> Order:

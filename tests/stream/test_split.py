@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
+from pipeline.manifest import read_store
+from pipeline.schema import StoreSpec
 from pipeline.shard import members
+from pipeline.storage import Storage
 from training.config import ValidationSettings
 from training.stream.order import Order
 from training.stream.reader import Reading
@@ -184,6 +187,11 @@ def test_a_damaged_record_is_named(make_store: Callable[..., Path], tmp_path: Pa
         open_side(store, split(share=0.5))
 
 
+def told(store: Path) -> tuple[str, StoreSpec]:
+    """The place of a store, and what it says of itself."""
+    return str(store), read_store(Storage(store))
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -197,12 +205,12 @@ def test_a_store_of_other_features_is_refused_with_both_values(
     make_store: Callable[..., Path], tmp_path: Path, change: dict, words: str
 ) -> None:
     first, other = make_store(tmp_path / "a", [2]), make_store(tmp_path / "b", [2])
-    refuse_unlike(str(first), str(other), ("block03",))
+    refuse_unlike(told(first), told(other), ("block03",))
     spec = json.loads((other / "store.json").read_text())
     change = {name: {**spec[name], **v} if isinstance(v, dict) else v for name, v in change.items()}
     (other / "store.json").write_text(json.dumps(spec | change))
     with pytest.raises(ValueError, match=f"{first} and {other} do not go together: {words}; build one"):
-        refuse_unlike(str(first), str(other), ("block03",))
+        refuse_unlike(told(first), told(other), ("block03",))
 
 
 def test_draws_are_even() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
+from fixtures.batches import joined
 from pipeline.manifest import shards_of
 from pipeline.storage import Storage
 from training.stream.batch import Batch, split
@@ -50,16 +51,6 @@ def epoch_keys(stream: Stream) -> list[list[str]]:
 def global_batches(store: Path, ranks: int, **settings: object) -> list[list[str]]:
     streams = [open_stream(store, rank=rank, world_size=ranks, **settings) for rank in range(ranks)]
     return joined([epoch_keys(stream) for stream in streams], streams[0])
-
-
-def joined(parts: list[list[list[str]]], stream: Stream) -> list[list[str]]:
-    """The global batches that the ranks' batches are the shares of."""
-    whole = []
-    for shares in zip(*parts, strict=True):
-        whole.append([""] * stream.global_batch_size)
-        for rank, share in enumerate(shares):
-            whole[-1][stream.order.share(rank, len(parts))] = share
-    return whole
 
 
 ORDERS = [{}, {"together": True}, {"group_by_length": True}, {"shuffle": False}, {"last_batch": "pad"}, {"limit": 30}]

@@ -38,6 +38,7 @@ from training.checkpoints.mark import (
     checkpoint_folders,
     digest,
     file_sizes,
+    folder_of,
     in_threads,
     read_mark,
     remove_checkpoint,
@@ -287,7 +288,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
     def _best(self) -> Path | None:
         """The checkpoint that is kept for its held-out loss, if there is one."""
         best = self.history.best if self.settings.keep_best else None
-        return None if best is None else self.folder / f"ba{best.step:08d}"
+        return None if best is None else self.folder / folder_of(best.step)
 
     def _owe_best(self) -> None:
         """Send the best of a run that was cut off to the bucket, if that lacks it. A collective."""
@@ -300,7 +301,7 @@ class Checkpoints(Callback):  # type: ignore[misc]
 
     def _place(self, state: State) -> Path:
         """The folder of a checkpoint of the present step."""
-        return self.folder / f"ba{state.timestamp.batch.value:08d}"
+        return self.folder / folder_of(state.timestamp.batch.value)
 
     def _sweep(self, step: int) -> None:
         """Remove what is no whole checkpoint, and what a run that went back to an older one had written beyond it."""

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from training.checkpoints.mark import folder_of
+
 HISTORY = "heldout.json"  # in a checkpoint's folder
 
 
@@ -88,6 +90,6 @@ class History:
         Args:
             whole: names of those that are whole. The best of before stays until the best of now is among them.
         """
-        names = [f"ba{each.step:08d}" for each in self.bests]
+        names = [folder_of(each.step) for each in self.bests]
         newest = next((number for number in reversed(range(len(names))) if names[number] in whole), 0)
         return set(names[newest:])

@@ -20,7 +20,7 @@ from pipeline.storage import sync
 
 T = TypeVar("T")
 MARK = "complete.json"
-FOLDER = re.compile(r"ba(\d{8,})")
+FOLDER = re.compile(r"ba(\d{8,})")  # `folder_of`
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
@@ -48,6 +48,11 @@ class Mark:
             del said["run"]  # older marks lack it
         bare = json.dumps(said, sort_keys=True)
         return replace(self, seal=hashlib.sha256(bare.encode()).hexdigest())
+
+
+def folder_of(step: int) -> str:
+    """The name of the folder of a step's checkpoint; names sort by step."""
+    return f"ba{step:08d}"
 
 
 def read_mark(folder: Path) -> Mark | None:

@@ -120,7 +120,7 @@ def held_out(
     """There are examples to measure on, and own questions can be asked of the model in training."""
     from training.engines import engine_of
     from training.fit.build import load_tokenizer
-    from training.fit.parts import Parts, held_out_stream, open_stream, shards_at_start
+    from training.fit.parts import Parts, held_out_stream, learned_too, open_stream, shards_at_start
     from training.fit.quiz import open_quiz
 
     columns, shards = model.connector.columns, shards_at_start(config)
@@ -130,13 +130,10 @@ def held_out(
     learned = open_stream(config, columns, 0, 1, lambda examples: {}, shards)
     parts = Parts(store, load_tokenizer(config), model, learned, stream)
     quiz = open_quiz(config, parts, engine_of(config, ranks.planned))
-    images = stream.images()
-    text = f"{len(stream.examples):,} examples, {len(images):,} images"
+    text = f"{len(stream.examples):,} examples, {len(stream.images()):,} images"
     text += "" if quiz is None else f"; {len(quiz.asked):,} own questions after each epoch"
-    both = sorted(images & learned.images())
-    if both:
-        text += f"; {len(both):,} of these images are learned from too: {', '.join(map(repr, both[:3]))}"
-    yield Finding("warn" if both else "ok", "held out", text)
+    both = learned_too(stream, learned)
+    yield Finding("warn" if both else "ok", "held out", f"{text}; {both}" if both else text)
 
 
 def columns(url: str, model: CompactVisionForConditionalGeneration) -> Iterator[Finding]:

@@ -87,9 +87,8 @@ class StepLog(LoggerDestination):  # type: ignore[misc]
 
         together(dist.get_global_rank() == 0, cut)
         if dist.get_global_rank() == 0 and done:
-            ended = (
-                state.max_duration is not None and state.timestamp >= state.max_duration
-            )  # by what was caught up with
+            # What was caught up with may have ended the run.
+            ended = state.max_duration is not None and state.timestamp >= state.max_duration
             following = "" if ended else f"; step {done + 1} is next"
             print(f"resumed   from the checkpoint of step {done}{following}", flush=True)
         self._step_start = time.perf_counter()

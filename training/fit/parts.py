@@ -128,7 +128,8 @@ def held_out_stream(
         return None
     read, split = sources(config, shards), Split.of(validation)
     if validation.store is not None:
-        refuse_unlike(read[0].url, validation.store, columns)
+        learned, own = ((url, read_store(Storage(url))) for url in (read[0].url, validation.store))
+        refuse_unlike(learned, own, columns)
         read, split = [Source(validation.store)], Split.whole(validation.seed)
         if isinstance(collate, Collator):
             collate = replace(collate, by_store=())  # it has data.template
@@ -138,6 +139,12 @@ def held_out_stream(
     ranges = {} if validation.store is not None else {"cache_dir": None}
     reading = reading.model_copy(update={"prefetch": HELD_OUT_AHEAD, **ranges})
     return Stream(read, columns, order, reading, collate, Side(split, True, validation.limit))
+
+
+def learned_too(held_out: Stream, learned: Stream) -> str:
+    """Which held-out images are learned from all the same, as those of a store of their own may be; "" if none is."""
+    both = sorted(held_out.images() & learned.images())
+    return f"{len(both):,} of these images are learned from too: {', '.join(map(repr, both[:3]))}" if both else ""
 
 
 def text_collate(config: TrainConfig, tokenizer: Tokenizer, model: CompactVisionForConditionalGeneration) -> Collator:

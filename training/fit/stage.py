@@ -13,7 +13,7 @@ from composer.utils import dist, get_device
 
 from training.checkpoints.checkpoint import Checkpoints, StopRequest
 from training.checkpoints.history import History
-from training.checkpoints.mark import MARK, checkpoint_folders
+from training.checkpoints.mark import MARK, checkpoint_folders, folder_of
 from training.config import TrainConfig
 from training.engines import engine_of
 from training.engines.base import Engine
@@ -23,7 +23,7 @@ from training.fit.finding import ThisRank, run_check
 from training.fit.mixture import mixture_lines
 from training.fit.needs import end_needs, host_memory, needs, refuse_unready
 from training.fit.optimizer import build_optimizer
-from training.fit.parts import Parts, open_parts
+from training.fit.parts import Parts, learned_too, open_parts
 from training.fit.preview import preview
 from training.fit.quiz import open_quiz
 from training.fit.run_folder import begin_anew, claim, finish, held, what_it_holds
@@ -102,7 +102,7 @@ def all_done(config: TrainConfig, steps: int) -> bool:
     with suppress(ValueError):  # a damaged file: that is found, and said, when the checkpoint is looked at
         history.take_up(marked[-1])
     early = validation is not None and history.over(validation.patience)
-    return early or marked[-1].name == f"ba{steps:08d}"
+    return early or marked[-1].name == folder_of(steps)
 
 
 def fit(trainer: Trainer, checkpoints: Checkpoints, evaluation: Evaluation | None, steps: int) -> None:
@@ -172,13 +172,12 @@ def _held_out(config: TrainConfig, parts: Parts, steps: int) -> str:
     plan = Plan.of(config, parts, steps)
     if plan is None or parts.held_out is None:
         return ""
-    times, batches = plan.left(0), plan.left(0) * len(parts.held_out)
-    images = parts.held_out.images()
-    both = sorted(images & parts.stream.images())
+    times = plan.left(0)
+    batches = times * len(parts.held_out)
+    both = learned_too(parts.held_out, parts.stream)
     text = (
-        f"\nheld out  {len(parts.held_out.examples)} examples, {len(images)} images; evaluations: {times}, "
-        f"{len(parts.held_out)} batches each, {batches / (steps + batches):.1%} of all batches, without a backward pass"
+        f"\nheld out  {len(parts.held_out.examples)} examples, {len(parts.held_out.images())} images; "
+        f"evaluations: {times}, {len(parts.held_out)} batches each, {batches / (steps + batches):.1%} of all batches, "
+        "without a backward pass"
     )
-    if both:
-        text += f"\nheld out  {len(both)} of these images are learned from too: {', '.join(map(repr, both[:3]))}"
-    return text
+    return text + (f"\nheld out  {both}" if both else "")

@@ -54,7 +54,7 @@ def best_checkpoint(run: Path) -> Path:
         ValueError: if nothing was measured, or that checkpoint was not kept. OSError: if none is sound.
     """
     from training.checkpoints.history import History
-    from training.checkpoints.mark import read_mark
+    from training.checkpoints.mark import folder_of, read_mark
     from training.checkpoints.resume import newest_on_disk
 
     config, folder, history = read_config(run), run / "checkpoints", History()
@@ -68,7 +68,7 @@ def best_checkpoint(run: Path) -> Path:
             f"{run} has no evaluation on held-out examples in {folder}, so no checkpoint is the best; train with "
             "data.validation and checkpoint.keep_best=true, or name one with --checkpoint"
         )
-    found = folder / f"ba{best.best_step:08d}"
+    found = folder / folder_of(best.best_step)
     if read_mark(found) is None:
         there = config.checkpoint.remote or "the disk that it was saved on"
         raise ValueError(

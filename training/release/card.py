@@ -156,7 +156,7 @@ def trained(run: Path | None, step: int | None = None) -> list[str]:
     earlier = trained(stage_before(settings))
     named = flat(settings.model_dump(mode="json"))
     rows = {escaped(key): _code(value) for key, value in named.items() if key not in ("run", "data.cache_dir")}
-    lines = [line for line in read_log(run) if step is None or line["step"] <= step]
+    lines = read_log(run, step=step)
     text = f"## Trained: {', '.join(settings.train)}\n\n"
     if lines:
         at = (

@@ -134,8 +134,10 @@ def read_config(run: Path) -> TrainConfig:
     return read_as(TrainConfig, path, {"run": str(run)})
 
 
-def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
+def read_log(run: Path, name: str = LOG, step: int | None = None) -> list[dict[str, Any]]:
     """The lines of a run's `LOG` or `SKIPPED`, each with its step, in the order of steps; none if there is no file.
+
+    With `step` those up to it.
 
     The last line, which a killed process may have left unfinished, is skipped if it is: its step is done again.
 
@@ -166,7 +168,7 @@ def read_log(run: Path, name: str = LOG) -> list[dict[str, Any]]:
                 f"{path}:{number} is damaged ({error}); delete this line ({_LOSS[name]}) and run the same command again"
             ) from error
         lines.append(line)
-    return lines
+    return [line for line in lines if step is None or line["step"] <= step]
 
 
 def _text(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -180,7 +182,7 @@ def cut_log(run: Path, name: str, step: int) -> list[dict[str, Any]]:
     Raises:
         ValueError: as `read_log` does. OSError: if the file cannot be read or written.
     """
-    kept = [line for line in read_log(run, name) if line["step"] <= step]
+    kept = read_log(run, name, step)
     if (run / name).exists():
         write_whole(run / name, _text(kept))
     return kept
@@ -194,7 +196,7 @@ def records(run: Path, step: int | None = None) -> dict[str, str]:
     """
     found = {CONFIG: read_config(run).model_dump_json(indent=1)}
     for name in (LOG, SKIPPED):
-        lines = [line for line in read_log(run, name) if step is None or line["step"] <= step]
+        lines = read_log(run, name, step)
         found |= {name: _text(lines)} if lines else {}
     return found
 

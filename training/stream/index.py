@@ -15,7 +15,7 @@ from pipeline.codec import payload_bytes
 from pipeline.manifest import read_manifest
 from pipeline.schema import SAMPLES, StoreSpec
 from pipeline.storage import Storage
-from training.stream.order import Examples, Ints
+from training.stream.order import Examples, Ints, one_after_another
 
 
 @dataclass(frozen=True)
@@ -116,11 +116,4 @@ def joined(parts: Sequence[tuple[Index, Examples]]) -> tuple[Index, Examples]:
         payload=indices[0].payload,
         first=shards[:-1],
     )
-    return index, Examples(
-        sample=np.concatenate([found.sample + samples[i] for i, found in enumerate(examples)]),
-        conversation=np.concatenate([found.conversation for found in examples]),
-        shard=np.concatenate([found.shard + shards[i] for i, found in enumerate(examples)]),
-        words=np.concatenate([found.words for found in examples]),
-        has_image=np.concatenate([found.has_image for found in examples]),
-        store=np.concatenate([found.store + i for i, found in enumerate(examples)]),
-    )
+    return index, one_after_another(examples, samples, shards)

@@ -21,6 +21,7 @@ Shapes: N examples of all stores, n of them due in an epoch, S shards, G global 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -63,6 +64,15 @@ class Examples:
     def __getitem__(self, chosen: Ints | Bools) -> Examples:
         """The examples of these indices, or where a mask (N,) is true."""
         return Examples(*(getattr(self, name)[chosen] for name in self.__dataclass_fields__))
+
+
+def one_after_another(stores: Sequence[Examples], samples: Ints, shards: Ints) -> Examples:
+    """The examples of several stores as one; `samples` and `shards` are the numbers that those of each begin with."""
+    moved = [
+        replace(of, sample=of.sample + samples[i], shard=of.shard + shards[i], store=of.store + i)
+        for i, of in enumerate(stores)
+    ]
+    return Examples(*(np.concatenate([getattr(of, name) for of in moved]) for name in Examples.__dataclass_fields__))
 
 
 class Order(OrderSettings):

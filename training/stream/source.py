@@ -74,8 +74,8 @@ def opened(sources: Sequence[Source], columns: tuple[str, ...], order: Order, si
     """
     storages = tuple(Storage(source.url) for source in sources)
     stores = tuple(read_store(storage) for storage in storages)
-    for other in sources[1:]:
-        refuse_unlike(sources[0].url, other.url, columns)
+    for other, spec in zip(sources[1:], stores[1:], strict=True):
+        refuse_unlike((sources[0].url, stores[0]), (other.url, spec), columns)
     read = [
         read_index(storage, store, columns, source.shards)
         for storage, store, source in zip(storages, stores, sources, strict=True)
@@ -134,15 +134,15 @@ def _refuse_unused(sources: Sequence[Source], examples: Examples, order: Order) 
             )
 
 
-def refuse_unlike(first: str, other: str, columns: tuple[str, ...]) -> None:
+def refuse_unlike(first: tuple[str, StoreSpec], other: tuple[str, StoreSpec], columns: tuple[str, ...]) -> None:
     """Refuse a store whose features a model that learns from the first one cannot take.
 
     Args:
-        first, other: the places of two stores.
+        first, other: two stores, the place of each and what it says of itself.
         columns: those that are wanted of both.
 
     Raises:
-        ValueError: with both stores, and all in which they differ. OSError: if one cannot be read.
+        ValueError: with both stores, and all in which they differ.
     """
 
     def facts(spec: StoreSpec) -> dict[str, str]:
@@ -154,13 +154,13 @@ def refuse_unlike(first: str, other: str, columns: tuple[str, ...]) -> None:
             **{f"column {name}": shapes.get(name, "missing") for name in columns},
         }
 
-    one, two = (read_store(Storage(url)) for url in (first, other))
+    (url, one), (other_url, two) = first, other
     theirs, mine = facts(one), facts(two)
     if one.encoder.revision == two.encoder.revision:
         mine["encoder"] = theirs["encoder"]  # the same weights, by another name
     differing = [f"{name}: {theirs[name]} and {mine[name]}" for name in theirs if theirs[name] != mine[name]]
     if differing:
         raise ValueError(
-            f"{first} and {other} do not go together: {'; '.join(differing)}; build one of them again with the "
+            f"{url} and {other_url} do not go together: {'; '.join(differing)}; build one of them again with the "
             "settings of the other (pipeline/build_shards.py)"
         )

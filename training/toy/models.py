@@ -3,7 +3,7 @@
     python -m training.toy.models OUT --captions chat.json --talk instruct.json --images DIR
 
 OUT/llm     a LlamaForCausalLM with a SentencePiece tokenizer. It reads before it ever sees (`reading.py`).
-OUT/clip    a CLIPVisionModel of 8 blocks, 64 pixels, patches of 8: 64 patch tokens. It learns to let captions be told
+OUT/clip    a CLIPVisionModel of 8 blocks, 64 pixels, patches of 16: 16 patch tokens. It learns to let captions be told
             from them (`tower.py`), and stays frozen from then on.
 
 The two are made side by side, each on one core. They are kept (`cache.py`): the same code and data make the same again.

@@ -125,8 +125,9 @@ def test_runs_refuse_a_bucket_with_code_in_it_and_go_on_after_a_flipped_bit(
             if path.is_file():
                 client.upload_file(str(path), BUCKET, f"hostile-{number}/{path.relative_to(checkpoint.parent)}")
         jobs.append(job(f"hostile-{number}", engine, f"hostile-{number}"))
-    poison_text(newest(runs / "ddp") / "composer.pt", f"touch {tmp_path / 'ran'}")
-    mark_again(newest(runs / "ddp"), "ddp", ranks=2)
+    poisoned = newest(runs / "ddp")  # once: with other bytes than its mark says it is no sound one any more
+    poison_text(poisoned / "composer.pt", f"touch {tmp_path / 'ran'}")
+    mark_again(poisoned, "ddp", ranks=2)
     for engine in ENGINES[1:]:
         path = max(path for path in newest(runs / engine).rglob("*") if path.suffix in (".pt", ".distcp"))
         path.write_bytes(path.read_bytes()[:-9] + b"\xff" + path.read_bytes()[-8:])

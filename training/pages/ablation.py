@@ -11,7 +11,7 @@ from training.answers.answer_file import AnswerFile
 from training.benchmarks.own import is_right
 from training.pages.charts import Bar, bars, loss_chart, score_plot
 from training.pages.page import EXAMPLES, TITLES, filled, shown, spread, stage_log
-from training.release.table import CELLS, GUESSING, LUCK, EncodingCost, Row, Table
+from training.release.table import GUESSING, LUCK, EncodingCost, Row, Table
 
 
 def ablation_page(folder: Path, images: Path | None, examples: int = EXAMPLES) -> str:
@@ -30,7 +30,6 @@ def ablation_page(folder: Path, images: Path | None, examples: int = EXAMPLES) -
         "table": table,
         "guessing": GUESSING,
         "luck": LUCK,
-        "cells": CELLS,
         "figures": _figures(table),
         "plots": [score_plot(rows, name) for name in names if all(row.scores[name].interval for row in rows)],
         "names": names,

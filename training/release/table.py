@@ -12,7 +12,6 @@ from training.release.records import read_as, read_config, write_whole
 
 FILE = "table.json"
 LUCK = "Luck of seeds: the share of a difference's variance that more seeds lessen, and more questions do not."
-CELLS = "Bold: told apart. After the stroke: the difference that would have been found with 80% power."
 GUESSING = "always the most frequent answer of the category"  # what `guessing` is of
 Interval = tuple[float, float]  # 95%, its lower and upper bound
 

@@ -37,7 +37,7 @@ SIZES: dict[str, Size] = {
         "tower": {"steps": 1000, "epochs": 20, "batch": 32, "lr": 3e-3, "muon_lr": 2e-2},
         "reading": {"steps": 250, "epochs": 4, "batch": 16, "lr": 4e-3, "muon_lr": 2e-2},
         "talking": {"steps": 400, "epochs": 4, "batch": 8, "lr": 3e-3, "muon_lr": 5e-3},
-        "pretrain_epochs": 1,
+        "pretrain_epochs": 2,
         "finetune_epochs": 1,
     },
     "large": {  # some 40 minutes
@@ -87,7 +87,7 @@ COMMON = [
     "optimizer.warmup_ratio=0.2",  # of few steps: with 3% of them some seeds never learn one of the facts
 ]
 
-PRETRAIN = [*COMMON, f"global_batch_size={BATCHES['pretrain']}", "optimizer.lr=2e-3"]
+PRETRAIN = [*COMMON, f"global_batch_size={BATCHES['pretrain']}", "optimizer.lr=1e-3"]
 
 FINETUNE = [
     *COMMON,

@@ -73,7 +73,7 @@ VOCABULARY = 640
 
 BLOCKS = (1, 2, 3, 4, 5, 6, 7, 8)  # every block of the tiny CLIP
 
-BATCHES = {"pretrain": 16, "finetune": 8}  # examples per step
+BATCHES = {"pretrain": 16, "finetune": 16}  # examples per step
 FEWEST_STEPS, MOST_EPOCHS = 100, 10  # of a stage on few examples
 
 COMMON = [

@@ -116,6 +116,19 @@ def test_more_comparisons_make_wider_intervals() -> None:
     assert 1.1 < widths[1] / widths[0] < 2.0
 
 
+@pytest.mark.parametrize("few", [0, 1])
+def test_answers_all_alike_leave_open_what_was_not_asked(few: int) -> None:
+    """The rule of three: none of 150 questions tells two arms apart, so a difference of 3 in 150 may still be there."""
+    values = np.ones(150)
+    values[:few] = 0
+    runs = [[hits(values)] * 3, [hits(np.ones(150))] * 3]
+    (one,) = compare([scores_of("all", None, runs, {})], [(1, 0)], ARMS)
+    assert one.difference == pytest.approx(100 * few / 150)
+    assert one.interval is not None and one.missed is not None
+    assert one.interval[1] - one.difference == pytest.approx(100 * 3 / 150, rel=0.02)
+    assert one.missed > one.interval[1] - one.difference and not one.told_apart
+
+
 def test_what_is_told_in_words() -> None:
     found = {"score": "accuracy", "arms": ("A", "B"), "by_seed": (3.0,), "units": 90, "clusters": 90}
     told = Comparison(**found, difference=3.0, interval=(1.0, 5.0), missed=2.5)

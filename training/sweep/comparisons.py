@@ -15,11 +15,15 @@ field: arms x seeds x questions, every arm with every seed and every question.
 - Many comparisons: the 95% quantile of the largest |t| of the family ("max-t": Hothorn, Bretz, Westfall 2008) replaces
   1.96. It is drawn from the model itself, correlations included. The variances are drawn too, from what their degrees
   of freedom leave open (generalized intervals: Weerahandi 1993), so it is as wide as few seeds ask for.
+- Arms that answer (nearly) all questions alike leave no variance to estimate, and could still differ on what was not
+  asked: no interval is narrower than what n questions without any difference exclude (the "rule of three": Hanley,
+  Lippman-Hand 1983), shared out over the family.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -115,6 +119,8 @@ def compare(
     found = []
     if family is not None:
         half, missed, from_seeds = _simultaneous(family, pairs, draws, seed)
+        least, least_missed = _least(family.clusters, len(told) * len(pairs))
+        half, missed = np.maximum(half, least[:, None]), np.maximum(missed, least_missed[:, None])
         for k, each in enumerate(told):
             for c, (one, other) in enumerate(pairs):
                 middle = float(family.differences[k, c])
@@ -214,6 +220,16 @@ def _simultaneous(family: _Family, pairs: Sequence[tuple[int, int]], draws: int,
     by_questions = family.over_questions + 2 / seeds * family.floor[:, None] * (seeds > 1)
     share = np.divide(variance - by_questions, variance, out=np.zeros_like(variance), where=variance > 0)
     return half, half + np.quantile(errors, FOUND, axis=0), np.maximum(share, 0.0)
+
+
+def _least(clusters: NDArray[np.int64], family: int) -> tuple[Array, Array]:
+    """What so many clusters, all answered alike by two arms, leave open, in points; and what they would have found.
+
+    Each is (K,), by the number of clusters of each score; `family` comparisons hold together.
+    """
+    least = 1 - (0.05 / family) ** (1 / clusters)
+    found = least + statistics.NormalDist().inv_cdf(FOUND) * np.sqrt(least * (1 - least) / clusters)
+    return 100 * least, 100 * found
 
 
 def _chi_square(rng: Any, freedom: NDArray[np.int64], draws: int) -> Array:

@@ -36,7 +36,6 @@ from training.release.records import HeldOut, Summary, read_as, read_config
 
 pytestmark = pytest.mark.minutes(1)
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
-SELDOM_ENGINES = ("ddp", "fsdp", "zero2", "zero3")  # zero1 is zero2 with whole gradients
 HELD = {"data.validation": {"share": 0.2, "interval": "3ba"}, "steps": 8, "checkpoint.interval": "2ba"}
 DROPOUT = {"model.lora": {"rank": 4, "alpha": 8, "dropout": 0.3}, "train": ["connector", "llm"]}
 SELDOM = {"data.validation": {"share": 0.2, "interval": "999ba"}}
@@ -52,7 +51,7 @@ PLACES = {"step_s", "samples_per_s", "tokens_per_s", "data_wait", "eta_s", "memo
 # name: (stage, ranks, settings, what happens one after another, before it comes to its end)
 RUNS: dict[str, tuple[int, int, dict[str, Any], list[dict[str, Any]]]] = {
     **{f"{engine}-often": (2, 2, {**DROPOUT, "parallelism": engine}, []) for engine in ENGINES},
-    **{f"{engine}-seldom": (2, 2, {**DROPOUT, "parallelism": engine, **SELDOM}, []) for engine in SELDOM_ENGINES},
+    **{f"{engine}-seldom": (2, 2, {**DROPOUT, "parallelism": engine, **SELDOM}, []) for engine in ENGINES},
     **{  # in the evaluation after step 6, of three batches each: the process that goes on from step 4 begins with it
         f"{engine}-ended": (
             2,
@@ -111,7 +110,7 @@ def needs(*names: str, quick: bool = False) -> list[pytest.MarkDecorator]:
 
 
 @pytest.mark.parametrize(
-    "engine", [pytest.param(e, marks=needs(f"{e}-often", f"{e}-seldom", quick=e == "ddp")) for e in SELDOM_ENGINES]
+    "engine", [pytest.param(e, marks=needs(f"{e}-often", f"{e}-seldom", quick=e == "ddp")) for e in ENGINES]
 )
 def test_training_has_the_same_numbers_however_often_it_is_measured(
     runs: Path, read_log: Callable[..., Any], engine: str
